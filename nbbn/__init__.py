@@ -1,0 +1,32 @@
+"""Batch normalization for arrays, outside any deep-learning framework."""
+
+from nbbn.errors import DeviceError
+from nbbn.functional import (
+    BatchNormForward,
+    BatchNormGradients,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_stats,
+    warmup,
+)
+from nbbn.memory import set_recycling
+from nbbn.module import BatchNorm
+from nbbn.stats import BatchStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm",
+    "BatchNormForward",
+    "BatchNormGradients",
+    "BatchStats",
+    "DeviceError",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_stats",
+    "set_recycling",
+    "warmup",
+]

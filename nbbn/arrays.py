@@ -1,0 +1,172 @@
+"""The array layer: what an argument is, where it lies, and whether it will do.
+
+Everything below the public functions sees NumPy arrays and addresses; nothing above knows of addresses.
+A framework is recognized by looking at the module that a type comes from, never by importing it.
+"""
+
+import ctypes
+import math
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from nbbn.dtypes import NAMES, REALS
+from nbbn.errors import DeviceError
+
+Parameter = tuple[int, int, int]  # address, stride in bytes, whether it is float64; all 0: not given
+ABSENT: Parameter = (0, 0, 0)
+
+_FLOAT64 = np.dtype(np.float64)
+
+
+def address(array: np.ndarray) -> int:
+    """Return where element 0 of an array lies."""
+    try:
+        # A third of the time of array.ctypes.data, but for writable, contiguous arrays only.
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, BufferError, ValueError):
+        return int(array.__array_interface__["data"][0])
+
+
+def checked(name: str, value: Any) -> np.ndarray:
+    """Return `value` as a NumPy array of a supported type, without copying, or raise."""
+    if type(value) is not np.ndarray:
+        value = _as_numpy(name, value)
+    if value.dtype not in REALS:
+        raise TypeError(f"{name} must be {NAMES} in native byte order, got dtype {value.dtype}")
+    return value  # type: ignore[no-any-return]
+
+
+def _as_numpy(name: str, value: Any) -> np.ndarray:
+    kind = type(value)
+    if isinstance(value, np.ndarray):
+        if isinstance(value, (np.matrix, np.ma.MaskedArray)):
+            raise TypeError(f"{name} must be a NumPy array, got {kind.__name__}, whose arithmetic differs")
+        return value.view(np.ndarray)
+    if hasattr(value, "__cuda_array_interface__"):
+        raise DeviceError(
+            f"{name} lies on a GPU ({kind.__module__}.{kind.__name__}), where this version of nbbn does "
+            "not compute; it needs a NumPy array"
+        )
+    raise TypeError(f"{name} must be a NumPy array, got {kind.__module__}.{kind.__name__}")
+
+
+def channel_axis(x: np.ndarray, axis: Any) -> int:
+    """Return the channel axis of x, not negative."""
+    ndim = x.ndim
+    if ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions, got {ndim} (shape {x.shape})")
+    axis = integer("axis", axis)
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"axis must be in [-{ndim}, {ndim}) for x of shape {x.shape}, got {axis}")
+    return axis % ndim
+
+
+def parameter(name: str, value: Any, channels: int) -> tuple[Parameter, np.ndarray | None]:
+    """Check a number per channel, and return how a kernel finds it and the array, to keep it alive."""
+    if value is None:
+        return ABSENT, None
+    array = checked(name, value)
+    if array.ndim != 1 or array.shape[0] != channels:
+        raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {array.shape}")
+    return (address(array), array.strides[0], int(array.dtype == _FLOAT64)), array
+
+
+def updatable(name: str, array: np.ndarray | None) -> None:
+    """Check that the running statistics in `array` can be written to."""
+    if array is None:
+        return
+    if not array.flags.writeable:
+        raise ValueError(f"{name} must be writable, since training updates it, got a read-only array")
+    if array.shape[0] > 1 and abs(array.strides[0]) < array.itemsize:
+        raise ValueError(f"{name} must not overlap itself, got stride {array.strides[0]}")
+
+
+def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
+    """Check that an array has the shape and the type of x."""
+    if array.shape != x.shape:
+        raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
+
+
+def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, np.ndarray | None]]) -> np.ndarray:
+    """Check that `out` can take a result of x's shape and type; it may be x itself."""
+    array = checked("out", out)
+    same_kind("out", array, x)
+    if not array.flags.writeable:
+        raise ValueError("out must be writable, got a read-only array")
+    if _overlaps_itself(array):
+        raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
+    for name, other in inputs:
+        if other is None or not _overlap(array, other):
+            continue
+        if name == "x" and array.strides == x.strides and address(array) == address(x):
+            continue
+        raise ValueError(f"out must not overlap {name}, unless it is x itself")
+    return array
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True  # too entangled to tell: refused
+
+
+def _overlaps_itself(array: np.ndarray) -> bool:
+    """Whether two elements may lie on one another: each stride must step over all smaller ones."""
+    if array.flags.c_contiguous or array.flags.f_contiguous:
+        return False
+    reach = array.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(array.strides, array.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def integer(name: str, value: Any) -> int:
+    """Return `value` as an int, or raise."""
+    if type(value) is int:
+        return value
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """Return `value` as a float in [low, high], or raise."""
+    if type(value) is not float:
+        if isinstance(value, (bool, np.bool_, str, bytes)):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+        try:
+            value = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not (low <= value <= high) or math.isinf(value):
+        bound = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be {bound} and finite, got {value!r}")
+    return float(value)
+
+
+def real(dtype: Any) -> type:
+    """Return the scalar type of a supported dtype, however it is named, or raise."""
+    try:
+        return REALS[np.dtype(dtype)]
+    except (KeyError, TypeError):
+        raise TypeError(f"dtype must be {NAMES}, got {dtype!r}") from None
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return `value` as a bool, or raise."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}")

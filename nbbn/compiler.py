@@ -1,0 +1,334 @@
+"""The only place that holds Numba's options: what is compiled, how, when, and where it is cached.
+
+A kernel is a function `(first, last, call, real)`: it does the tasks first … last - 1 of the call
+described at the address `call`, for arrays of type `real`. It holds the GIL at no time and compiles at
+its first use, once for each type, to a C function `(first, last, call)`. That one function serves both
+ways of running it: called as it is, and from the one parallel loop of this module.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import os
+import pathlib
+import pickle
+import threading
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, cast
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import _dynfunc
+from numba.core import cgutils, types
+from numba.core.caching import FunctionCache, NullCache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_machinery import register_pass
+from numba.core.typed_passes import NativeLowering
+from numba.extending import intrinsic
+
+log = logging.getLogger("nbbn")
+
+# `contract` lets a product and a sum become one fma, which is faster and more accurate. Nothing else:
+# `reassoc` would undo the compensated sums, `nnan` and `ninf` would fold away NaN and Inf.
+CONTRACT = ("contract",)
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": set(CONTRACT)}
+
+
+
+def _no_executable(library, function, environment):
+    """Return what stands for a helper in Numba's tables: a function at no address."""
+    return _dynfunc.make_function(
+        function.lookup_module(), function.qualname, "", 0, environment, (library,)
+    )
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _HelperLowering(NativeLowering):
+    """Lowering without machine code: of a helper, only the LLVM code is wanted, to be inlined.
+
+    It is a quarter of the time that the first call takes.
+    """
+
+    _name = "nbbn_helper_lowering"
+
+    def run_pass(self, state):
+        target = state.targetctx
+        library = state.library = target.codegen().create_library(state.func_id.func_qualname)
+
+        def finalize_without_code():
+            library._finalize_dynamic_globals()
+            library._finalized = True
+
+        library._finalize_final_module = finalize_without_code
+        target.get_executable = _no_executable
+        try:
+            return super().run_pass(state)
+        finally:
+            del target.get_executable
+
+
+class _HelperCompiler(CompilerBase):
+    def define_pipelines(self):
+        passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        passes.passes = [
+            (_HelperLowering if step is NativeLowering else step, text) for step, text in passes.passes
+        ]
+        passes.finalize()
+        return [passes]
+
+
+# Helpers are only ever called from compiled code: they need no way in from Python or C.
+_HELPER: dict[str, Any] = {
+    **_OPTIONS,
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": _HelperCompiler,
+}
+
+formula = numba.njit(**_HELPER)
+"""Decorates a formula: of numbers, or of vectors of numbers, for any target."""
+
+loop = numba.njit(**_HELPER)
+"""Decorates a part of a CPU kernel."""
+
+
+@intrinsic
+def fma(typingctx, a, b, c):
+    """Return a · b + c, rounded once. Numbers or vectors, a and c of one type."""
+    if a != c:
+        return None
+
+    def codegen(context, builder, signature, args):
+        a, b, c = args
+        kind = a.type
+        if b.type != kind:
+            b = broadcast(builder, b, kind)
+        width = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
+        element = kind.element if isinstance(kind, ir.VectorType) else kind
+        name = f"llvm.fma.{width}f{64 if element == ir.DoubleType() else 32}"
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind] * 3), name
+        )
+        return builder.call(function, [a, b, c])
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def out_of_line(typingctx):
+    """As a helper's first statement: compile it once, small, and call it, rather than inline it."""
+
+    def codegen(context, builder, signature, args):
+        for attribute in ("noinline", "optsize"):
+            builder.function.attributes.add(attribute)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@functools.cache
+def interpreted(function: Any) -> Callable[..., Any]:
+    """Return a formula as a plain Python function, of numbers or of whole arrays."""
+    compiled = function.py_func.__globals__
+    scope: dict[str, Any] = {**compiled, "fma": lambda a, b, c: a * b + c}
+    for name, value in compiled.items():
+        if isinstance(value, numba.core.dispatcher.Dispatcher):
+            scope[name] = FunctionType(value.py_func.__code__, scope)
+    return FunctionType(function.py_func.__code__, scope)
+
+
+def broadcast(builder, scalar, kind):
+    """Return an LLVM vector of type `kind` whose every lane is `scalar`."""
+    index = ir.IntType(32)
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, scalar, ir.Constant(index, 0))
+    lanes = ir.Constant(ir.VectorType(index, kind.count), [0] * kind.count)
+    return builder.shuffle_vector(first, undefined, lanes)
+
+
+# --- kernels ---------------------------------------------------------------------------------------
+
+_kernels: dict[str, Callable[..., None]] = {}
+
+
+def kernel(function: Callable[..., None]) -> str:
+    """Register `function(first, last, call, real)` and return its name, for `entry`."""
+    _kernels[function.__name__] = function
+    return function.__name__
+
+
+@functools.cache
+def sources_version() -> str:
+    """A hash of all of nbbn's sources."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class _Cache(FunctionCache):
+    """Numba's cache on disk, with all of nbbn's sources in the key.
+
+    Numba's own key covers the one file that a kernel stands in, not the helpers that it calls.
+    """
+
+    def _index_key(self, signature, codegen):
+        return (*super()._index_key(signature, codegen), sources_version())
+
+
+def _compile(function: Callable[..., None], signature: Any) -> CFunc:
+    """Compile a kernel to a C function, or load it from the cache."""
+    compiled = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
+    try:
+        compiled._cache = _Cache(function)
+    except (OSError, RuntimeError) as error:  # Numba's RuntimeError: no directory can be written to
+        log.info("kernels are not cached on disk: %s", error)
+    try:
+        compiled.compile()
+    except (OSError, EOFError, ValueError, pickle.PickleError) as error:
+        # A full disk, or a file that is no cache: compile without one.
+        log.info("kernels are not cached on disk: %s", error)
+        compiled._cache = NullCache()
+        compiled.compile()
+    return compiled
+
+
+_lock = threading.RLock()
+
+
+class Entry:
+    """A compiled kernel: `run(first, last, record)` in this thread, `address` for the parallel loop."""
+
+    def __init__(self, name: str, real: type) -> None:
+        element = types.NumberClass(numba.from_dtype(np.dtype(real)))
+        signature = types.void(types.int64, types.int64, types.int64, element)
+        self._compiled = _compile(_kernels[name], signature)  # keeps the machine code alive
+        self.address: int = self._compiled.address
+        # ctypes gives up the GIL for as long as the kernel runs.
+        self._function = ctypes.CFUNCTYPE(
+            None, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
+        )(self.address)
+
+    def run(self, first: int, last: int, record: bytes) -> None:
+        """Do the tasks first … last - 1 of the call that `record` describes."""
+        self._function(first, last, record, None)
+
+
+_entries: dict[tuple[str, type], Entry] = {}
+
+
+def entry(name: str, real: type) -> Entry:
+    """Return the kernel `name`, compiled for arrays of type `real`."""
+    try:
+        return _entries[name, real]
+    except KeyError:
+        with _lock:
+            if (name, real) not in _entries:
+                _entries[name, real] = Entry(name, real)
+            return _entries[name, real]
+
+
+# --- the parallel loop -----------------------------------------------------------------------------
+
+
+@intrinsic
+def _invoke(typingctx, address, first, last, call):
+    def codegen(context, builder, signature, args):
+        integer = ir.IntType(64)
+        element = ir.IntType(8).as_pointer()  # the kernel's `real`, which carries nothing
+        function = ir.FunctionType(ir.VoidType(), [integer] * 3 + [element])
+        kernel = builder.inttoptr(args[0], function.as_pointer())
+        builder.call(kernel, [*args[1:], ir.Constant(element, None)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+def _share(address, shares, tasks, call):
+    for share in numba.prange(shares):
+        _invoke(address, share * tasks // shares, (share + 1) * tasks // shares, call)
+
+
+@functools.cache
+def _parallel_loop() -> Callable[[int, int, int, int], None]:
+    signature = types.void(*[types.int64] * 4)
+    try:
+        loop = numba.njit(signature, parallel=True, nogil=True, cache=True)(_share)
+    except (OSError, EOFError, RuntimeError, pickle.PickleError) as error:
+        log.info("the parallel loop is not cached on disk: %s", error)
+        loop = numba.njit(signature, parallel=True, nogil=True)(_share)
+    return cast(Callable[[int, int, int, int], None], loop)
+
+
+def _load_tbb() -> None:
+    """Load the tbb wheel's library, which Numba does not find by itself in a virtual environment."""
+    if numba.config.THREADING_LAYER not in ("default", "tbb", "safe", "threadsafe", "forksafe"):
+        return
+    try:
+        files = importlib.metadata.files("tbb") or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for file in files:
+        if file.name in ("libtbb.so.12", "tbb12.dll"):
+            try:
+                ctypes.CDLL(str(file.locate()), mode=ctypes.RTLD_GLOBAL)
+            except OSError as error:
+                log.info("tbb is installed but does not load: %s", error)
+            return
+
+
+class _Pool:
+    """Numba's threads, and what may be asked of them: each threading layer has its own limits."""
+
+    def __init__(self) -> None:
+        self.layer = "none"  # until the first parallel call
+        self._process = 0
+        self._busy = threading.Lock()
+
+    def start(self) -> None:
+        """Start the threads, with tbb where it is installed. Not done at import."""
+        with _lock:
+            if self.layer != "none":
+                return
+            process = os.getpid()
+            _load_tbb()
+            try:
+                _parallel_loop()(0, 0, 0, 0)
+                self.layer = numba.threading_layer()
+            except ValueError as error:
+                # The layer that NUMBA_THREADING_LAYER asks for is not there.
+                log.warning("nbbn runs on one thread: %s", error)
+                self.layer = "serial"
+            self._process = process
+
+    def threads(self) -> int:
+        """Return how many threads the next call may use."""
+        if self.layer == "none":
+            self.start()
+        if self.layer == "serial":
+            return 1
+        # omp and workqueue do not survive a fork: the child must not touch them.
+        if self.layer != "tbb" and os.getpid() != self._process:
+            return 1
+        return numba.get_num_threads()
+
+    def run(self, kernel: Entry, shares: int, tasks: int, call: int) -> None:
+        """Run `tasks` tasks of `kernel` in `shares` parallel shares."""
+        if self.layer != "workqueue":
+            _parallel_loop()(kernel.address, shares, tasks, call)
+        elif self._busy.acquire(blocking=False):
+            try:
+                _parallel_loop()(kernel.address, shares, tasks, call)
+            finally:
+                self._busy.release()
+        else:
+            # workqueue aborts the process when two threads enter it.
+            kernel.run(0, tasks, ctypes.cast(call, ctypes.c_char_p))
+
+
+pool = _Pool()

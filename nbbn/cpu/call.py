@@ -1,0 +1,93 @@
+"""What a kernel is told: one record of addresses and integers, the same for every kernel.
+
+The array is seen as rows of columns. A *tile* is `group` channels wide and `rows` high:
+
+* span: a row is one step of the outer dimensions; its columns are `group` channels × `inner` elements.
+* split (`pieces` > 1): a channel's inner dimension is too long for one row and is cut into pieces of
+  `width`; every piece is a row, and the tile is one channel wide.
+* fold (`fold` > 1): all channels of one outer step are too short for a row; `fold` steps make a row.
+
+Rows are summed in *blocks* that stay in cache between two looks at them; blocks make a *chunk*, the
+unit of partial results. Blocks and chunks come from the shape alone; `group` does not touch any bit of
+the result.
+"""
+
+import numpy as np
+from numba import from_dtype
+from numba.core import types
+from numba.extending import intrinsic
+
+_WORD = np.int64
+
+OPERAND = np.dtype(
+    [
+        ("channel", _WORD),  # bytes from a channel to the next
+        ("inner", _WORD),  # bytes from an inner element to the next
+        ("strides", _WORD),  # address of int64[dims]: bytes per step of each outer dimension
+        ("gather", _WORD),  # 1: a row's columns do not lie side by side
+    ]
+)
+
+PARAMETER = np.dtype(
+    [
+        ("address", _WORD),  # of element 0; 0: not given
+        ("stride", _WORD),  # bytes
+        ("double", _WORD),  # 1: float64, 0: float32
+    ]
+)
+
+# What differs from call to call.
+ADDRESSES = [
+    ("x", _WORD),
+    ("grad_out", _WORD),
+    ("out", _WORD),  # also grad_x
+    ("stats", _WORD),  # float64[3, channels]: mean, var, invstd; backward: grad_weight, grad_bias
+    ("partials", _WORD),  # float64[chunks, 3, channels]
+    ("tables", _WORD),  # real[4, channels]: what normalize and backward_apply need of a channel
+    ("weight", PARAMETER),
+    ("bias", PARAMETER),
+    ("mean", PARAMETER),  # backward: the batch mean; otherwise the running mean
+    ("var", PARAMETER),  # backward: invstd; otherwise the running variance
+    ("eps", np.float64),
+    ("momentum", np.float64),
+    ("correction", np.float64),
+    ("one", np.float64),  # 1.0, unknown to the compiler: see tiles.plus
+    ("training", _WORD),
+]
+
+# What a plan knows ahead.
+PLAN = [
+    ("at_x", OPERAND),
+    ("at_grad_out", OPERAND),
+    ("at_out", OPERAND),
+    ("dims", _WORD),  # outer dimensions
+    ("sizes", _WORD),  # address of int64[dims]
+    ("outer", _WORD),  # their product
+    ("channels", _WORD),
+    ("inner", _WORD),
+    ("fold", _WORD),
+    ("pieces", _WORD),
+    ("width", _WORD),  # elements of a channel in a row
+    ("rows", _WORD),
+    ("block", _WORD),  # rows
+    ("chunk", _WORD),  # rows
+    ("chunks", _WORD),
+    ("group", _WORD),  # channels of a tile
+    ("groups", _WORD),
+    ("slab", _WORD),  # rows that are written together
+    ("slabs", _WORD),
+    ("stream", _WORD),  # 1: write out past the caches
+]
+
+CALL = np.dtype(ADDRESSES + PLAN)
+_CALL = from_dtype(CALL)
+
+
+@intrinsic
+def read(typingctx, address):
+    """Return the CALL record at `address`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(_CALL))
+
+    return _CALL(types.int64), codegen

@@ -1,0 +1,492 @@
+"""The kernels: the stages of batch normalization, each over a range of tasks.
+
+A task of a *resident* kernel (`forward`, `backward`) is a group of channels whose slice stays in cache
+from the statistics to the result: memory is read once. Where a slice is too large, or there are fewer
+groups than cores, the same work is done in phases whose tasks are tiles: `collect_stats`,
+`finish_stats`, `normalize`. The chunks are the same, so the bits are.
+"""
+
+import math
+
+import numpy as np
+
+from nbbn.compiler import kernel, loop
+from nbbn.cpu.call import read
+from nbbn.cpu.simd import (
+    LANES,
+    after,
+    at_most,
+    choose,
+    fence,
+    load,
+    load_first,
+    narrow,
+    pointer,
+    scratch,
+    splat,
+    store,
+    store_first,
+    widen,
+)
+from nbbn.cpu.tiles import (
+    ROOM,
+    ROWS,
+    exact,
+    extent,
+    fill,
+    look_down,
+    multiply_down,
+    natural,
+    position,
+    row_address,
+    row_of,
+    scatter,
+    spread,
+    square_down,
+    to_channels,
+    to_columns,
+    write_gradient,
+    write_normalized,
+)
+from nbbn.formulas import (
+    gradient_parameters,
+    inverse_deviation,
+    mean_of,
+    merge,
+    running,
+    shift_of,
+    unbiased,
+    variance,
+)
+
+ROW_BUFFERS = ROWS * ROOM
+# A guess at a block's mean is rough where it has fewer values than this to go by.
+PILOT_VALUES = 64
+
+
+@loop
+def parameter(where, index, missing):
+    """Return element `index` of a parameter of either float type, or `missing`."""
+    if where.address == 0:
+        return missing
+    at = where.address + index * where.stride
+    if where.double == 1:
+        return pointer(at, np.float64)[0]
+    return np.float64(pointer(at, np.float32)[0])
+
+
+@loop
+def set_parameter(where, index, value):
+    at = where.address + index * where.stride
+    if where.double == 1:
+        pointer(at, np.float64)[0] = value
+    else:
+        pointer(at, np.float32)[0] = np.float32(value)
+
+
+@loop
+def chunk_rows(call, chunk):
+    """Return the first row of a chunk, and that after its last."""
+    begin = chunk * call.chunk
+    return begin, min(call.rows, begin + call.chunk)
+
+
+# --- forward ---------------------------------------------------------------------------------------
+
+
+@loop
+def trusted(count, squares, offset, real):
+    """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
+
+    It is not where the guess was further from the mean than the values are (`offset` is
+    n · (mean - guess)²), or where the squares left the range of x's type.
+    """
+    smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
+    near = at_most(offset + offset, squares) & at_most(smallest, squares)
+    constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0))
+    return near | constant
+
+
+@loop
+def chunk_stats(call, chunk, channel, group, real):
+    """Statistics of one chunk of one tile into its place among the partials.
+
+    Each block is looked at once: x is summed exactly, and (x - guess)² along with it, the guess being
+    the mean of what came before. Where that guess was too far off for a channel, and only there, the
+    squares are taken again around the block's own mean.
+    """
+    width = min(call.width, call.inner)
+    span = call.fold * group * width
+    means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
+    rests = after(means, call.channels)
+    m2s = after(rests, call.channels)
+    buffer = scratch(ROW_BUFFERS, real)
+    guesses = scratch(ROOM, real)  # of columns
+    guess_of = scratch(ROOM, real)  # of channels
+    sums = scratch(ROOM, np.float64)
+    lost = scratch(ROOM, np.float64)
+    squares = scratch(ROOM, np.float64)
+    again = scratch(ROOM, np.float64)
+    columns = scratch(ROOM, np.float64)
+    trust = scratch(ROOM, np.int64)
+
+    begin, end = chunk_rows(call, chunk)
+    fill(guess_of, group, real(0.0))
+    pilot = True  # the first rows are looked at twice: first for a guess only
+    first = begin
+    last = min(end, begin + (ROWS if call.fold * width < PILOT_VALUES else 1))
+    while first < end:
+        count = float(position(call, last) - position(call, first))
+        fill(sums, span, 0.0)
+        fill(lost, span, 0.0)
+        fill(squares, span, 0.0)
+        state = to_columns(call, group, width, guess_of, guesses), sums, lost, squares, call.one
+        look_down(call, first, last, channel, group, buffer, state, real)
+        to_channels(call, group, width, sums, lost, sums, lost, real)
+        to_channels(call, group, width, squares, squares, squares, again, np.float32)
+        bad = False
+        for g in range(0, group, LANES):
+            mean, rest = mean_of(load(sums, g), load(lost, g), count)
+            off = (mean - widen(load(guess_of, g))) + rest
+            offset = off * off * count
+            good = trusted(count, load(squares, g), offset, real)
+            trust[g] = good
+            bad = bad or good | (-1 << min(LANES, group - g)) != -1
+            store(sums, g, mean)
+            store(lost, g, rest)
+            store(squares, g, load(squares, g) - offset)
+            if pilot:
+                store(guess_of, g, narrow(mean, real))
+        if pilot:
+            pilot = False
+            last = min(end, begin + call.block)
+            continue
+        if bad:
+            fill(again, span, 0.0)
+            state = to_columns(call, group, width, sums, columns), again
+            square_down(call, first, last, channel, group, buffer, state, real)
+            to_channels(call, group, width, again, again, again, columns, np.float32)
+            for g in range(0, group, LANES):
+                store(squares, g, choose(trust[g], load(squares, g), load(again, g)))
+        before = float(position(call, first) - position(call, begin))
+        for g in range(0, group, LANES):
+            here = min(LANES, group - g)
+            mean = load(sums, g)
+            rest = load(lost, g)
+            m2 = load(squares, g)
+            if first > begin:
+                old = load_first(means, g, here), load_first(rests, g, here), load_first(m2s, g, here)
+                mean, rest, m2 = merge(before, old[0], old[1], old[2], count, mean, rest, m2)
+            store_first(means, g, mean, here)
+            store_first(rests, g, rest, here)
+            store_first(m2s, g, m2, here)
+            store(guess_of, g, narrow(mean, real))
+        first = last
+        last = min(end, last + call.block)
+
+
+@loop
+def pool_chunks(call, first, last):
+    """Merge the partials of the channels first … last - 1, in the order of the chunks.
+
+    The mean goes to its place among the statistics and so does the variance; the mean's low part
+    goes to invstd's for the time being.
+    """
+    stats = pointer(call.stats, np.float64)
+    for c in range(first, last, LANES):
+        here = min(LANES, last - c)
+        mean = splat(0.0)
+        rest = splat(0.0)
+        m2 = splat(0.0)
+        count = 0.0
+        for chunk in range(call.chunks):
+            begin, end = chunk_rows(call, chunk)
+            more = float(position(call, end) - position(call, begin))
+            means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels)
+            rests = after(means, call.channels)
+            m2s = after(rests, call.channels)
+            new = load_first(means, c, here), load_first(rests, c, here), load_first(m2s, c, here)
+            if chunk == 0:
+                mean, rest, m2 = new
+            else:
+                mean, rest, m2 = merge(count, mean, rest, m2, more, new[0], new[1], new[2])
+            count += more
+        store_first(stats, c, mean, here)
+        store_first(stats, call.channels + c, variance(m2, count), here)
+        store_first(stats, 2 * call.channels + c, rest, here)
+
+
+@loop
+def table_room(channels):
+    """Return how far apart two tables are: whole cache lines, and a vector more to read beyond."""
+    return (channels // LANES + 2) * LANES
+
+
+@loop
+def set_tables(call, c, mean, rest, invstd, real):
+    """What `normalize` needs of channel c."""
+    tables = pointer(call.tables, real)
+    pad = table_room(call.channels)
+    scale = parameter(call.weight, c, 1.0) * invstd
+    rounded = real(mean)
+    lost = (mean - np.float64(rounded)) + rest
+    tables[c] = rounded
+    tables[pad + c] = real(scale)
+    tables[2 * pad + c] = real(shift_of(parameter(call.bias, c, 0.0), lost, scale))
+
+
+@loop
+def finish_channels(call, first, last, real):
+    """From partials to mean, var, invstd and the tables of normalization."""
+    pool_chunks(call, first, last)
+    stats = pointer(call.stats, np.float64)
+    for c in range(first, last):
+        rest = stats[2 * call.channels + c]
+        invstd = inverse_deviation(stats[call.channels + c], call.eps)
+        stats[2 * call.channels + c] = invstd
+        set_tables(call, c, stats[c], rest, invstd, real)
+
+
+@loop
+def normalize_rows(call, first, last, channel, group, real):
+    """Normalize the rows first … last - 1, in the order of memory, of one tile."""
+    width = min(call.width, call.inner)
+    buffer = scratch(ROW_BUFFERS, real)
+    tables = after(pointer(call.tables, real), channel)
+    pad = table_room(call.channels)
+    means, mask = spread(call, group, width, tables, scratch(ROOM, real))
+    scales, mask = spread(call, group, width, after(tables, pad), scratch(ROOM, real))
+    shifts, mask = spread(call, group, width, after(tables, 2 * pad), scratch(ROOM, real))
+    for row in range(first, last):
+        step, piece = natural(call, row)
+        steps, count = extent(call, step, piece)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+        out = after(buffer, ROOM)
+        if call.at_out.gather == 0:
+            out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
+        streaming = call.at_out.gather == 0 and call.stream == 1
+        write_normalized(out, steps * group * count, streaming, (x, means, scales, shifts, mask), real)
+        if call.at_out.gather == 1:
+            scatter(call, step, piece, channel, group, out, real)
+
+
+@kernel
+def forward(first, last, address, real):
+    """Training forward, resident. Tasks: groups of channels."""
+    call = read(address)
+    for task in range(first, last):
+        channel = task * call.group
+        group = min(call.group, call.channels - channel)
+        for chunk in range(call.chunks):
+            chunk_stats(call, chunk, channel, group, real)
+        finish_channels(call, channel, channel + group, real)
+        normalize_rows(call, 0, call.rows, channel, group, real)
+    if call.stream == 1:
+        fence()
+
+
+@kernel
+def collect_stats(first, last, address, real):
+    """Statistics of tiles into the partials. Tasks: chunks × groups."""
+    call = read(address)
+    for task in range(first, last):
+        channel = task % call.groups * call.group
+        group = min(call.group, call.channels - channel)
+        chunk_stats(call, task // call.groups, channel, group, real)
+
+
+@kernel
+def finish_stats(first, last, address, real):
+    """Partials into mean, var, invstd and the tables. Tasks: blocks of LANES channels."""
+    call = read(address)
+    finish_channels(call, first * LANES, min(last * LANES, call.channels), real)
+
+
+@kernel
+def use_running_stats(first, last, address, real):
+    """The tables from the running statistics, for evaluation. Tasks: blocks of LANES channels."""
+    call = read(address)
+    for c in range(first * LANES, min(last * LANES, call.channels)):
+        invstd = inverse_deviation(parameter(call.var, c, 1.0), call.eps)
+        set_tables(call, c, parameter(call.mean, c, 0.0), 0.0, invstd, real)
+
+
+@kernel
+def normalize(first, last, address, real):
+    """Tasks: slabs of rows × groups, in the order of memory."""
+    call = read(address)
+    # Backwards: what the statistics read last is the likeliest to be in cache still.
+    for task in range(first, last):
+        channel = task % call.groups * call.group
+        group = min(call.group, call.channels - channel)
+        row = task // call.groups * call.slab
+        normalize_rows(call, row, min(call.rows, row + call.slab), channel, group, real)
+    if call.stream == 1:
+        fence()
+
+
+@kernel
+def update_running_stats(first, last, address, real):
+    """Tasks: channels."""
+    call = read(address)
+    stats = pointer(call.stats, np.float64)
+    count = float(call.outer * call.inner)
+    for c in range(first, last):
+        mean = parameter(call.mean, c, 0.0)
+        if call.mean.address != 0:
+            set_parameter(call.mean, c, running(mean, stats[c], call.momentum))
+        if call.var.address != 0:
+            var = unbiased(stats[call.channels + c], count, call.correction)
+            set_parameter(call.var, c, running(parameter(call.var, c, 0.0), var, call.momentum))
+
+
+# --- backward --------------------------------------------------------------------------------------
+
+
+@loop
+def power_of_two(invstd):
+    """Return a power of two near invstd: to scale with, without rounding."""
+    if not 2.0**-120 < invstd < 2.0**120:
+        return 1.0
+    return math.ldexp(1.0, math.frexp(invstd)[1])
+
+
+@loop
+def chunk_gradients(call, chunk, channel, group, real):
+    """Σ dy and Σ dy · (x - mean) · power_of_two(invstd) of one chunk of one tile into the partials."""
+    width = min(call.width, call.inner)
+    span = call.fold * group * width
+    bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
+    weight_sums = after(bias_sums, call.channels)
+    buffer = scratch(ROW_BUFFERS, real)
+    mean_of_channel = scratch(ROOM, real)
+    scale_of_channel = scratch(ROOM, real)
+    sums = scratch(ROOM, np.float64)
+    products = scratch(ROOM, np.float64)
+    rests = scratch(ROOM, np.float64)
+    for g in range(group):
+        mean_of_channel[g] = real(parameter(call.mean, channel + g, 0.0))
+        scale_of_channel[g] = real(power_of_two(parameter(call.var, channel + g, 1.0)))
+    means = to_columns(call, group, width, mean_of_channel, scratch(ROOM, real))
+    scales = to_columns(call, group, width, scale_of_channel, scratch(ROOM, real))
+    begin, end = chunk_rows(call, chunk)
+    for first in range(begin, end, call.block):
+        fill(sums, span, 0.0)
+        fill(products, span, 0.0)
+        state = means, scales, sums, products
+        multiply_down(call, first, min(end, first + call.block), channel, group, buffer, state, real)
+        to_channels(call, group, width, sums, sums, sums, rests, np.float32)
+        to_channels(call, group, width, products, products, products, rests, np.float32)
+        for g in range(0, group, LANES):
+            here = min(LANES, group - g)
+            bias_sum = load(sums, g)
+            weight_sum = load(products, g)
+            if first > begin:
+                bias_sum = load_first(bias_sums, g, here) + bias_sum
+                weight_sum = load_first(weight_sums, g, here) + weight_sum
+            store_first(bias_sums, g, bias_sum, here)
+            store_first(weight_sums, g, weight_sum, here)
+
+
+@loop
+def finish_gradients(call, first, last, real):
+    """From partials to grad_weight, grad_bias and the tables of grad_x."""
+    stats = pointer(call.stats, np.float64)
+    tables = pointer(call.tables, real)
+    pad = table_room(call.channels)
+    count = float(call.outer * call.inner)
+    for c in range(first, last):
+        grad_bias = 0.0
+        product = 0.0
+        for chunk in range(call.chunks):
+            bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + c)
+            grad_bias += bias_sums[0]
+            product += bias_sums[call.channels]
+        mean = parameter(call.mean, c, 0.0)
+        invstd = parameter(call.var, c, 1.0)
+        rounded = real(mean)
+        lost = mean - np.float64(rounded)
+        grad_weight = (product / power_of_two(invstd) - lost * grad_bias) * invstd
+        stats[c] = grad_weight
+        stats[call.channels + c] = grad_bias
+        scale = parameter(call.weight, c, 1.0) * invstd
+        slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, count)
+        if call.training == 0:
+            # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
+            rounded = real(0.0)
+            slope = 0.0
+        tables[c] = rounded
+        tables[pad + c] = real(scale)
+        tables[2 * pad + c] = real(slope)
+        tables[3 * pad + c] = real(offset)
+
+
+@loop
+def apply_rows(call, first, last, channel, group, real):
+    """Write grad_x into the rows first … last - 1, in the order of memory, of one tile."""
+    width = min(call.width, call.inner)
+    buffer = scratch(ROW_BUFFERS, real)
+    tables = after(pointer(call.tables, real), channel)
+    pad = table_room(call.channels)
+    means, mask = spread(call, group, width, tables, scratch(ROOM, real))
+    scales, mask = spread(call, group, width, after(tables, pad), scratch(ROOM, real))
+    slopes, mask = spread(call, group, width, after(tables, 2 * pad), scratch(ROOM, real))
+    offsets, mask = spread(call, group, width, after(tables, 3 * pad), scratch(ROOM, real))
+    for row in range(first, last):
+        step, piece = natural(call, row)
+        steps, count = extent(call, step, piece)
+        dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, buffer, real)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, after(buffer, ROOM), real)
+        out = after(buffer, 2 * ROOM)
+        if call.at_out.gather == 0:
+            out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
+        streaming = call.at_out.gather == 0 and call.stream == 1
+        state = dy, x, means, scales, slopes, offsets, mask
+        write_gradient(out, steps * group * count, streaming, state, real)
+        if call.at_out.gather == 1:
+            scatter(call, step, piece, channel, group, out, real)
+
+
+@kernel
+def backward(first, last, address, real):
+    """Training backward, resident. Tasks: groups of channels."""
+    call = read(address)
+    for task in range(first, last):
+        channel = task * call.group
+        group = min(call.group, call.channels - channel)
+        for chunk in range(call.chunks):
+            chunk_gradients(call, chunk, channel, group, real)
+        finish_gradients(call, channel, channel + group, real)
+        apply_rows(call, 0, call.rows, channel, group, real)
+    if call.stream == 1:
+        fence()
+
+
+@kernel
+def backward_reduce(first, last, address, real):
+    """Tasks: chunks × groups."""
+    call = read(address)
+    for task in range(first, last):
+        channel = task % call.groups * call.group
+        group = min(call.group, call.channels - channel)
+        chunk_gradients(call, task // call.groups, channel, group, real)
+
+
+@kernel
+def finish_backward(first, last, address, real):
+    """Partials into grad_weight, grad_bias and the tables. Tasks: blocks of LANES channels."""
+    call = read(address)
+    finish_gradients(call, first * LANES, min(last * LANES, call.channels), real)
+
+
+@kernel
+def backward_apply(first, last, address, real):
+    """Tasks: slabs of rows × groups, in the order of memory."""
+    call = read(address)
+    for task in range(first, last):
+        channel = task % call.groups * call.group
+        group = min(call.group, call.channels - channel)
+        row = task // call.groups * call.slab
+        apply_rows(call, row, min(call.rows, row + call.slab), channel, group, real)
+    if call.stream == 1:
+        fence()

@@ -1,0 +1,185 @@
+"""How a problem is cut up and scheduled: what the kernels are told of it, computed once per problem."""
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+from nbbn.cpu.call import PLAN
+from nbbn.cpu.simd import LANES
+from nbbn.cpu.tiles import COLUMNS, ROWS
+from nbbn.geometry import Geometry, Layout
+
+BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
+MAX_CHUNKS = 256
+PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to half a megabyte
+SLAB_ROWS = 16  # written together
+SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
+STREAM_BYTES = 2 << 20  # an output as large as this is written past the caches
+
+
+def _cache_bytes(level: str, otherwise: int) -> int:
+    try:
+        return os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE") or otherwise
+    except (ValueError, OSError, AttributeError):
+        return otherwise
+
+
+L2_BYTES = _cache_bytes("2", 1 << 20)
+L3_BYTES = _cache_bytes("3", 8 << 20)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Rows, blocks and chunks, from the shape and the strides alone. See `nbbn.cpu.call`."""
+
+    outer: int
+    fold: int
+    pieces: int
+    width: int
+    rows: int
+    block: int
+    chunk: int
+    chunks: int
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _joined(layout: Layout, geometry: Geometry, size: int) -> bool:
+    """Whether the channels and inner elements of one outer step lie side by side."""
+    inner = geometry.inner == 1 or layout.inner == size
+    return inner and (geometry.channels == 1 or layout.channel == geometry.inner * size)
+
+
+def _piece(inner: int) -> int:
+    """Return the length of the pieces that an inner dimension is cut into: equal, if that can be."""
+    least = -(-inner // COLUMNS)
+    for pieces in range(least, 2 * least):
+        if inner % (pieces * LANES) == 0:
+            return inner // pieces
+    return _up(-(-inner // least), LANES)
+
+
+def tile(geometry: Geometry, size: int) -> Tiling:
+    """Cut a problem of elements of `size` bytes into rows, blocks and chunks."""
+    channels, inner = geometry.channels, geometry.inner
+    outer = int(np.prod(geometry.sizes, dtype=np.int64))
+    fold, pieces, width, rows = 1, 1, inner, outer
+    first = geometry.layouts[0]
+    if inner > COLUMNS:
+        width = _piece(inner)
+        pieces = -(-inner // width)
+        rows = outer * pieces
+    elif len(geometry.sizes) == 1 and outer > 1 and channels * inner <= COLUMNS // 2:
+        side_by_side = _joined(first, geometry, size) and first.outer[0] == channels * inner * size
+        if side_by_side or channels * inner < 4 * LANES:
+            fold = min(outer, COLUMNS // (channels * inner))
+            rows = -(-outer // fold)
+    columns = min(COLUMNS, width if pieces > 1 else fold * channels * inner)
+    block = _up(BLOCK_ELEMENTS // columns, ROWS)
+    limit = max(1, min(MAX_CHUNKS, PARTIAL_WORDS // (3 * channels)))
+    chunk = _up(-(-rows // limit), block)
+    return Tiling(outer, fold, pieces, width, rows, block, chunk, -(-rows // chunk))
+
+
+class Plan:
+    """A problem, cut and scheduled: the plan part of every call record, and what runs in which order.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Of x; of x and out; or of x, grad_out and out.
+    real : type
+        numpy.float32 or numpy.float64.
+    threads : int
+        How many threads may work on it. Changes the schedule, never the result.
+    """
+
+    def __init__(self, geometry: Geometry, real: type, threads: int) -> None:
+        size = np.dtype(real).itemsize
+        self.real = real
+        self.threads = threads
+        self.channels = geometry.channels
+        tiling = tile(geometry, size)
+        self.count = tiling.outer * geometry.inner
+        reads = len(geometry.layouts) - 1
+        self.group, self.resident = self._schedule(geometry, tiling, size * max(1, reads))
+        self.groups = -(-geometry.channels // self.group)
+        slab = self._slab(geometry, tiling)
+        self.slabs = -(-tiling.rows // slab)
+        self.chunks = tiling.chunks
+        self.partial_words = 3 * self.channels * tiling.chunks
+        self.words = self.partial_words + 4 * (self.channels + 2 * LANES) + LANES
+        x, grad_out, out = geometry.layouts[0], geometry.layouts[len(geometry.layouts) // 2], geometry.layouts[-1]
+        self.offset_x, self.offset_grad_out, self.offset_out = x.offset, grad_out.offset, out.offset
+
+        dims = len(geometry.sizes)
+        self._strides = np.array(
+            [geometry.sizes, x.outer, grad_out.outer, out.outer], np.int64
+        )  # the record holds its addresses: kept alive with the plan
+        at = self._strides.ctypes.data
+        out_bytes = size * self.count * self.channels
+        fields: list[int] = []
+        for k, layout in enumerate((x, grad_out, out), start=1):
+            joined = _joined(layout, geometry, size) or (
+                self.group == 1 and tiling.fold == 1 and (geometry.inner == 1 or layout.inner == size)
+            )
+            if tiling.fold > 1:
+                joined = joined and layout.outer[0] == self.channels * geometry.inner * size
+            fields += [layout.channel, layout.inner, at + 8 * dims * k, int(not joined)]
+        fields += [
+            dims,
+            at,
+            tiling.outer,
+            self.channels,
+            geometry.inner,
+            tiling.fold,
+            tiling.pieces,
+            tiling.width,
+            tiling.rows,
+            tiling.block,
+            tiling.chunk,
+            tiling.chunks,
+            self.group,
+            self.groups,
+            slab,
+            self.slabs,
+            int(out_bytes >= STREAM_BYTES),
+        ]
+        self.record = struct.pack(f"{len(fields)}q", *fields)
+        assert len(self.record) == np.dtype(PLAN).itemsize
+
+    def _schedule(self, geometry: Geometry, tiling: Tiling, element: int) -> tuple[int, bool]:
+        """Return how many channels a tile is wide, and whether a group stays in cache."""
+        channels = geometry.channels
+        if tiling.fold > 1:
+            return channels, self.threads == 1
+        widest = 1 if tiling.pieces > 1 else max(1, COLUMNS // geometry.inner)
+        # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
+        whole = LANES // math.gcd(LANES, geometry.inner)
+        widest = widest // whole * whole or widest
+        if self.threads == 1:
+            return min(widest, channels), True
+        slice_bytes = element * tiling.outer * geometry.inner
+        # Enough groups for every thread to have two, where the channels suffice.
+        shared = max(1, min(widest, channels // (2 * self.threads)))
+        cached = min(shared, L2_BYTES // 2 // slice_bytes)
+        cached = cached // whole * whole or cached
+        if widest == 1 and slice_bytes * self.threads <= L3_BYTES // 2:
+            cached = 1  # read from memory once all the same: the second look finds it in L3
+        line = -(-64 // (element * geometry.inner))  # channels that fill a cache line
+        if cached >= min(line, channels) and -(-channels // cached) >= self.threads:
+            return cached, True
+        return min(widest, channels), False
+
+    def _slab(self, geometry: Geometry, tiling: Tiling) -> int:
+        """Return how many rows are written together."""
+        if self.group == 1 and tiling.fold == 1:
+            return min(SLAB_ROWS, tiling.pieces)  # in the order of memory
+        # A group's tables are made once for a slab.
+        share = tiling.rows // (8 * self.threads)
+        return max(SLAB_ROWS, share) if geometry.inner == 1 else SLAB_ROWS

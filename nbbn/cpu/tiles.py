@@ -1,0 +1,466 @@
+"""Where the rows of a tile lie, and the loops over its rows and columns.
+
+Sums run downwards, a column at a time, so a row needs no particular length or alignment; the columns
+of a channel are added up at the end of a block. Four rows are read at a time: four streams keep the
+memory busier than one.
+"""
+
+import numpy as np
+from numba.core import types
+from numba.extending import overload
+
+from nbbn.compiler import fma, loop, out_of_line
+from nbbn.cpu.simd import (
+    LANES,
+    STREAM_BYTES,
+    address,
+    after,
+    fold,
+    keep_first,
+    lane,
+    load,
+    load_first,
+    pointer,
+    scratch,
+    splat,
+    store,
+    store_first,
+    stream,
+    widen,
+)
+from nbbn.formulas import gradient, normalized, squared_deviation, two_sum
+
+COLUMNS = 1024  # a row is at most this long
+ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
+ROWS = 8  # that are read at a time
+
+
+def exact(real):
+    """Whether sums of `real` in float64 must be compensated to be good to their last bit."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@overload(exact)
+def _exact(real):
+    # A float64 holds the sum of 2²⁹ float32 of like size without rounding.
+    compensate = real.dtype == types.float64
+    return (lambda real: True) if compensate else (lambda real: False)
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+@loop
+def natural(call, row):
+    """Return the outer step and the piece of a row, in the order of memory."""
+    if call.pieces == 1:
+        return row * call.fold, 0
+    return row // call.pieces, row % call.pieces
+
+
+@loop
+def in_fours(call, row):
+    """Return the outer step and the piece of a row, such that four rows are of four outer steps.
+
+    Four pieces of one step would be four short streams where one long one does better.
+    """
+    quad = ROWS * call.pieces
+    full = call.outer // ROWS * quad
+    if call.pieces == 1:
+        return natural(call, row)
+    if row >= full:
+        step, piece = natural(call, row - full)
+        return call.outer // ROWS * ROWS + step, piece
+    return row // quad * ROWS + row % ROWS, row % quad // ROWS
+
+
+@loop
+def position(call, row):
+    """Return how many values of a channel come before `row`, counted in fours."""
+    out_of_line()
+    if call.pieces == 1:
+        return min(call.outer, row * call.fold) * call.inner
+    quad = ROWS * call.pieces
+    full = call.outer // ROWS * quad
+    if row >= full:
+        row -= full
+        step = call.outer // ROWS * ROWS + row // call.pieces
+        return step * call.inner + row % call.pieces * call.width
+    before = row % quad // ROWS * call.width
+    return row // quad * ROWS * call.inner + before * ROWS + row % ROWS * min(call.width, call.inner - before)
+
+
+@loop
+def extent(call, step, piece):
+    """Return how many outer steps make a row, and how many elements of a channel each has."""
+    if call.pieces == 1:
+        return min(call.fold, call.outer - step), call.inner
+    return 1, min(call.width, call.inner - piece * call.width)
+
+
+@loop
+def row_address(call, base, operand, step, piece, channel):
+    """Return the address of the first element of a row in a tile that begins at `channel`."""
+    out_of_line()
+    at = base + channel * operand.channel + piece * call.width * operand.inner
+    strides = pointer(operand.strides, np.int64)
+    if call.dims == 1:
+        return at + step * strides[0]
+    sizes = pointer(call.sizes, np.int64)
+    for d in range(call.dims - 1, -1, -1):
+        at += step % sizes[d] * strides[d]
+        step //= sizes[d]
+    return at
+
+
+@loop
+def row_of(call, base, operand, step, piece, channel, group, buffer, real):
+    """Return a pointer to a row's columns; to a copy in `buffer` where they do not lie together."""
+    at = row_address(call, base, operand, step, piece, channel)
+    if operand.gather == 0:
+        return pointer(at, real)
+    gather(call, at, operand, step, piece, group, buffer, real)
+    return buffer
+
+
+@loop
+def gather(call, at, operand, step, piece, group, buffer, real):
+    out_of_line()
+    steps, count = extent(call, step, piece)
+    outer = pointer(operand.strides, np.int64)[call.dims - 1]
+    j = 0
+    for f in range(steps):
+        for g in range(group):
+            there = at + f * outer + g * operand.channel
+            for i in range(count):
+                buffer[j] = pointer(there + i * operand.inner, real)[0]
+                j += 1
+
+
+@loop
+def some(p, j, count):
+    """Return the vector at column j, with zeros from column `count` on."""
+    if j + LANES <= count:
+        return load(p, j)
+    return load_first(p, j, count - j)
+
+
+@loop
+def fill(p, count, value):
+    """Set p[0 : count], and up to LANES - 1 elements more."""
+    out_of_line()
+    vector = splat(value)
+    for j in range(0, count, LANES):
+        store(p, j, vector)
+
+
+# --- sums over rows, a column at a time ------------------------------------------------------------
+
+
+@loop
+def plus(total, lost, x, one, real):
+    """Return total + x, and what the sums lost.
+
+    `one` is 1.0, which the compiler does not know: an fma runs on other ports than the conversions
+    do, and the loop takes 0.7 of the time.
+    """
+    if exact(real):
+        total, more = two_sum(total, widen(x))
+        return total, lost + more
+    return fma(widen(x), one, total), lost
+
+
+@loop
+def look_at_rows(rows, count, state, real):
+    """Add up x of ROWS rows, in float64, and (x - guess)², those of ROWS rows in x's type first."""
+    guesses, sums, lost, squares, one = state
+    for j in range(0, count, LANES):
+        guess = load(guesses, j)
+        total = load(sums, j)
+        rest = load(lost, j) if exact(real) else total
+        square = splat(real(0.0))
+        for k in range(ROWS):
+            x = some(pointer(rows[k], real), j, count)
+            total, rest = plus(total, rest, x, one, real)
+            square = square + squared_deviation(x, guess)
+        store(sums, j, total)
+        if exact(real):
+            store(lost, j, rest)
+        if j + LANES > count:
+            square = keep_first(square, count - j)
+        store(squares, j, load(squares, j) + widen(square))
+
+
+@loop
+def look_at_row(row, count, state, real):
+    guesses, sums, lost, squares, one = state
+    for j in range(0, count, LANES):
+        x = some(row, j, count)
+        total = load(sums, j)
+        rest = load(lost, j) if exact(real) else total
+        total, rest = plus(total, rest, x, one, real)
+        store(sums, j, total)
+        if exact(real):
+            store(lost, j, rest)
+        square = squared_deviation(widen(x), widen(load(guesses, j)))
+        if j + LANES > count:
+            square = keep_first(square, count - j)
+        store(squares, j, load(squares, j) + square)
+
+
+@loop
+def square_row(row, count, state, real):
+    means, squares = state
+    for j in range(0, count, LANES):
+        one = squared_deviation(widen(some(row, j, count)), load(means, j))
+        if j + LANES > count:
+            one = keep_first(one, count - j)
+        store(squares, j, load(squares, j) + one)
+
+
+@loop
+def alike(call, row, last, wanted):
+    """Return `wanted` where the next rows are that many full ones of successive steps, otherwise 1."""
+    if row + wanted <= last:
+        step, piece = in_fours(call, row)
+        end, end_piece = in_fours(call, row + wanted - 1)
+        if end_piece == piece and end == step + (wanted - 1) * call.fold and end + call.fold <= call.outer:
+            return wanted
+    return 1
+
+
+@loop
+def look_down(call, first, last, channel, group, buffer, state, real):
+    """Look at the rows first … last - 1 of a tile."""
+    rows = scratch(ROWS, np.int64)
+    row = first
+    while row < last:
+        together = alike(call, row, last, ROWS)
+        step, piece = in_fours(call, row)
+        steps, count = extent(call, step, piece)
+        columns = steps * group * count
+        for k in range(together):
+            step, piece = in_fours(call, row + k)
+            room = after(buffer, k * ROOM)
+            rows[k] = address(row_of(call, call.x, call.at_x, step, piece, channel, group, room, real))
+        if together == ROWS:
+            look_at_rows(rows, columns, state, real)
+        else:
+            look_at_row(pointer(rows[0], real), columns, state, real)
+        row += together
+
+
+@loop
+def square_down(call, first, last, channel, group, buffer, state, real):
+    """Add up the squares of the rows first … last - 1 of a tile."""
+    for row in range(first, last):
+        step, piece = in_fours(call, row)
+        steps, count = extent(call, step, piece)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+        square_row(x, steps * group * count, state, real)
+
+
+@loop
+def multiply_rows(rows, count, state, real):
+    """Add up dy and dy · (x - mean) · scale of two rows, in x's type, and the pairs in float64."""
+    means, scales, sums, products = state
+    for j in range(0, count, LANES):
+        mean = load(means, j)
+        scale = load(scales, j)
+        total = splat(real(0.0))
+        product = splat(real(0.0))
+        for k in range(0, ROWS, 2):
+            dy = some(pointer(rows[k], real), j, count)
+            x = some(pointer(rows[k + 1], real), j, count)
+            total = total + dy
+            product = product + dy * ((x - mean) * scale)
+        if j + LANES > count:
+            product = keep_first(product, count - j)
+        store(sums, j, load(sums, j) + widen(total))
+        store(products, j, load(products, j) + widen(product))
+
+
+@loop
+def multiply_row(dy, x, count, state, real):
+    means, scales, sums, products = state
+    for j in range(0, count, LANES):
+        g = some(dy, j, count)
+        deviation = widen(some(x, j, count)) - widen(load(means, j))
+        product = widen(g) * (deviation * widen(load(scales, j)))
+        if j + LANES > count:
+            product = keep_first(product, count - j)
+        store(sums, j, load(sums, j) + widen(g))
+        store(products, j, load(products, j) + product)
+
+
+@loop
+def multiply_down(call, first, last, channel, group, buffer, state, real):
+    """Multiply the rows first … last - 1 of grad_out and x, two of each at a time."""
+    rows = scratch(ROWS, np.int64)
+    row = first
+    while row < last:
+        together = alike(call, row, last, ROWS // 2)
+        step, piece = in_fours(call, row)
+        steps, count = extent(call, step, piece)
+        columns = steps * group * count
+        for k in range(together):
+            step, piece = in_fours(call, row + k)
+            room = after(buffer, 2 * k * ROOM)
+            rows[2 * k] = address(
+                row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
+            )
+            room = after(room, ROOM)
+            rows[2 * k + 1] = address(
+                row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
+            )
+        if together > 1:
+            multiply_rows(rows, columns, state, real)
+        else:
+            multiply_row(pointer(rows[0], real), pointer(rows[1], real), columns, state, real)
+        row += together
+
+
+# --- between columns and channels ------------------------------------------------------------------
+
+
+@loop
+def to_channels(call, group, width, sums, lost, totals, rests, real):
+    """Add up each channel's columns: totals[channel] + rests[channel]; the buffers may be the same.
+
+    With float32 for `real`, nothing was lost, and `lost` is not read.
+    """
+    out_of_line()
+    if width == 1:
+        for g in range(0, group, LANES):
+            total = load(sums, g)
+            rest = load(lost, g) if exact(real) else splat(0.0)
+            for f in range(1, call.fold):
+                more = load(sums, f * group + g)
+                if exact(real):
+                    total, small = two_sum(total, more)
+                    rest = rest + (load(lost, f * group + g) + small)
+                else:
+                    total = total + more
+            store(totals, g, total)
+            store(rests, g, rest)
+        return
+    for g in range(group):
+        total = splat(0.0)
+        rest = splat(0.0)
+        for f in range(call.fold):
+            first = (f * group + g) * width
+            for j in range(first, first + width, LANES):
+                more = some(sums, j, first + width)
+                if exact(real):
+                    total, small = two_sum(total, more)
+                    rest = rest + (some(lost, j, first + width) + small)
+                else:
+                    total = total + more
+        if exact(real):
+            high = 0.0
+            low = fold(rest)
+            for i in range(LANES):
+                high, small = two_sum(high, lane(total, i))
+                low += small
+            totals[g] = high
+            rests[g] = low
+        else:
+            totals[g] = fold(total)
+            rests[g] = 0.0
+
+
+@loop
+def to_columns(call, group, width, values, columns):
+    """columns[column] = values[its channel]; return the buffer that holds them."""
+    out_of_line()
+    if width == 1 and call.fold == 1:
+        return values
+    for f in range(call.fold):
+        if width == 1:
+            for g in range(0, group, LANES):
+                store(columns, f * group + g, load(values, g))
+        else:
+            for g in range(group):
+                fill(after(columns, (f * group + g) * width), width, values[g])
+    return columns
+
+
+@loop
+def spread(call, group, width, values, columns):
+    """The same as `to_columns`, for tables: where all columns are of one channel, LANES of them do.
+
+    Return the buffer, and what to mask a column's index with.
+    """
+    if group == 1 and call.fold == 1:
+        fill(columns, LANES, values[0])
+        return columns, 0
+    return to_columns(call, group, width, values, columns), -1
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+@loop
+def normalized_at(state, j, count):
+    x, means, scales, shifts, mask = state
+    t = j & mask
+    return normalized(some(x, j, count), load(means, t), load(scales, t), load(shifts, t))
+
+
+@loop
+def gradient_at(state, j, count):
+    dy, x, means, scales, slopes, offsets, mask = state
+    t = j & mask
+    return gradient(
+        some(dy, j, count),
+        some(x, j, count),
+        load(means, t),
+        load(scales, t),
+        load(slopes, t),
+        load(offsets, t),
+    )
+
+
+def _write(value):
+    """Return a loop that writes value(state, column) into a row."""
+
+    @loop
+    def write_row(row, count, streaming, state, real):
+        j = 0
+        size = 8 if exact(real) else 4
+        ahead = -address(row) % STREAM_BYTES
+        if streaming and ahead % size == 0:
+            head = min(count, ahead // size)
+            for j in range(0, head, LANES):
+                store_first(row, j, value(state, j, head), head - j)
+            j = head
+            while j + LANES <= count:
+                stream(row, j, value(state, j, count))
+                j += LANES
+        while j + LANES <= count:
+            store(row, j, value(state, j, count))
+            j += LANES
+        if j < count:
+            store_first(row, j, value(state, j, count), count - j)
+
+    return write_row
+
+
+write_normalized = _write(normalized_at)
+write_gradient = _write(gradient_at)
+
+
+@loop
+def scatter(call, step, piece, channel, group, buffer, real):
+    """Write the columns in `buffer` to where they lie in `out`."""
+    out_of_line()
+    at = row_address(call, call.out, call.at_out, step, piece, channel)
+    steps, count = extent(call, step, piece)
+    outer = pointer(call.at_out.strides, np.int64)[call.dims - 1]
+    j = 0
+    for f in range(steps):
+        for g in range(group):
+            there = at + f * outer + g * call.at_out.channel
+            for i in range(count):
+                pointer(there + i * call.at_out.inner, real)[0] = buffer[j]
+                j += 1

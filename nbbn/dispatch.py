@@ -1,0 +1,68 @@
+"""From a problem to the implementation that takes it: the first one in the list that supports it.
+
+A problem says all that is known before the numbers are; it is hashed, and answered once.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbbn.arrays import Parameter
+from nbbn.geometry import Strides
+
+
+class Update(NamedTuple):
+    """The running statistics that a training step updates, and how."""
+
+    mean: Parameter
+    var: Parameter
+    momentum: float
+    correction: float
+
+
+class Problem(NamedTuple):
+    """What does not change from one call to the next on arrays of one kind.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of all arrays; no dimension is 0.
+    axis : int
+        The channel axis.
+    strides : tuple of tuple of int
+        In bytes, of each array: x; x and out; or x, grad_out and out.
+    dtype : numpy.dtype
+        Of all arrays.
+    threads : int
+        How many may work on it. Never changes the result.
+    device : str
+        Where the arrays lie: "cpu".
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+    strides: tuple[Strides, ...]
+    dtype: np.dtype
+    threads: int
+    device: str = "cpu"
+
+
+def _cpu(problem: Problem) -> Any:
+    if problem.device != "cpu":
+        return None
+    from nbbn.cpu.run import Run  # the kernels are only read when they are wanted
+
+    return Run(problem)
+
+
+IMPLEMENTATIONS = [_cpu]
+
+
+@functools.lru_cache(maxsize=4096)
+def find(problem: Problem) -> Any:
+    """Return what runs the stages of a problem: see `nbbn.cpu.run.Run`."""
+    for implementation in IMPLEMENTATIONS:
+        if (run := implementation(problem)) is not None:
+            return run
+    raise NotImplementedError(f"nothing here computes {problem}")

@@ -1,0 +1,134 @@
+"""Memory for outputs, recycled.
+
+The first touch of fresh memory costs a page fault a page: for a 100 MB output more time than the work.
+So the memory of a large output goes back to a pool here when the last array, view or buffer that can
+see it is gone, and the next output of that size takes it from there. Nothing is handed out while
+anything can still see it: the memory is owned by an object that every view keeps alive, and it is that
+object's end that returns it.
+
+The pool holds at most `set_recycling(max_bytes)` bytes; what was returned longest ago is freed first.
+"""
+
+import collections
+import math
+import os
+import threading
+
+import numpy as np
+
+SMALLEST = 1 << 20  # bytes: malloc recycles what is smaller by itself
+ALIGNMENT = 64  # a cache line, for streaming stores
+_PAGE = 4096
+DEFAULT_BYTES = 1 << 30
+
+
+def _configured() -> int:
+    value = os.environ.get("NBBN_RECYCLE_BYTES", "")
+    return int(value) if value.isdecimal() else DEFAULT_BYTES
+
+
+class _Pool:
+    """Blocks of memory that nobody sees, the one returned longest ago first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        # Reentrant: a block can come back from a garbage collection inside the lock.
+        self._lock = threading.RLock()
+        self._blocks: collections.deque[np.ndarray] = collections.deque()
+        self._bytes = 0
+
+    def take(self, nbytes: int) -> np.ndarray:
+        with self._lock:
+            for k in range(len(self._blocks) - 1, -1, -1):
+                if self._blocks[k].nbytes == nbytes:
+                    block = self._blocks[k]
+                    del self._blocks[k]
+                    self._bytes -= nbytes
+                    return block
+        return np.empty(nbytes, np.uint8)
+
+    def put(self, block: np.ndarray) -> None:
+        with self._lock:
+            if block.nbytes <= self.limit:
+                self._blocks.append(block)
+                self._bytes += block.nbytes
+            self.trim()
+
+    def trim(self) -> None:
+        with self._lock:
+            while self._bytes > self.limit:
+                self._bytes -= self._blocks.popleft().nbytes
+
+
+_pool = _Pool(_configured())
+
+
+class _Owner:
+    """Owns a block for as long as any array that was made from it lives."""
+
+    def __init__(self, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        self._block = _pool.take(-(-(nbytes + ALIGNMENT) // _PAGE) * _PAGE)
+        start = self._block.__array_interface__["data"][0]
+        self.__array_interface__ = {
+            "shape": shape,
+            "typestr": dtype.str,
+            "data": (start + -start % ALIGNMENT, False),
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        # `_block` is missing where its allocation failed.
+        block = self.__dict__.pop("_block", None)
+        if block is not None:
+            _pool.put(block)
+
+
+def set_recycling(max_bytes: int) -> int:
+    """Bound the memory that is kept for the next large outputs; 0 turns recycling off.
+
+    Parameters
+    ----------
+    max_bytes : int
+        How many bytes of returned memory are kept at most. The default is 1 GiB, or what the
+        environment variable ``NBBN_RECYCLE_BYTES`` says when nbbn is imported.
+
+    Returns
+    -------
+    int
+        The bound there was before.
+
+    Raises
+    ------
+    TypeError
+        If `max_bytes` is not an integer.
+    ValueError
+        If `max_bytes` is negative.
+
+    Examples
+    --------
+    >>> import nbbn
+    >>> before = nbbn.set_recycling(0)  # every output is fresh memory
+    >>> nbbn.set_recycling(before)
+    0
+    """
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"max_bytes must be an int, got {type(max_bytes).__name__}")
+    if max_bytes < 0:
+        raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
+    before = _pool.limit
+    _pool.limit = max_bytes
+    _pool.trim()
+    return before
+
+
+def empty_like(x: np.ndarray) -> np.ndarray:
+    """Return a new array of x's shape, dtype and memory layout (order "K"), not set to anything."""
+    if x.size * x.itemsize < SMALLEST or _pool.limit == 0:
+        return np.empty_like(x, subok=False)
+    nbytes = x.size * x.itemsize
+    if x.flags.c_contiguous:
+        return np.asarray(_Owner(nbytes, x.shape, x.dtype))
+    # The axes from the slowest to the fastest, as NumPy's order "K" has them.
+    axes = sorted(range(x.ndim), key=lambda d: -abs(x.strides[d]))
+    flat = np.asarray(_Owner(nbytes, (math.prod(x.shape),), x.dtype))
+    return flat.reshape([x.shape[d] for d in axes]).transpose(np.argsort(axes))

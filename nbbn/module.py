@@ -1,0 +1,362 @@
+"""class BatchNorm: parameters, running statistics, modes, and what a backward pass needs."""
+
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbbn import arrays
+from nbbn.errors import DeviceError
+from nbbn.functional import batch_norm, batch_norm_backward, train
+
+_PARAMETERS = ("weight", "bias")
+_STATISTICS = ("running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+
+
+class _Saved(NamedTuple):
+    """What the last forward call left for the backward one."""
+
+    x: np.ndarray
+    mean: np.ndarray
+    invstd: np.ndarray
+    training: bool
+
+
+class BatchNorm:
+    """Batch normalization with parameters and running statistics, as ``torch.nn.BatchNorm*d``.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the length of the channel axis.
+    eps : float, default 1e-5
+        Added to the variance; at least 0.
+    momentum : float or None, default 0.1
+        The weight of the new observation in the running statistics, in [0, 1]; None: they are the
+        average over all batches so far.
+    affine : bool, default True
+        Whether there are a weight and a bias.
+    track_running_stats : bool, default True
+        Whether there are running statistics. Without them, evaluation uses the batch's own.
+    axis : int, default 1
+        The channel axis.
+    correction : float, default 1
+        The running variance tracks var · m / (m - correction), with m values per channel.
+    dtype : str or numpy.dtype, default "float32"
+        Of parameters and running statistics: float32 or float64. Inputs may be of either.
+    device : str, default "cpu"
+        Where parameters and statistics live. This version has the CPU only.
+
+    Attributes
+    ----------
+    weight, bias : numpy.ndarray or None
+        Shape (C,).
+    grad_weight, grad_bias : numpy.ndarray or None
+        Of the last `backward`, in the module's dtype; not accumulated.
+    running_mean, running_var : numpy.ndarray or None
+        Shape (C,).
+    num_batches_tracked : numpy.ndarray or None
+        0-d, int64.
+    training : bool
+        The mode; see `train` and `eval`.
+
+    Raises
+    ------
+    TypeError
+        If an argument is of the wrong type.
+    ValueError
+        If an argument is out of range.
+    nbbn.DeviceError
+        If `device` is not to be had.
+
+    Notes
+    -----
+    `backward` belongs to the last call: it needs the x of that call unchanged, and keeps it alive.
+    Calls from several threads are safe as far as the running statistics go.
+
+    References
+    ----------
+    S. Ioffe and C. Szegedy, arXiv 1502.03167.
+
+    Examples
+    --------
+    >>> import numpy as np, nbbn
+    >>> bn = nbbn.BatchNorm(2, dtype="float64", eps=0.0)
+    >>> bn(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> bn.running_mean
+    array([0.2, 2. ])
+    >>> bn.eval()(np.array([[0.2, 2.0]]))
+    array([[0., 0.]])
+    """
+
+    weight: np.ndarray | None
+    bias: np.ndarray | None
+    running_mean: np.ndarray | None
+    running_var: np.ndarray | None
+    num_batches_tracked: np.ndarray | None
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        axis: int = 1,
+        correction: float = 1,
+        dtype: Any = "float32",
+        device: str = "cpu",
+    ) -> None:
+        self.num_features = arrays.integer("num_features", num_features)
+        if self.num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        self.eps = arrays.number("eps", eps, 0.0, float("inf"))
+        self.momentum = None if momentum is None else arrays.number("momentum", momentum, 0.0, 1.0)
+        self.affine = arrays.flag("affine", affine)
+        self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
+        self.axis = arrays.integer("axis", axis)
+        self.correction = arrays.number("correction", correction, 0.0, float("inf"))
+        self.dtype = np.dtype(arrays.real(dtype))
+        self.device = _device(device)
+        self.training = True
+        self.grad_weight: np.ndarray | None = None
+        self.grad_bias: np.ndarray | None = None
+        self._saved: _Saved | None = None
+        self._lock = threading.Lock()
+        self.reset_parameters()
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
+            f"correction={self.correction:g}, dtype='{self.dtype}', device='{self.device}')"
+        )
+
+    # What cannot be copied or pickled is made anew; the x of the last call stays behind.
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None, "_saved": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def reset_running_stats(self) -> None:
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0."""
+        if not self.track_running_stats:
+            self.running_mean = self.running_var = self.num_batches_tracked = None
+            return
+        self.running_mean = np.zeros(self.num_features, self.dtype)
+        self.running_var = np.ones(self.num_features, self.dtype)
+        self.num_batches_tracked = np.zeros((), np.int64)
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0, and reset the running statistics."""
+        self.reset_running_stats()
+        self.weight = np.ones(self.num_features, self.dtype) if self.affine else None
+        self.bias = np.zeros(self.num_features, self.dtype) if self.affine else None
+
+    def train(self, mode: bool = True) -> "BatchNorm":
+        """Set the mode: batch statistics, and running ones updated; return self.
+
+        Raises
+        ------
+        TypeError
+            If `mode` is not a bool.
+        """
+        self.training = arrays.flag("mode", mode)
+        return self
+
+    def eval(self) -> "BatchNorm":
+        """Set the mode: the running statistics are used and not updated; return self."""
+        return self.train(False)
+
+    def to(self, device: str) -> "BatchNorm":
+        """Move parameters and running statistics to a device; return self.
+
+        Raises
+        ------
+        TypeError
+            If `device` is not a str.
+        nbbn.DeviceError
+            If the device is not to be had.
+        """
+        self.device = _device(device)
+        return self
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Normalize x.
+
+        Parameters
+        ----------
+        x : numpy.ndarray
+            float32 or float64, with `num_features` channels; any strides. In training more than one
+            value per channel.
+
+        Returns
+        -------
+        numpy.ndarray
+            A new array of x's shape, dtype and memory layout.
+
+        Raises
+        ------
+        TypeError
+            If `x` is not a NumPy array of float32 or float64.
+        ValueError
+            If x's shape does not fit. The running statistics are unchanged then.
+        """
+        x = arrays.checked("x", x)
+        channels = x.shape[arrays.channel_axis(x, self.axis)]
+        if channels != self.num_features:
+            raise ValueError(
+                f"x must have {self.num_features} channels (num_features) on axis {self.axis}, got "
+                f"{channels} (shape {x.shape})"
+            )
+        if self.training or self.running_mean is None:
+            return self._normalize_with_own(x)
+        assert self.running_var is not None
+        out = batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, axis=self.axis
+        )
+        # Copies, in float64: a later training step must not reach into this call's gradient.
+        mean = self.running_mean.astype(np.float64)
+        invstd = self.running_var.astype(np.float64)
+        invstd += self.eps
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.divide(1.0, np.sqrt(invstd, out=invstd), out=invstd)
+        self._saved = _Saved(x, mean, invstd, training=False)
+        return out
+
+    def _normalize_with_own(self, x: np.ndarray) -> np.ndarray:
+        """Normalize x with its own statistics, and update the running ones in training."""
+        if not (self.training and self.track_running_stats):
+            result = train(x, self.weight, self.bias, self.eps, self.axis)
+        else:
+            assert self.num_batches_tracked is not None
+            with self._lock:
+                tracked = int(self.num_batches_tracked) + 1
+                momentum = 1.0 / tracked if self.momentum is None else self.momentum
+                result = train(
+                    x,
+                    self.weight,
+                    self.bias,
+                    self.eps,
+                    self.axis,
+                    None,
+                    self.running_mean,
+                    self.running_var,
+                    momentum,
+                    self.correction,
+                )
+                if result.count:
+                    self.num_batches_tracked[...] = tracked
+        self._saved = _Saved(x, result.mean, result.invstd, training=True)
+        return result.out
+
+    def backward(self, grad_out: np.ndarray) -> np.ndarray:
+        """Return the gradient with respect to the last call's x; set grad_weight and grad_bias.
+
+        Parameters
+        ----------
+        grad_out : numpy.ndarray
+            The gradient with respect to the last call's output: of its shape and dtype.
+
+        Returns
+        -------
+        numpy.ndarray
+            grad_x, of x's shape, dtype and memory layout.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no call before.
+        TypeError, ValueError
+            If `grad_out` is not an array of x's shape and dtype.
+        """
+        if self._saved is None:
+            raise RuntimeError("backward needs a call of this BatchNorm before it")
+        x, mean, invstd, training = self._saved
+        gradients = batch_norm_backward(
+            grad_out, x, self.weight, mean=mean, invstd=invstd, axis=self.axis, training=training
+        )
+        if self.affine:
+            self.grad_weight = gradients.weight.astype(self.dtype)
+            self.grad_bias = gradients.bias.astype(self.dtype)
+        return gradients.x
+
+    def _state_names(self) -> tuple[str, ...]:
+        names = _PARAMETERS if self.affine else ()
+        return names + (*_STATISTICS, _COUNTER) if self.track_running_stats else names
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return copies of parameters and running statistics, named as torch.nn.BatchNorm2d names them.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            ``weight``, ``bias`` if affine; ``running_mean``, ``running_var`` and
+            ``num_batches_tracked`` if they are tracked.
+
+        Examples
+        --------
+        >>> import nbbn
+        >>> list(nbbn.BatchNorm(3).state_dict())
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+        """
+        return {name: getattr(self, name).copy() for name in self._state_names()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set parameters and running statistics.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            As `state_dict` returns it, or that of a torch.nn.BatchNorm*d. A state without
+            ``num_batches_tracked``, as older ones are, leaves the counter as it is.
+
+        Raises
+        ------
+        TypeError
+            If `state` is not a mapping, or a value not of numbers.
+        ValueError
+            If keys are missing or unexpected, or a shape does not fit. Nothing has changed then.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+        names = self._state_names()
+        missing = [name for name in names if name not in state and name != _COUNTER]
+        unexpected = [name for name in state if name not in names]
+        if missing or unexpected:
+            raise ValueError(
+                f"state must have the keys {list(names)}; missing: {missing}, unexpected: {unexpected}"
+            )
+        loaded = {name: self._loadable(name, state[name]) for name in names if name in state}
+        with self._lock:
+            for name, value in loaded.items():
+                getattr(self, name)[...] = value
+
+    def _loadable(self, name: str, value: Any) -> np.ndarray:
+        """Return a value of a state as an array that can be stored under `name`, or raise."""
+        own: np.ndarray = getattr(self, name)
+        try:
+            array = np.asarray(value)
+            loaded = array.astype(own.dtype, casting="same_kind" if name != _COUNTER else "unsafe")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"state[{name!r}] must be an array of numbers: {error}") from None
+        # Some savers make a 1-element array of the 0-d counter.
+        if name == _COUNTER and loaded.size == 1:
+            loaded = loaded.reshape(())
+        if loaded.shape != own.shape:
+            raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {loaded.shape}")
+        return loaded
+
+
+def _device(device: Any) -> str:
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a str, got {type(device).__name__}")
+    if device != "cpu":
+        raise DeviceError(f"device must be 'cpu', the one that this version computes on, got {device!r}")
+    return device

@@ -1,0 +1,77 @@
+"""BatchStats: what is known of a set of values per channel, and how two such sets are pooled."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nbbn import formulas
+from nbbn.compiler import interpreted
+
+
+class BatchStats(NamedTuple):
+    """Count, mean and biased variance of the values of each channel.
+
+    Attributes
+    ----------
+    count : int
+        Values per channel.
+    mean, var : numpy.ndarray
+        float64, shape (C,). The variance is the biased one, Σ (x - mean)² / count.
+    """
+
+    count: int
+    mean: np.ndarray
+    var: np.ndarray
+
+    def merge(self, other: "BatchStats") -> "BatchStats":
+        """Return the statistics of both sets of values together.
+
+        Parameters
+        ----------
+        other : BatchStats
+            Of other values of the same channels.
+
+        Returns
+        -------
+        BatchStats
+            Equal to those of all the values at once, to rounding.
+
+        Raises
+        ------
+        TypeError
+            If `other` is not a BatchStats.
+        ValueError
+            If it has another number of channels.
+
+        References
+        ----------
+        T. F. Chan, G. H. Golub and R. J. LeVeque, "Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979.
+
+        Examples
+        --------
+        >>> import numpy as np, nbbn
+        >>> x = np.arange(12.0).reshape(4, 3)
+        >>> nbbn.batch_stats(x[:1]).merge(nbbn.batch_stats(x[1:])).mean
+        array([4.5, 5.5, 6.5])
+        """
+        if not isinstance(other, BatchStats):
+            raise TypeError(f"other must be a BatchStats, got {type(other).__name__}")
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(
+                f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}"
+            )
+        if other.count == 0 or self.count == 0:
+            return self if other.count == 0 else other
+        count = self.count + other.count
+        mean, rest, m2 = interpreted(formulas.merge)(
+            float(self.count),
+            self.mean,
+            0.0,
+            self.var * self.count,
+            float(other.count),
+            other.mean,
+            0.0,
+            other.var * other.count,
+        )
+        return BatchStats(count, mean + rest, m2 / count)
