@@ -92,7 +92,7 @@ def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
 
 
-def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, np.ndarray | None]]) -> np.ndarray:
+def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, np.ndarray | None]]) -> None:
     """Check that `out` can take a result of x's shape and type; it may be x itself."""
     array = checked("out", out)
     same_kind("out", array, x)
@@ -106,7 +106,6 @@ def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, np.ndarray | Non
         if name == "x" and array.strides == x.strides and address(array) == address(x):
             continue
         raise ValueError(f"out must not overlap {name}, unless it is x itself")
-    return array
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:

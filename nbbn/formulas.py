@@ -45,10 +45,18 @@ def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
     """Pool two sets of statistics (Chan et al.); a constant channel keeps m2 == 0 exactly.
 
     mean = mean_a + delta · n_b/n        m2 = m2_a + m2_b + delta² · n_a · n_b/n
+
+    The mean is computed in twice the precision: what each step loses goes into `rest`.
     """
-    share = count_b / (count_a + count_b)
-    delta = (mean_b - mean_a) + (rest_b - rest_a)
-    mean, rest = two_sum(mean_a, rest_a + delta * share)
+    count = count_a + count_b
+    share = count_b / count
+    share_lost = fma(-share, count, count_b) / count
+    delta, delta_lost = two_sum(mean_b, -mean_a)
+    delta_lost = delta_lost + (rest_b - rest_a)
+    step = delta * share
+    step_lost = fma(delta, share, -step) + (delta * share_lost + delta_lost * share)
+    mean, lost = two_sum(mean_a, step)
+    mean, rest = two_sum(mean, rest_a + lost + step_lost)
     # delta · (delta · weight), in this order, so that large means do not overflow delta².
     return mean, rest, m2_a + m2_b + delta * (delta * (count_a * share))
 
@@ -81,12 +89,16 @@ def shift_of(bias, lost, scale):
     No x of that type lies nearer to the mean than its rounding does, so |lost| <= |x - mean| and
     the correction costs no accuracy: at x == mean exactly, lost == 0 and out == bias.
     """
+    if lost == 0.0:
+        return bias  # also where scale is infinite
     return bias - lost * scale
 
 
 @formula
 def running(old, new, momentum):
-    """running ← (1 - momentum) · running + momentum · new, exact at momentum 0 and 1."""
+    """running ← (1 - momentum) · running + momentum · new; at momentum 1 the old is gone, NaN or not."""
+    if momentum == 1.0:
+        return new
     return (1.0 - momentum) * old + momentum * new
 
 

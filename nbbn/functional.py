@@ -148,7 +148,7 @@ def train(
             ("running_mean", running_mean),
             ("running_var", running_var),
         )
-        out = arrays.output(out, x, inputs)
+        arrays.output(out, x, inputs)
     if x.size == 0:
         zeros = np.zeros((2, channels))
         with np.errstate(divide="ignore"):
@@ -328,7 +328,7 @@ def batch_norm(
             ("running_mean", running_mean),
             ("running_var", running_var),
         )
-        out = arrays.output(out, x, inputs)
+        arrays.output(out, x, inputs)
     if x.size:
         _run(x, axis, out).evaluate(address(x), address(out), gamma, beta, mean, var, eps)
     return out
@@ -424,7 +424,7 @@ def batch_norm_backward(
         out = memory.empty_like(x)
     else:
         inputs = (("x", x), ("grad_out", grad_out), ("weight", weight), ("mean", mean), ("invstd", invstd))
-        out = arrays.output(out, x, inputs)
+        arrays.output(out, x, inputs)
     if x.size == 0:
         return BatchNormGradients(out, np.zeros(channels), np.zeros(channels))
     gradients = np.empty((2, channels))

@@ -75,7 +75,7 @@ def cuda() -> str:
     from numba import cuda  # 0.1 s, so only here
 
     if not cuda.is_available():
-        reason = cuda.cuda_error() or "no device was found"
+        reason = cuda.cuda_error() or "no device found"
         return f"no: {' '.join(str(reason).split())}"
     device = cuda.get_current_device()
     name = device.name.decode() if isinstance(device.name, bytes) else device.name

@@ -6,8 +6,6 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 `finish_stats`, `normalize`. The chunks are the same, so the bits are.
 """
 
-import math
-
 import numpy as np
 
 from nbbn.compiler import kernel, loop
@@ -55,6 +53,7 @@ from nbbn.formulas import (
     merge,
     running,
     shift_of,
+    two_sum,
     unbiased,
     variance,
 )
@@ -116,7 +115,7 @@ def chunk_stats(call, chunk, channel, group, real):
     squares are taken again around the block's own mean.
     """
     width = min(call.width, call.inner)
-    span = call.fold * group * width
+    span = max(2 * LANES, call.fold * group * width)
     means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     rests = after(means, call.channels)
     m2s = after(rests, call.channels)
@@ -126,6 +125,7 @@ def chunk_stats(call, chunk, channel, group, real):
     sums = scratch(ROOM, np.float64)
     lost = scratch(ROOM, np.float64)
     squares = scratch(ROOM, np.float64)
+    squares_lost = scratch(ROOM, np.float64)
     again = scratch(ROOM, np.float64)
     columns = scratch(ROOM, np.float64)
     trust = scratch(ROOM, np.int64)
@@ -138,12 +138,14 @@ def chunk_stats(call, chunk, channel, group, real):
     while first < end:
         count = float(position(call, last) - position(call, first))
         fill(sums, span, 0.0)
-        fill(lost, span, 0.0)
         fill(squares, span, 0.0)
-        state = to_columns(call, group, width, guess_of, guesses), sums, lost, squares, call.one
+        fill(lost, span, 0.0)
+        fill(squares_lost, span, 0.0)
+        column_guesses = to_columns(call, group, width, guess_of, guesses)
+        state = column_guesses, sums, lost, squares, squares_lost, call.one
         look_down(call, first, last, channel, group, buffer, state, real)
         to_channels(call, group, width, sums, lost, sums, lost, real)
-        to_channels(call, group, width, squares, squares, squares, again, np.float32)
+        to_channels(call, group, width, squares, squares_lost, squares, squares_lost, real)
         bad = False
         for g in range(0, group, LANES):
             mean, rest = mean_of(load(sums, g), load(lost, g), count)
@@ -154,7 +156,7 @@ def chunk_stats(call, chunk, channel, group, real):
             bad = bad or good | (-1 << min(LANES, group - g)) != -1
             store(sums, g, mean)
             store(lost, g, rest)
-            store(squares, g, load(squares, g) - offset)
+            store(squares, g, load(squares, g) - offset + load(squares_lost, g))
             if pilot:
                 store(guess_of, g, narrow(mean, real))
         if pilot:
@@ -163,9 +165,10 @@ def chunk_stats(call, chunk, channel, group, real):
             continue
         if bad:
             fill(again, span, 0.0)
-            state = to_columns(call, group, width, sums, columns), again
+            fill(squares_lost, span, 0.0)
+            state = to_columns(call, group, width, sums, columns), again, squares_lost
             square_down(call, first, last, channel, group, buffer, state, real)
-            to_channels(call, group, width, again, again, again, columns, np.float32)
+            to_channels(call, group, width, again, squares_lost, again, squares_lost, real)
             for g in range(0, group, LANES):
                 store(squares, g, choose(trust[g], load(squares, g), load(again, g)))
         before = float(position(call, first) - position(call, begin))
@@ -249,7 +252,7 @@ def finish_channels(call, first, last, real):
 
 @loop
 def normalize_rows(call, first, last, channel, group, real):
-    """Normalize the rows first … last - 1, in the order of memory, of one tile."""
+    """Normalize the rows first … last - 1 of one tile, in the order of memory."""
     width = min(call.width, call.inner)
     buffer = scratch(ROW_BUFFERS, real)
     tables = after(pointer(call.tables, real), channel)
@@ -344,48 +347,34 @@ def update_running_stats(first, last, address, real):
 
 
 @loop
-def power_of_two(invstd):
-    """Return a power of two near invstd: to scale with, without rounding."""
-    if not 2.0**-120 < invstd < 2.0**120:
-        return 1.0
-    return math.ldexp(1.0, math.frexp(invstd)[1])
-
-
-@loop
 def chunk_gradients(call, chunk, channel, group, real):
-    """Σ dy and Σ dy · (x - mean) · power_of_two(invstd) of one chunk of one tile into the partials."""
+    """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials."""
     width = min(call.width, call.inner)
     span = call.fold * group * width
     bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     weight_sums = after(bias_sums, call.channels)
     buffer = scratch(ROW_BUFFERS, real)
-    mean_of_channel = scratch(ROOM, real)
-    scale_of_channel = scratch(ROOM, real)
+    mean_of_channel = scratch(ROOM, np.float64)
     sums = scratch(ROOM, np.float64)
+    lost = scratch(ROOM, np.float64)
     products = scratch(ROOM, np.float64)
-    rests = scratch(ROOM, np.float64)
+    products_lost = scratch(ROOM, np.float64)
     for g in range(group):
-        mean_of_channel[g] = real(parameter(call.mean, channel + g, 0.0))
-        scale_of_channel[g] = real(power_of_two(parameter(call.var, channel + g, 1.0)))
-    means = to_columns(call, group, width, mean_of_channel, scratch(ROOM, real))
-    scales = to_columns(call, group, width, scale_of_channel, scratch(ROOM, real))
+        mean_of_channel[g] = parameter(call.mean, channel + g, 0.0)
+    means = to_columns(call, group, width, mean_of_channel, scratch(ROOM, np.float64))
     begin, end = chunk_rows(call, chunk)
-    for first in range(begin, end, call.block):
-        fill(sums, span, 0.0)
-        fill(products, span, 0.0)
-        state = means, scales, sums, products
-        multiply_down(call, first, min(end, first + call.block), channel, group, buffer, state, real)
-        to_channels(call, group, width, sums, sums, sums, rests, np.float32)
-        to_channels(call, group, width, products, products, products, rests, np.float32)
-        for g in range(0, group, LANES):
-            here = min(LANES, group - g)
-            bias_sum = load(sums, g)
-            weight_sum = load(products, g)
-            if first > begin:
-                bias_sum = load_first(bias_sums, g, here) + bias_sum
-                weight_sum = load_first(weight_sums, g, here) + weight_sum
-            store_first(bias_sums, g, bias_sum, here)
-            store_first(weight_sums, g, weight_sum, here)
+    fill(sums, span, 0.0)
+    fill(lost, span, 0.0)
+    fill(products, span, 0.0)
+    fill(products_lost, span, 0.0)
+    state = means, sums, lost, products, products_lost, call.one
+    multiply_down(call, begin, end, channel, group, buffer, state, real)
+    to_channels(call, group, width, sums, lost, sums, lost, real)
+    to_channels(call, group, width, products, products_lost, products, products_lost, real)
+    for g in range(0, group, LANES):
+        here = min(LANES, group - g)
+        store_first(bias_sums, g, load(sums, g) + load(lost, g), here)
+        store_first(weight_sums, g, load(products, g) + load(products_lost, g), here)
 
 
 @loop
@@ -397,16 +386,21 @@ def finish_gradients(call, first, last, real):
     count = float(call.outer * call.inner)
     for c in range(first, last):
         grad_bias = 0.0
+        bias_lost = 0.0
         product = 0.0
+        product_lost = 0.0
         for chunk in range(call.chunks):
-            bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + c)
-            grad_bias += bias_sums[0]
-            product += bias_sums[call.channels]
+            sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + c)
+            grad_bias, more = two_sum(grad_bias, sums[0])
+            bias_lost += more
+            product, more = two_sum(product, sums[call.channels])
+            product_lost += more
+        grad_bias += bias_lost
         mean = parameter(call.mean, c, 0.0)
         invstd = parameter(call.var, c, 1.0)
         rounded = real(mean)
         lost = mean - np.float64(rounded)
-        grad_weight = (product / power_of_two(invstd) - lost * grad_bias) * invstd
+        grad_weight = (product + product_lost) * invstd
         stats[c] = grad_weight
         stats[call.channels + c] = grad_bias
         scale = parameter(call.weight, c, 1.0) * invstd
@@ -423,7 +417,7 @@ def finish_gradients(call, first, last, real):
 
 @loop
 def apply_rows(call, first, last, channel, group, real):
-    """Write grad_x into the rows first … last - 1, in the order of memory, of one tile."""
+    """Write grad_x into the rows first … last - 1 of one tile; see `normalize_rows`."""
     width = min(call.width, call.inner)
     buffer = scratch(ROW_BUFFERS, real)
     tables = after(pointer(call.tables, real), channel)

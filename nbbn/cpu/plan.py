@@ -9,7 +9,7 @@ import numpy as np
 
 from nbbn.cpu.call import PLAN
 from nbbn.cpu.simd import LANES
-from nbbn.cpu.tiles import COLUMNS, ROWS
+from nbbn.cpu.tiles import COLUMNS, ROWS, SHARED_COLUMNS
 from nbbn.geometry import Geometry, Layout
 
 BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
@@ -70,16 +70,16 @@ def tile(geometry: Geometry, size: int) -> Tiling:
     outer = int(np.prod(geometry.sizes, dtype=np.int64))
     fold, pieces, width, rows = 1, 1, inner, outer
     first = geometry.layouts[0]
-    if inner > COLUMNS:
+    if inner > SHARED_COLUMNS:
         width = _piece(inner)
         pieces = -(-inner // width)
         rows = outer * pieces
-    elif len(geometry.sizes) == 1 and outer > 1 and channels * inner <= COLUMNS // 2:
+    elif len(geometry.sizes) == 1 and outer > 1 and channels * inner <= SHARED_COLUMNS // 2:
         side_by_side = _joined(first, geometry, size) and first.outer[0] == channels * inner * size
         if side_by_side or channels * inner < 4 * LANES:
-            fold = min(outer, COLUMNS // (channels * inner))
+            fold = min(outer, SHARED_COLUMNS // (channels * inner))
             rows = -(-outer // fold)
-    columns = min(COLUMNS, width if pieces > 1 else fold * channels * inner)
+    columns = width if inner > SHARED_COLUMNS else min(SHARED_COLUMNS, fold * channels * inner)
     block = _up(BLOCK_ELEMENTS // columns, ROWS)
     limit = max(1, min(MAX_CHUNKS, PARTIAL_WORDS // (3 * channels)))
     chunk = _up(-(-rows // limit), block)
@@ -158,10 +158,11 @@ class Plan:
         channels = geometry.channels
         if tiling.fold > 1:
             return channels, self.threads == 1
-        widest = 1 if tiling.pieces > 1 else max(1, COLUMNS // geometry.inner)
+        widest = 1 if geometry.inner > SHARED_COLUMNS else max(1, SHARED_COLUMNS // geometry.inner)
         # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
         whole = LANES // math.gcd(LANES, geometry.inner)
-        widest = widest // whole * whole or widest
+        if whole * geometry.inner <= COLUMNS:
+            widest = max(whole, widest // whole * whole)
         if self.threads == 1:
             return min(widest, channels), True
         slice_bytes = element * tiling.outer * geometry.inner

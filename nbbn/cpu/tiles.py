@@ -21,6 +21,7 @@ from nbbn.cpu.simd import (
     load,
     load_first,
     pointer,
+    prefetch,
     scratch,
     splat,
     store,
@@ -31,6 +32,7 @@ from nbbn.cpu.simd import (
 from nbbn.formulas import gradient, normalized, squared_deviation, two_sum
 
 COLUMNS = 1024  # a row is at most this long
+SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
 ROWS = 8  # that are read at a time
 
@@ -171,9 +173,20 @@ def plus(total, lost, x, one, real):
 
 
 @loop
+def add_to(sums, lost, j, x, real):
+    """sums[j : j + LANES] += x, with what the sums lost."""
+    if exact(real):
+        total, more = two_sum(load(sums, j), x)
+        store(sums, j, total)
+        store(lost, j, load(lost, j) + more)
+    else:
+        store(sums, j, load(sums, j) + x)
+
+
+@loop
 def look_at_rows(rows, count, state, real):
     """Add up x of ROWS rows, in float64, and (x - guess)², those of ROWS rows in x's type first."""
-    guesses, sums, lost, squares, one = state
+    guesses, sums, lost, squares, squares_lost, one = state
     for j in range(0, count, LANES):
         guess = load(guesses, j)
         total = load(sums, j)
@@ -188,12 +201,47 @@ def look_at_rows(rows, count, state, real):
             store(lost, j, rest)
         if j + LANES > count:
             square = keep_first(square, count - j)
-        store(squares, j, load(squares, j) + widen(square))
+        add_to(squares, squares_lost, j, widen(square), real)
+
+
+@loop
+def look_at_channel(rows, count, state, real):
+    """The same for rows of one channel, whose sums stay in registers: two of them, to overlap."""
+    guesses, sums, lost, squares, squares_lost, one = state
+    guess = load(guesses, 0)
+    even = load(sums, 0)
+    odd = load(sums, LANES)
+    even_lost = load(lost, 0)
+    odd_lost = load(lost, LANES)
+    total_square = load(squares, 0)
+    square_rest = load(squares_lost, 0)
+    for j in range(0, count, LANES):
+        square = splat(real(0.0))
+        for k in range(0, ROWS, 2):
+            x = some(pointer(rows[k], real), j, count)
+            even, even_lost = plus(even, even_lost, x, one, real)
+            square = square + squared_deviation(x, guess)
+            x = some(pointer(rows[k + 1], real), j, count)
+            odd, odd_lost = plus(odd, odd_lost, x, one, real)
+            square = square + squared_deviation(x, guess)
+        if j + LANES > count:
+            square = keep_first(square, count - j)
+        if exact(real):
+            total_square, more = two_sum(total_square, widen(square))
+            square_rest = square_rest + more
+        else:
+            total_square = total_square + widen(square)
+    store(sums, 0, even)
+    store(sums, LANES, odd)
+    store(lost, 0, even_lost)
+    store(lost, LANES, odd_lost)
+    store(squares, 0, total_square)
+    store(squares_lost, 0, square_rest)
 
 
 @loop
 def look_at_row(row, count, state, real):
-    guesses, sums, lost, squares, one = state
+    guesses, sums, lost, squares, squares_lost, one = state
     for j in range(0, count, LANES):
         x = some(row, j, count)
         total = load(sums, j)
@@ -205,17 +253,17 @@ def look_at_row(row, count, state, real):
         square = squared_deviation(widen(x), widen(load(guesses, j)))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        store(squares, j, load(squares, j) + square)
+        add_to(squares, squares_lost, j, square, real)
 
 
 @loop
 def square_row(row, count, state, real):
-    means, squares = state
+    means, squares, squares_lost = state
     for j in range(0, count, LANES):
-        one = squared_deviation(widen(some(row, j, count)), load(means, j))
+        square = squared_deviation(widen(some(row, j, count)), load(means, j))
         if j + LANES > count:
-            one = keep_first(one, count - j)
-        store(squares, j, load(squares, j) + one)
+            square = keep_first(square, count - j)
+        add_to(squares, squares_lost, j, square, real)
 
 
 @loop
@@ -243,7 +291,9 @@ def look_down(call, first, last, channel, group, buffer, state, real):
             step, piece = in_fours(call, row + k)
             room = after(buffer, k * ROOM)
             rows[k] = address(row_of(call, call.x, call.at_x, step, piece, channel, group, room, real))
-        if together == ROWS:
+        if together == ROWS and group == 1 and call.fold == 1 and call.inner >= 2 * LANES:
+            look_at_channel(rows, columns, state, real)
+        elif together == ROWS:
             look_at_rows(rows, columns, state, real)
         else:
             look_at_row(pointer(rows[0], real), columns, state, real)
@@ -261,36 +311,37 @@ def square_down(call, first, last, channel, group, buffer, state, real):
 
 
 @loop
-def multiply_rows(rows, count, state, real):
-    """Add up dy and dy · (x - mean) · scale of two rows, in x's type, and the pairs in float64."""
-    means, scales, sums, products = state
-    for j in range(0, count, LANES):
-        mean = load(means, j)
-        scale = load(scales, j)
-        total = splat(real(0.0))
-        product = splat(real(0.0))
-        for k in range(0, ROWS, 2):
-            dy = some(pointer(rows[k], real), j, count)
-            x = some(pointer(rows[k + 1], real), j, count)
-            total = total + dy
-            product = product + dy * ((x - mean) * scale)
-        if j + LANES > count:
-            product = keep_first(product, count - j)
-        store(sums, j, load(sums, j) + widen(total))
-        store(products, j, load(products, j) + widen(product))
+def plus_product(total, lost, a, b, real):
+    """Return total + a · b in float64, and what the sums lost."""
+    if exact(real):
+        product = a * b
+        total, more = two_sum(total, product)
+        return total, lost + (more + fma(a, b, -product))
+    return fma(a, b, total), lost
 
 
 @loop
-def multiply_row(dy, x, count, state, real):
-    means, scales, sums, products = state
+def multiply_rows(rows, together, count, state, real):
+    """Add up dy and dy · (x - mean), in float64, of so many rows of dy and x in turn."""
+    means, sums, lost, products, products_lost, one = state
     for j in range(0, count, LANES):
-        g = some(dy, j, count)
-        deviation = widen(some(x, j, count)) - widen(load(means, j))
-        product = widen(g) * (deviation * widen(load(scales, j)))
-        if j + LANES > count:
-            product = keep_first(product, count - j)
-        store(sums, j, load(sums, j) + widen(g))
-        store(products, j, load(products, j) + product)
+        mean = load(means, j)
+        total = load(sums, j)
+        product = load(products, j)
+        rest = load(lost, j) if exact(real) else total
+        product_rest = load(products_lost, j) if exact(real) else total
+        for k in range(0, 2 * together, 2):
+            dy = some(pointer(rows[k], real), j, count)
+            deviation = widen(some(pointer(rows[k + 1], real), j, count)) - mean
+            if j + LANES > count:
+                deviation = keep_first(deviation, count - j)
+            total, rest = plus(total, rest, dy, one, real)
+            product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
+        store(sums, j, total)
+        store(products, j, product)
+        if exact(real):
+            store(lost, j, rest)
+            store(products_lost, j, product_rest)
 
 
 @loop
@@ -314,9 +365,9 @@ def multiply_down(call, first, last, channel, group, buffer, state, real):
                 row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
             )
         if together > 1:
-            multiply_rows(rows, columns, state, real)
+            multiply_rows(rows, ROWS // 2, columns, state, real)
         else:
-            multiply_row(pointer(rows[0], real), pointer(rows[1], real), columns, state, real)
+            multiply_rows(rows, 1, columns, state, real)
         row += together
 
 
