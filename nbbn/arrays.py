@@ -18,9 +18,6 @@ from nbbn.errors import DeviceError
 Parameter = tuple[int, int, int]  # address, stride in bytes, whether it is float64; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
-_FLOAT64 = np.dtype(np.float64)
-
-
 def address(array: np.ndarray) -> int:
     """Return where element 0 of an array lies."""
     try:
@@ -69,9 +66,9 @@ def parameter(name: str, value: Any, channels: int) -> tuple[Parameter, np.ndarr
     if value is None:
         return ABSENT, None
     array = checked(name, value)
-    if array.ndim != 1 or array.shape[0] != channels:
+    if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {array.shape}")
-    return (address(array), array.strides[0], int(array.dtype == _FLOAT64)), array
+    return (address(array), array.strides[0], array.itemsize == 8), array
 
 
 def updatable(name: str, array: np.ndarray | None) -> None:
@@ -143,6 +140,8 @@ def integer(name: str, value: Any) -> int:
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """Return `value` as a float in [low, high], or raise."""
+    if type(value) is float and low <= value <= high and value != math.inf:
+        return value
     if type(value) is not float:
         if isinstance(value, (bool, np.bool_, str, bytes)):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")

@@ -60,8 +60,16 @@ IMPLEMENTATIONS = [_cpu]
 
 
 @functools.lru_cache(maxsize=4096)
-def find(problem: Problem) -> Any:
-    """Return what runs the stages of a problem: see `nbbn.cpu.run.Run`."""
+def find(
+    shape: tuple[int, ...],
+    axis: int,
+    strides: tuple[Strides, ...],
+    dtype: np.dtype,
+    threads: int,
+    device: str = "cpu",
+) -> Any:
+    """Return what runs the stages of a problem, whose parts these are: see `nbbn.cpu.run.Run`."""
+    problem = Problem(shape, axis, strides, dtype, threads, device)
     for implementation in IMPLEMENTATIONS:
         if (run := implementation(problem)) is not None:
             return run

@@ -14,7 +14,7 @@ import numpy as np
 from nbbn import arrays, memory
 from nbbn.arrays import Parameter, address
 from nbbn.compiler import pool
-from nbbn.dispatch import Problem, Update, find
+from nbbn.dispatch import Update, find
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
@@ -61,7 +61,7 @@ def _run(x: np.ndarray, axis: int, *others: np.ndarray) -> Any:
     """Return what runs the stages on x and other arrays of its shape."""
     threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
     strides = (x.strides, *[other.strides for other in others])
-    return find(Problem(x.shape, axis, strides, x.dtype, threads))
+    return find(x.shape, axis, strides, x.dtype, threads)
 
 
 def _count(x: np.ndarray, axis: int) -> int:

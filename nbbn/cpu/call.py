@@ -53,6 +53,7 @@ ADDRESSES = [
     ("correction", np.float64),
     ("one", np.float64),  # 1.0, unknown to the compiler: see tiles.plus
     ("training", _WORD),
+    ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
 ]
 
 # What a plan knows ahead.

@@ -8,7 +8,7 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 
 import numpy as np
 
-from nbbn.compiler import kernel, loop
+from nbbn.compiler import kernel, loop, out_of_line
 from nbbn.cpu.call import read
 from nbbn.cpu.simd import (
     LANES,
@@ -44,7 +44,7 @@ from nbbn.cpu.tiles import (
     to_channels,
     to_columns,
     write_gradient,
-    write_normalized,
+    write_normalized_row,
 )
 from nbbn.formulas import (
     gradient_parameters,
@@ -107,12 +107,12 @@ def trusted(count, squares, offset, real):
 
 
 @loop
-def chunk_stats(call, chunk, channel, group, real):
+def chunk_stats(call, chunk, channel, group, pending, real):
     """Statistics of one chunk of one tile into its place among the partials.
 
     Each block is looked at once: x is summed exactly, and (x - guess)² along with it, the guess being
     the mean of what came before. Where that guess was too far off for a channel, and only there, the
-    squares are taken again around the block's own mean.
+    squares are taken again around the block's own mean. Meanwhile the tile `pending` is written.
     """
     width = min(call.width, call.inner)
     span = max(2 * LANES, call.fold * group * width)
@@ -132,6 +132,7 @@ def chunk_stats(call, chunk, channel, group, real):
 
     begin, end = chunk_rows(call, chunk)
     fill(guess_of, group, real(0.0))
+    nothing = pending[0], 0, pending[2], pending[3], pending[4], pending[5]
     pilot = True  # the first rows are looked at twice: first for a guess only
     first = begin
     last = min(end, begin + (ROWS if call.fold * width < PILOT_VALUES else 1))
@@ -143,7 +144,7 @@ def chunk_stats(call, chunk, channel, group, real):
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
         state = column_guesses, sums, lost, squares, squares_lost, call.one
-        look_down(call, first, last, channel, group, buffer, state, real)
+        look_down(call, first, last, channel, group, buffer, state, nothing if pilot else pending, real)
         to_channels(call, group, width, sums, lost, sums, lost, real)
         to_channels(call, group, width, squares, squares_lost, squares, squares_lost, real)
         bad = False
@@ -251,51 +252,70 @@ def finish_channels(call, first, last, real):
 
 
 @loop
-def normalize_rows(call, first, last, channel, group, real):
-    """Normalize the rows first … last - 1 of one tile, in the order of memory."""
+def update_channels(call):
+    """Update the running statistics of all channels."""
+    out_of_line()
+    stats = pointer(call.stats, np.float64)
+    count = float(call.outer * call.inner)
+    for c in range(call.channels):
+        if call.mean.address != 0:
+            mean = running(parameter(call.mean, c, 0.0), stats[c], call.momentum)
+            set_parameter(call.mean, c, mean)
+        if call.var.address != 0:
+            var = unbiased(stats[call.channels + c], count, call.correction)
+            set_parameter(call.var, c, running(parameter(call.var, c, 0.0), var, call.momentum))
+
+
+@loop
+def tile_tables(call, channel, group, means, scales, shifts, real):
+    """Return a tile: its first channel, how many it has, and its tables, spread over its columns."""
     width = min(call.width, call.inner)
-    buffer = scratch(ROW_BUFFERS, real)
     tables = after(pointer(call.tables, real), channel)
-    pad = table_room(call.channels)
-    means, mask = spread(call, group, width, tables, scratch(ROOM, real))
-    scales, mask = spread(call, group, width, after(tables, pad), scratch(ROOM, real))
-    shifts, mask = spread(call, group, width, after(tables, 2 * pad), scratch(ROOM, real))
-    for row in range(first, last):
-        step, piece = natural(call, row)
-        steps, count = extent(call, step, piece)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
-        out = after(buffer, ROOM)
-        if call.at_out.gather == 0:
-            out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
-        streaming = call.at_out.gather == 0 and call.stream == 1
-        write_normalized(out, steps * group * count, streaming, (x, means, scales, shifts, mask), real)
-        if call.at_out.gather == 1:
-            scatter(call, step, piece, channel, group, out, real)
+    room = table_room(call.channels)
+    means, mask = spread(call, group, width, tables, means)
+    scales, mask = spread(call, group, width, after(tables, room), scales)
+    shifts, mask = spread(call, group, width, after(tables, 2 * room), shifts)
+    return channel, group, means, scales, shifts, mask
 
 
 @kernel
 def forward(first, last, address, real):
-    """Training forward, resident. Tasks: groups of channels."""
+    """Training forward, resident. Tasks: groups of channels.
+
+    While the statistics of a group are taken, the group before is written: the memory is read and
+    written at once.
+    """
     call = read(address)
+    buffer = scratch(ROW_BUFFERS, real)
+    means = scratch(ROOM, real)
+    scales = scratch(ROOM, real)
+    shifts = scratch(ROOM, real)
+    tile = first * call.group, 0, means, scales, shifts, 0
     for task in range(first, last):
         channel = task * call.group
         group = min(call.group, call.channels - channel)
         for chunk in range(call.chunks):
-            chunk_stats(call, chunk, channel, group, real)
+            chunk_stats(call, chunk, channel, group, tile, real)
         finish_channels(call, channel, channel + group, real)
-        normalize_rows(call, 0, call.rows, channel, group, real)
+        tile = tile_tables(call, channel, group, means, scales, shifts, real)
+    for row in range(call.rows):
+        step, piece = natural(call, row)
+        write_normalized_row(call, step, piece, tile, buffer, real)
     if call.stream == 1:
         fence()
+    if call.updates == 1:
+        update_channels(call)  # there is no other share
 
 
 @kernel
 def collect_stats(first, last, address, real):
     """Statistics of tiles into the partials. Tasks: chunks × groups."""
     call = read(address)
+    means = scratch(LANES, real)
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        chunk_stats(call, task // call.groups, channel, group, real)
+        chunk_stats(call, task // call.groups, channel, group, (channel, 0, means, means, means, 0), real)
 
 
 @kernel
@@ -318,29 +338,26 @@ def use_running_stats(first, last, address, real):
 def normalize(first, last, address, real):
     """Tasks: slabs of rows × groups, in the order of memory."""
     call = read(address)
-    # Backwards: what the statistics read last is the likeliest to be in cache still.
+    buffer = scratch(ROW_BUFFERS, real)
+    means = scratch(ROOM, real)
+    scales = scratch(ROOM, real)
+    shifts = scratch(ROOM, real)
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
+        tile = tile_tables(call, channel, group, means, scales, shifts, real)
         row = task // call.groups * call.slab
-        normalize_rows(call, row, min(call.rows, row + call.slab), channel, group, real)
+        for r in range(row, min(call.rows, row + call.slab)):
+            step, piece = natural(call, r)
+            write_normalized_row(call, step, piece, tile, buffer, real)
     if call.stream == 1:
         fence()
 
 
 @kernel
 def update_running_stats(first, last, address, real):
-    """Tasks: channels."""
-    call = read(address)
-    stats = pointer(call.stats, np.float64)
-    count = float(call.outer * call.inner)
-    for c in range(first, last):
-        mean = parameter(call.mean, c, 0.0)
-        if call.mean.address != 0:
-            set_parameter(call.mean, c, running(mean, stats[c], call.momentum))
-        if call.var.address != 0:
-            var = unbiased(stats[call.channels + c], count, call.correction)
-            set_parameter(call.var, c, running(parameter(call.var, c, 0.0), var, call.momentum))
+    """One task, after all that reads a running statistic or writes what may lie over one."""
+    update_channels(read(address))
 
 
 # --- backward --------------------------------------------------------------------------------------
@@ -417,7 +434,7 @@ def finish_gradients(call, first, last, real):
 
 @loop
 def apply_rows(call, first, last, channel, group, real):
-    """Write grad_x into the rows first … last - 1 of one tile; see `normalize_rows`."""
+    """Write grad_x into the rows first … last - 1 of one tile, in the order of memory."""
     width = min(call.width, call.inner)
     buffer = scratch(ROW_BUFFERS, real)
     tables = after(pointer(call.tables, real), channel)

@@ -15,9 +15,10 @@ from nbbn.geometry import Geometry, Layout
 BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
 MAX_CHUNKS = 256
 PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to half a megabyte
+SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SLAB_ROWS = 16  # written together
 SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
-STREAM_BYTES = 2 << 20  # an output as large as this is written past the caches
+STREAM_BYTES = 4 << 20  # an output as large as this is written past the caches
 
 
 def _cache_bytes(level: str, otherwise: int) -> int:
@@ -158,7 +159,8 @@ class Plan:
         channels = geometry.channels
         if tiling.fold > 1:
             return channels, self.threads == 1
-        widest = 1 if geometry.inner > SHARED_COLUMNS else max(1, SHARED_COLUMNS // geometry.inner)
+        columns = COLUMNS if geometry.inner == 1 else SHARED_COLUMNS
+        widest = max(1, columns // geometry.inner)
         # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
         whole = LANES // math.gcd(LANES, geometry.inner)
         if whole * geometry.inner <= COLUMNS:
@@ -172,8 +174,9 @@ class Plan:
         cached = cached // whole * whole or cached
         if widest == 1 and slice_bytes * self.threads <= L3_BYTES // 2:
             cached = 1  # read from memory once all the same: the second look finds it in L3
-        line = -(-64 // (element * geometry.inner))  # channels that fill a cache line
-        if cached >= min(line, channels) and -(-channels // cached) >= self.threads:
+        # Rows shorter than this are read at a fraction of the memory's speed.
+        shortest = -(-SHORTEST_ROW // (geometry.inner * element))
+        if cached >= min(shortest, channels) and -(-channels // cached) >= self.threads:
             return cached, True
         return min(widest, channels), False
 

@@ -15,8 +15,8 @@ from nbbn.cpu.simd import LANES
 from nbbn.dispatch import Problem, Update
 from nbbn.geometry import canonical
 
-# See nbbn.cpu.call.ADDRESSES: six addresses, four parameters, four numbers, whether it is training.
-_RECORD = struct.Struct("6q12q4dq")
+# See nbbn.cpu.call.ADDRESSES: six addresses, four parameters, four numbers, two flags.
+_RECORD = struct.Struct("6q12q4d2q")
 
 
 _KERNELS = {
@@ -63,6 +63,7 @@ class _Call:
         momentum: float = 0.0,
         correction: float = 1.0,
         training: bool = True,
+        updates: bool = False,
     ) -> None:
         self.plan = plan
         self._scratch = np.empty(plan.words)
@@ -86,6 +87,7 @@ class _Call:
                 correction,
                 1.0,
                 training,
+                updates,
             )
             + plan.record
         )
@@ -147,24 +149,17 @@ class Run:
     ) -> None:
         """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`."""
         plan = self.plan
+        # One share alone updates the running statistics itself, after all else.
+        alone = plan.resident and min(plan.threads, self._groups) == 1
         if update is None:
             call = _Call(plan, x, 0, out, stats, weight, bias, eps=eps)
         else:
+            mean, var, momentum, correction = update
             call = _Call(
-                plan,
-                x,
-                0,
-                out,
-                stats,
-                weight,
-                bias,
-                update.mean,
-                update.var,
-                eps,
-                update.momentum,
-                update.correction,
+                plan, x, 0, out, stats, weight, bias, mean, var, eps, momentum, correction, updates=alone
             )
-            self._compile(kernels.update_running_stats)
+            if not alone:
+                self._compile(kernels.update_running_stats)
         if plan.resident:
             call(kernels.forward, self._groups)
         else:
@@ -172,8 +167,8 @@ class Run:
             call(kernels.collect_stats, self._tiles)
             call(kernels.finish_stats, self._blocks, self._finishers)
             call(kernels.normalize, self._slabs)
-        if update is not None:
-            call(kernels.update_running_stats, plan.channels, 1)
+        if update is not None and not alone:
+            call(kernels.update_running_stats, 1)
 
     def evaluate(
         self,

@@ -243,15 +243,15 @@ def stream(typingctx, pointer, index, vector):
 
 @intrinsic
 def prefetch(typingctx, pointer, index):
-    """Ask for the line at pointer[index] to be brought into L2; any address will do."""
+    """Ask for the line at pointer[index] to be brought into cache; any address will do."""
 
     def codegen(context, builder, signature, args):
         byte = ir.IntType(8).as_pointer()
         where = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
         kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, into_l2, data = (ir.Constant(_INDEX, k) for k in (0, 3, 1))
-        builder.call(function, [where, read, into_l2, data])
+        read, everywhere, data = (ir.Constant(_INDEX, k) for k in (0, 3, 1))
+        builder.call(function, [where, read, everywhere, data])
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64), codegen

@@ -35,6 +35,7 @@ COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
 ROWS = 8  # that are read at a time
+AHEAD = 4 * LANES  # how far ahead of a row's column its memory is asked for
 
 
 def exact(real):
@@ -184,8 +185,31 @@ def add_to(sums, lost, j, x, real):
 
 
 @loop
-def look_at_rows(rows, count, state, real):
-    """Add up x of ROWS rows, in float64, and (x - guess)², those of ROWS rows in x's type first."""
+def write_column(written, j, count, streaming, real):
+    """Normalize and write column j of ROWS rows of another tile, past the caches or not."""
+    rows, outs, means, scales, shifts, mask = written
+    c = j & mask
+    mean = load(means, c)
+    scale = load(scales, c)
+    shift = load(shifts, c)
+    for k in range(ROWS):
+        out = pointer(outs[k], real)
+        value = normalized(some(pointer(rows[k], real), j, count), mean, scale, shift)
+        if j + LANES > count:
+            store_first(out, j, value, count - j)
+        elif streaming:
+            stream(out, j, value)
+        else:
+            store(out, j, value)
+
+
+@loop
+def look_at_rows(rows, count, state, writing, streaming, written, real):
+    """Add up x of ROWS rows, in float64, and (x - guess)², those of ROWS rows in x's type first.
+
+    If `writing`, ROWS rows of another tile are written along with it, column by column, so that the
+    memory is read and written at once, as a copy does.
+    """
     guesses, sums, lost, squares, squares_lost, one = state
     for j in range(0, count, LANES):
         guess = load(guesses, j)
@@ -193,6 +217,7 @@ def look_at_rows(rows, count, state, real):
         rest = load(lost, j) if exact(real) else total
         square = splat(real(0.0))
         for k in range(ROWS):
+            prefetch(pointer(rows[k], real), j + AHEAD)
             x = some(pointer(rows[k], real), j, count)
             total, rest = plus(total, rest, x, one, real)
             square = square + squared_deviation(x, guess)
@@ -202,10 +227,12 @@ def look_at_rows(rows, count, state, real):
         if j + LANES > count:
             square = keep_first(square, count - j)
         add_to(squares, squares_lost, j, widen(square), real)
+        if writing:
+            write_column(written, j, count, streaming, real)
 
 
 @loop
-def look_at_channel(rows, count, state, real):
+def look_at_channel(rows, count, state, writing, streaming, written, real):
     """The same for rows of one channel, whose sums stay in registers: two of them, to overlap."""
     guesses, sums, lost, squares, squares_lost, one = state
     guess = load(guesses, 0)
@@ -218,6 +245,8 @@ def look_at_channel(rows, count, state, real):
     for j in range(0, count, LANES):
         square = splat(real(0.0))
         for k in range(0, ROWS, 2):
+            prefetch(pointer(rows[k], real), j + AHEAD)
+            prefetch(pointer(rows[k + 1], real), j + AHEAD)
             x = some(pointer(rows[k], real), j, count)
             even, even_lost = plus(even, even_lost, x, one, real)
             square = square + squared_deviation(x, guess)
@@ -231,6 +260,8 @@ def look_at_channel(rows, count, state, real):
             square_rest = square_rest + more
         else:
             total_square = total_square + widen(square)
+        if writing:
+            write_column(written, j, count, streaming, real)
     store(sums, 0, even)
     store(sums, LANES, odd)
     store(lost, 0, even_lost)
@@ -267,37 +298,37 @@ def square_row(row, count, state, real):
 
 
 @loop
-def alike(call, row, last, wanted):
-    """Return `wanted` where the next rows are that many full ones of successive steps, otherwise 1."""
+def streams(call, first, last, wanted):
+    """Return how far apart the rows lie that are read together, `wanted` at a time: 0, if none are.
+
+    Rows that follow each other in memory would be `wanted` short streams. So the rows are read from
+    that many places of the block at once.
+    """
+    if call.pieces > 1:
+        return 1
+    full = min(last, call.outer // call.fold)
+    return (full - first) // wanted
+
+
+@loop
+def together(call, row, first, last, apart, wanted):
+    """Return `wanted` where that many rows are read together from `row` on, otherwise 1."""
+    if call.pieces == 1:
+        return wanted if row < first + apart else 1
     if row + wanted <= last:
         step, piece = in_fours(call, row)
         end, end_piece = in_fours(call, row + wanted - 1)
-        if end_piece == piece and end == step + (wanted - 1) * call.fold and end + call.fold <= call.outer:
+        if end_piece == piece and end == step + wanted - 1:
             return wanted
     return 1
 
 
 @loop
-def look_down(call, first, last, channel, group, buffer, state, real):
-    """Look at the rows first … last - 1 of a tile."""
-    rows = scratch(ROWS, np.int64)
-    row = first
-    while row < last:
-        together = alike(call, row, last, ROWS)
-        step, piece = in_fours(call, row)
-        steps, count = extent(call, step, piece)
-        columns = steps * group * count
-        for k in range(together):
-            step, piece = in_fours(call, row + k)
-            room = after(buffer, k * ROOM)
-            rows[k] = address(row_of(call, call.x, call.at_x, step, piece, channel, group, room, real))
-        if together == ROWS and group == 1 and call.fold == 1 and call.inner >= 2 * LANES:
-            look_at_channel(rows, columns, state, real)
-        elif together == ROWS:
-            look_at_rows(rows, columns, state, real)
-        else:
-            look_at_row(pointer(rows[0], real), columns, state, real)
-        row += together
+def next_row(call, row, first, apart, count, wanted):
+    """Return the row to go on with after `count` rows from `row` on."""
+    if call.pieces > 1:
+        return row + count
+    return first + wanted * apart if row + 1 == first + apart else row + 1
 
 
 @loop
@@ -346,16 +377,17 @@ def multiply_rows(rows, together, count, state, real):
 
 @loop
 def multiply_down(call, first, last, channel, group, buffer, state, real):
-    """Multiply the rows first … last - 1 of grad_out and x, two of each at a time."""
+    """Multiply the rows first … last - 1 of grad_out and x, some of each at a time."""
     rows = scratch(ROWS, np.int64)
+    wanted = ROWS // 2
+    apart = streams(call, first, last, wanted)
     row = first
     while row < last:
-        together = alike(call, row, last, ROWS // 2)
+        number = together(call, row, first, last, apart, wanted)
         step, piece = in_fours(call, row)
         steps, count = extent(call, step, piece)
-        columns = steps * group * count
-        for k in range(together):
-            step, piece = in_fours(call, row + k)
+        for k in range(number):
+            step, piece = in_fours(call, row + k * apart)
             room = after(buffer, 2 * k * ROOM)
             rows[2 * k] = address(
                 row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
@@ -364,11 +396,11 @@ def multiply_down(call, first, last, channel, group, buffer, state, real):
             rows[2 * k + 1] = address(
                 row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
             )
-        if together > 1:
-            multiply_rows(rows, ROWS // 2, columns, state, real)
+        if number > 1:
+            multiply_rows(rows, ROWS // 2, steps * group * count, state, real)
         else:
-            multiply_rows(rows, 1, columns, state, real)
-        row += together
+            multiply_rows(rows, 1, steps * group * count, state, real)
+        row = next_row(call, row, first, apart, number, wanted)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -515,3 +547,65 @@ def scatter(call, step, piece, channel, group, buffer, real):
             for i in range(count):
                 pointer(there + i * call.at_out.inner, real)[0] = buffer[j]
                 j += 1
+
+
+# --- looking at one tile while another is written ----------------------------------------------------
+
+
+@loop
+def look_down(call, first, last, channel, group, buffer, state, pending, real):
+    """Look at the rows first … last - 1 of a tile, and write those of the tile `pending`.
+
+    `pending` is the first channel of that tile, how many it has (0: none), and its tables.
+    """
+    pending_channel, pending_group, means, scales, shifts, mask = pending
+    rows = scratch(ROWS, np.int64)
+    pending_rows = scratch(ROWS, np.int64)
+    outs = scratch(ROWS, np.int64)
+    apart = streams(call, first, last, ROWS)
+    row = first
+    while row < last:
+        number = together(call, row, first, last, apart, ROWS)
+        step, piece = in_fours(call, row)
+        steps, count = extent(call, step, piece)
+        direct = call.at_x.gather == 0 and call.at_out.gather == 0
+        writing = pending_group == group and number == ROWS and direct
+        misaligned = 0
+        for k in range(number):
+            step, piece = in_fours(call, row + k * apart)
+            room = after(buffer, k * ROOM)
+            rows[k] = address(row_of(call, call.x, call.at_x, step, piece, channel, group, room, real))
+            if writing:
+                pending_rows[k] = row_address(call, call.x, call.at_x, step, piece, pending_channel)
+                outs[k] = row_address(call, call.out, call.at_out, step, piece, pending_channel)
+                misaligned |= outs[k]
+        streaming = call.stream == 1
+        writing = writing and (not streaming or misaligned % STREAM_BYTES == 0)
+        written = pending_rows, outs, means, scales, shifts, mask
+        columns = steps * group * count
+        if number < ROWS:
+            look_at_row(pointer(rows[0], real), columns, state, real)
+        elif group == 1 and call.fold == 1 and call.inner >= 2 * LANES:
+            look_at_channel(rows, columns, state, writing, streaming, written, real)
+        else:
+            look_at_rows(rows, columns, state, writing, streaming, written, real)
+        if pending_group > 0 and not writing:
+            for k in range(number):
+                step, piece = in_fours(call, row + k * apart)
+                write_normalized_row(call, step, piece, pending, buffer, real)
+        row = next_row(call, row, first, apart, number, ROWS)
+
+
+@loop
+def write_normalized_row(call, step, piece, tile, buffer, real):
+    """Normalize and write one row of a tile."""
+    channel, group, means, scales, shifts, mask = tile
+    steps, count = extent(call, step, piece)
+    x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+    out = after(buffer, ROOM)
+    if call.at_out.gather == 0:
+        out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
+    streaming = call.at_out.gather == 0 and call.stream == 1
+    write_normalized(out, steps * group * count, streaming, (x, means, scales, shifts, mask), real)
+    if call.at_out.gather == 1:
+        scatter(call, step, piece, channel, group, out, real)
