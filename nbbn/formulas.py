@@ -109,17 +109,25 @@ def unbiased(var, count, correction):
 
 
 @formula
-def gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, count):
-    """Return slope and offset of grad_x = scale · dy + slope · (x - mean) + offset.
+def power_of_two(invstd):
+    """Return a power of two near invstd: x - mean is scaled with it into range, without rounding."""
+    if not 2.0**-120 < invstd < 2.0**120:
+        return 1.0
+    return math.ldexp(1.0, math.frexp(invstd)[1])
+
+
+@formula
+def gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count):
+    """Return slope and offset of grad_x = scale · dy + slope · (x - mean) · unit + offset.
 
     grad_x = weight · invstd · (dy - grad_bias/m - x_hat · grad_weight/m), scale = weight · invstd;
     `lost` is the part of the mean that its rounding to x's type lost.
     """
-    slope = -scale * (grad_weight / count * invstd)
-    return slope, -scale * (grad_bias / count) - slope * lost
+    slope = -scale * (grad_weight / count * (invstd / unit))
+    return slope, -scale * (grad_bias / count) - slope * (lost * unit)
 
 
 @formula
-def gradient(grad_out, x, mean, scale, slope, offset):
-    """grad_x = scale · dy + slope · (x - mean) + offset"""
-    return scale * grad_out + (slope * (x - mean) + offset)
+def gradient(grad_out, x, mean, unit, scale, slope, offset):
+    """grad_x = scale · dy + slope · (x - mean) · unit + offset"""
+    return scale * grad_out + (slope * ((x - mean) * unit) + offset)

@@ -43,7 +43,7 @@ ADDRESSES = [
     ("out", _WORD),  # also grad_x
     ("stats", _WORD),  # float64[3, channels]: mean, var, invstd; backward: grad_weight, grad_bias
     ("partials", _WORD),  # float64[chunks, 3, channels]
-    ("tables", _WORD),  # real[4, channels]: what normalize and backward_apply need of a channel
+    ("tables", _WORD),  # real[5, channels]: what normalize and backward_apply need of a channel
     ("weight", PARAMETER),
     ("bias", PARAMETER),
     ("mean", PARAMETER),  # backward: the batch mean; otherwise the running mean

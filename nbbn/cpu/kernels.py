@@ -51,6 +51,7 @@ from nbbn.formulas import (
     inverse_deviation,
     mean_of,
     merge,
+    power_of_two,
     running,
     shift_of,
     two_sum,
@@ -61,6 +62,7 @@ from nbbn.formulas import (
 ROW_BUFFERS = ROWS * ROOM
 # A guess at a block's mean is rough where it has fewer values than this to go by.
 PILOT_VALUES = 64
+LARGEST = float(np.finfo(np.float64).max)
 
 
 @loop
@@ -101,7 +103,8 @@ def trusted(count, squares, offset, real):
     n · (mean - guess)²), or where the squares left the range of x's type.
     """
     smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
-    near = at_most(offset + offset, squares) & at_most(smallest, squares)
+    finite = at_most(squares, splat(LARGEST))
+    near = at_most(offset + offset, squares) & at_most(smallest, squares) & finite
     constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0))
     return near | constant
 
@@ -145,8 +148,8 @@ def chunk_stats(call, chunk, channel, group, pending, real):
         column_guesses = to_columns(call, group, width, guess_of, guesses)
         state = column_guesses, sums, lost, squares, squares_lost, call.one
         look_down(call, first, last, channel, group, buffer, state, nothing if pilot else pending, real)
-        to_channels(call, group, width, sums, lost, sums, lost, real)
-        to_channels(call, group, width, squares, squares_lost, squares, squares_lost, real)
+        to_channels(call, group, width, sums, lost, real)
+        to_channels(call, group, width, squares, squares_lost, real)
         bad = False
         for g in range(0, group, LANES):
             mean, rest = mean_of(load(sums, g), load(lost, g), count)
@@ -169,7 +172,7 @@ def chunk_stats(call, chunk, channel, group, pending, real):
             fill(squares_lost, span, 0.0)
             state = to_columns(call, group, width, sums, columns), again, squares_lost
             square_down(call, first, last, channel, group, buffer, state, real)
-            to_channels(call, group, width, again, squares_lost, again, squares_lost, real)
+            to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
                 store(squares, g, choose(trust[g], load(squares, g), load(again, g)))
         before = float(position(call, first) - position(call, begin))
@@ -386,8 +389,8 @@ def chunk_gradients(call, chunk, channel, group, real):
     fill(products_lost, span, 0.0)
     state = means, sums, lost, products, products_lost, call.one
     multiply_down(call, begin, end, channel, group, buffer, state, real)
-    to_channels(call, group, width, sums, lost, sums, lost, real)
-    to_channels(call, group, width, products, products_lost, products, products_lost, real)
+    to_channels(call, group, width, sums, lost, real)
+    to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
         here = min(LANES, group - g)
         store_first(bias_sums, g, load(sums, g) + load(lost, g), here)
@@ -421,7 +424,8 @@ def finish_gradients(call, first, last, real):
         stats[c] = grad_weight
         stats[call.channels + c] = grad_bias
         scale = parameter(call.weight, c, 1.0) * invstd
-        slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, count)
+        unit = power_of_two(invstd)
+        slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count)
         if call.training == 0:
             # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
             rounded = real(0.0)
@@ -430,6 +434,7 @@ def finish_gradients(call, first, last, real):
         tables[pad + c] = real(scale)
         tables[2 * pad + c] = real(slope)
         tables[3 * pad + c] = real(offset)
+        tables[4 * pad + c] = real(unit)
 
 
 @loop
@@ -443,6 +448,7 @@ def apply_rows(call, first, last, channel, group, real):
     scales, mask = spread(call, group, width, after(tables, pad), scratch(ROOM, real))
     slopes, mask = spread(call, group, width, after(tables, 2 * pad), scratch(ROOM, real))
     offsets, mask = spread(call, group, width, after(tables, 3 * pad), scratch(ROOM, real))
+    units, mask = spread(call, group, width, after(tables, 4 * pad), scratch(ROOM, real))
     for row in range(first, last):
         step, piece = natural(call, row)
         steps, count = extent(call, step, piece)
@@ -452,7 +458,7 @@ def apply_rows(call, first, last, channel, group, real):
         if call.at_out.gather == 0:
             out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
         streaming = call.at_out.gather == 0 and call.stream == 1
-        state = dy, x, means, scales, slopes, offsets, mask
+        state = dy, x, means, units, scales, slopes, offsets, mask
         write_gradient(out, steps * group * count, streaming, state, real)
         if call.at_out.gather == 1:
             scatter(call, step, piece, channel, group, out, real)

@@ -114,7 +114,7 @@ class Plan:
         self.slabs = -(-tiling.rows // slab)
         self.chunks = tiling.chunks
         self.partial_words = 3 * self.channels * tiling.chunks
-        self.words = self.partial_words + 4 * (self.channels + 2 * LANES) + LANES
+        self.words = self.partial_words + 5 * (self.channels + 2 * LANES) + LANES
         x, grad_out, out = geometry.layouts[0], geometry.layouts[len(geometry.layouts) // 2], geometry.layouts[-1]
         self.offset_x, self.offset_grad_out, self.offset_out = x.offset, grad_out.offset, out.offset
 

@@ -162,10 +162,9 @@ def fill(p, count, value):
 
 @loop
 def plus(total, lost, x, one, real):
-    """Return total + x, and what the sums lost.
+    """Return total + x, and what the sums lost; of float32, nothing that a few rows can lose.
 
-    `one` is 1.0, which the compiler does not know: an fma runs on other ports than the conversions
-    do, and the loop takes 0.7 of the time.
+    `one` is 1.0, which the compiler does not know: an fma runs on other ports than the conversions do.
     """
     if exact(real):
         total, more = two_sum(total, widen(x))
@@ -174,14 +173,11 @@ def plus(total, lost, x, one, real):
 
 
 @loop
-def add_to(sums, lost, j, x, real):
-    """sums[j : j + LANES] += x, with what the sums lost."""
-    if exact(real):
-        total, more = two_sum(load(sums, j), x)
-        store(sums, j, total)
-        store(lost, j, load(lost, j) + more)
-    else:
-        store(sums, j, load(sums, j) + x)
+def add_to(sums, lost, j, x, rest):
+    """sums[j : j + LANES] += x + rest, with what the sums lost."""
+    total, more = two_sum(load(sums, j), x)
+    store(sums, j, total)
+    store(lost, j, load(lost, j) + (more + rest))
 
 
 @loop
@@ -213,88 +209,83 @@ def look_at_rows(rows, count, state, writing, streaming, written, real):
     guesses, sums, lost, squares, squares_lost, one = state
     for j in range(0, count, LANES):
         guess = load(guesses, j)
-        total = load(sums, j)
-        rest = load(lost, j) if exact(real) else total
+        total = splat(0.0)
+        rest = splat(0.0)
         square = splat(real(0.0))
         for k in range(ROWS):
             prefetch(pointer(rows[k], real), j + AHEAD)
             x = some(pointer(rows[k], real), j, count)
             total, rest = plus(total, rest, x, one, real)
             square = square + squared_deviation(x, guess)
-        store(sums, j, total)
-        if exact(real):
-            store(lost, j, rest)
         if j + LANES > count:
             square = keep_first(square, count - j)
-        add_to(squares, squares_lost, j, widen(square), real)
+        add_to(sums, lost, j, total, rest)
+        add_to(squares, squares_lost, j, widen(square), splat(0.0))
         if writing:
             write_column(written, j, count, streaming, real)
 
 
 @loop
 def look_at_channel(rows, count, state, writing, streaming, written, real):
-    """The same for rows of one channel, whose sums stay in registers: two of them, to overlap."""
+    """The same for rows of one channel, whose sums stay in registers."""
     guesses, sums, lost, squares, squares_lost, one = state
     guess = load(guesses, 0)
-    even = load(sums, 0)
-    odd = load(sums, LANES)
-    even_lost = load(lost, 0)
-    odd_lost = load(lost, LANES)
+    total = load(sums, 0)
+    rest = load(lost, 0)
     total_square = load(squares, 0)
     square_rest = load(squares_lost, 0)
     for j in range(0, count, LANES):
+        even = splat(0.0)
+        odd = splat(0.0)
+        small = splat(0.0)
         square = splat(real(0.0))
         for k in range(0, ROWS, 2):
             prefetch(pointer(rows[k], real), j + AHEAD)
             prefetch(pointer(rows[k + 1], real), j + AHEAD)
             x = some(pointer(rows[k], real), j, count)
-            even, even_lost = plus(even, even_lost, x, one, real)
+            even, small = plus(even, small, x, one, real)
             square = square + squared_deviation(x, guess)
             x = some(pointer(rows[k + 1], real), j, count)
-            odd, odd_lost = plus(odd, odd_lost, x, one, real)
+            odd, small = plus(odd, small, x, one, real)
             square = square + squared_deviation(x, guess)
         if j + LANES > count:
             square = keep_first(square, count - j)
-        if exact(real):
-            total_square, more = two_sum(total_square, widen(square))
-            square_rest = square_rest + more
-        else:
-            total_square = total_square + widen(square)
+        eight, more = two_sum(even, odd)
+        small = small + more
+        total, more = two_sum(total, eight)
+        rest = rest + (more + small)
+        total_square, more = two_sum(total_square, widen(square))
+        square_rest = square_rest + more
         if writing:
             write_column(written, j, count, streaming, real)
-    store(sums, 0, even)
-    store(sums, LANES, odd)
-    store(lost, 0, even_lost)
-    store(lost, LANES, odd_lost)
+    store(sums, 0, total)
+    store(lost, 0, rest)
     store(squares, 0, total_square)
     store(squares_lost, 0, square_rest)
 
 
 @loop
 def look_at_row(row, count, state, real):
+    """The same for one row, squared in float64."""
     guesses, sums, lost, squares, squares_lost, one = state
     for j in range(0, count, LANES):
-        x = some(row, j, count)
-        total = load(sums, j)
-        rest = load(lost, j) if exact(real) else total
-        total, rest = plus(total, rest, x, one, real)
-        store(sums, j, total)
-        if exact(real):
-            store(lost, j, rest)
-        square = squared_deviation(widen(x), widen(load(guesses, j)))
+        x = widen(some(row, j, count))
+        square = squared_deviation(x, widen(load(guesses, j)))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        add_to(squares, squares_lost, j, square, real)
+        add_to(sums, lost, j, x, splat(0.0))
+        add_to(squares, squares_lost, j, square, splat(0.0))
 
 
 @loop
 def square_row(row, count, state, real):
+    """Add up (x - mean)², in float64."""
     means, squares, squares_lost = state
     for j in range(0, count, LANES):
         square = squared_deviation(widen(some(row, j, count)), load(means, j))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        add_to(squares, squares_lost, j, square, real)
+        add_to(squares, squares_lost, j, square, splat(0.0))
 
 
 @loop
@@ -352,27 +343,24 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
-def multiply_rows(rows, together, count, state, real):
+def multiply_rows(rows, number, count, state, real):
     """Add up dy and dy · (x - mean), in float64, of so many rows of dy and x in turn."""
     means, sums, lost, products, products_lost, one = state
     for j in range(0, count, LANES):
         mean = load(means, j)
-        total = load(sums, j)
-        product = load(products, j)
-        rest = load(lost, j) if exact(real) else total
-        product_rest = load(products_lost, j) if exact(real) else total
-        for k in range(0, 2 * together, 2):
+        total = splat(0.0)
+        rest = splat(0.0)
+        product = splat(0.0)
+        product_rest = splat(0.0)
+        for k in range(0, 2 * number, 2):
             dy = some(pointer(rows[k], real), j, count)
             deviation = widen(some(pointer(rows[k + 1], real), j, count)) - mean
             if j + LANES > count:
                 deviation = keep_first(deviation, count - j)
             total, rest = plus(total, rest, dy, one, real)
             product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
-        store(sums, j, total)
-        store(products, j, product)
-        if exact(real):
-            store(lost, j, rest)
-            store(products_lost, j, product_rest)
+        add_to(sums, lost, j, total, rest)
+        add_to(products, products_lost, j, product, product_rest)
 
 
 @loop
@@ -407,25 +395,18 @@ def multiply_down(call, first, last, channel, group, buffer, state, real):
 
 
 @loop
-def to_channels(call, group, width, sums, lost, totals, rests, real):
-    """Add up each channel's columns: totals[channel] + rests[channel]; the buffers may be the same.
-
-    With float32 for `real`, nothing was lost, and `lost` is not read.
-    """
+def to_channels(call, group, width, sums, lost, real):
+    """Add up each channel's columns, in place: sums[channel] + lost[channel]."""
     out_of_line()
     if width == 1:
         for g in range(0, group, LANES):
             total = load(sums, g)
-            rest = load(lost, g) if exact(real) else splat(0.0)
+            rest = load(lost, g)
             for f in range(1, call.fold):
-                more = load(sums, f * group + g)
-                if exact(real):
-                    total, small = two_sum(total, more)
-                    rest = rest + (load(lost, f * group + g) + small)
-                else:
-                    total = total + more
-            store(totals, g, total)
-            store(rests, g, rest)
+                total, more = two_sum(total, load(sums, f * group + g))
+                rest = rest + (load(lost, f * group + g) + more)
+            store(sums, g, total)
+            store(lost, g, rest)
         return
     for g in range(group):
         total = splat(0.0)
@@ -433,23 +414,18 @@ def to_channels(call, group, width, sums, lost, totals, rests, real):
         for f in range(call.fold):
             first = (f * group + g) * width
             for j in range(first, first + width, LANES):
-                more = some(sums, j, first + width)
-                if exact(real):
-                    total, small = two_sum(total, more)
-                    rest = rest + (some(lost, j, first + width) + small)
-                else:
-                    total = total + more
+                total, more = two_sum(total, some(sums, j, first + width))
+                rest = rest + (some(lost, j, first + width) + more)
+        low = fold(rest)
         if exact(real):
             high = 0.0
-            low = fold(rest)
             for i in range(LANES):
                 high, small = two_sum(high, lane(total, i))
                 low += small
-            totals[g] = high
-            rests[g] = low
+            sums[g] = high
         else:
-            totals[g] = fold(total)
-            rests[g] = 0.0
+            sums[g] = fold(total)
+        lost[g] = low
 
 
 @loop
@@ -492,12 +468,13 @@ def normalized_at(state, j, count):
 
 @loop
 def gradient_at(state, j, count):
-    dy, x, means, scales, slopes, offsets, mask = state
+    dy, x, means, units, scales, slopes, offsets, mask = state
     t = j & mask
     return gradient(
         some(dy, j, count),
         some(x, j, count),
         load(means, t),
+        load(units, t),
         load(scales, t),
         load(slopes, t),
         load(offsets, t),
