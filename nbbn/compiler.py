@@ -65,6 +65,8 @@ class _HelperLowering(NativeLowering):
             library._finalized = True
 
         library._finalize_final_module = finalize_without_code
+        library._optimize_functions = lambda module: None
+        library._optimize_final_module = lambda: None
         target.get_executable = _no_executable
         try:
             return super().run_pass(state)

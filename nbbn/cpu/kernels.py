@@ -60,8 +60,8 @@ from nbbn.formulas import (
 )
 
 ROW_BUFFERS = ROWS * ROOM
-# A guess at a block's mean is rough where it has fewer values than this to go by.
-PILOT_VALUES = 64
+# A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
+PILOT_VALUES = 32
 LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -135,10 +135,11 @@ def chunk_stats(call, chunk, channel, group, pending, real):
 
     begin, end = chunk_rows(call, chunk)
     fill(guess_of, group, real(0.0))
-    nothing = pending[0], 0, pending[2], pending[3], pending[4], pending[5]
+    none = begin - begin  # not the literal 0, which would compile everything twice
+    nothing = none, none, pending[2], pending[3], pending[4], pending[5]
     pilot = True  # the first rows are looked at twice: first for a guess only
     first = begin
-    last = min(end, begin + (ROWS if call.fold * width < PILOT_VALUES else 1))
+    last = min(end, begin + 1 + (PILOT_VALUES - 1) // (call.fold * width))
     while first < end:
         count = float(position(call, last) - position(call, first))
         fill(sums, span, 0.0)
@@ -293,7 +294,8 @@ def forward(first, last, address, real):
     means = scratch(ROOM, real)
     scales = scratch(ROOM, real)
     shifts = scratch(ROOM, real)
-    tile = first * call.group, 0, means, scales, shifts, 0
+    none = first - first  # not the literal 0, which would compile everything twice
+    tile = none, none, means, scales, shifts, none
     for task in range(first, last):
         channel = task * call.group
         group = min(call.group, call.channels - channel)
@@ -318,7 +320,9 @@ def collect_stats(first, last, address, real):
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        chunk_stats(call, task // call.groups, channel, group, (channel, 0, means, means, means, 0), real)
+        none = first - first
+        tile = none, none, means, means, means, none
+        chunk_stats(call, task // call.groups, channel, group, tile, real)
 
 
 @kernel
