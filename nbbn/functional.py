@@ -294,8 +294,8 @@ def batch_norm(
     >>> running_mean
     array([0.2, 2. ])
     >>> nbbn.batch_norm(x, running_mean, running_var).round(2)
-    array([[0.76, 1.72],
-           [2.67, 6.03]])
+    array([[0.76, 1.75],
+           [2.67, 6.12]])
     """
     if arrays.flag("training", training):
         if momentum is None:

@@ -32,9 +32,9 @@ from nbbn.cpu.tiles import (
     exact,
     extent,
     fill,
+    locate,
     look_down,
     multiply_down,
-    natural,
     position,
     row_address,
     row_of,
@@ -117,8 +117,11 @@ def chunk_stats(call, chunk, channel, group, pending, real):
     the mean of what came before. Where that guess was too far off for a channel, and only there, the
     squares are taken again around the block's own mean. Meanwhile the tile `pending` is written.
     """
-    width = min(call.width, call.inner)
-    span = max(2 * LANES, call.fold * group * width)
+    # Where all columns are of one channel, they are summed into LANES of them.
+    single = group == 1 and call.fold == 1
+    width = LANES if single else call.inner
+    mask = 0 if single else -1
+    span = call.fold * group * width
     means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     rests = after(means, call.channels)
     m2s = after(rests, call.channels)
@@ -139,7 +142,7 @@ def chunk_stats(call, chunk, channel, group, pending, real):
     nothing = none, none, pending[2], pending[3], pending[4], pending[5]
     pilot = True  # the first rows are looked at twice: first for a guess only
     first = begin
-    last = min(end, begin + 1 + (PILOT_VALUES - 1) // (call.fold * width))
+    last = min(end, begin + 1 + (PILOT_VALUES - 1) // (call.fold * min(call.width, call.inner)))
     while first < end:
         count = float(position(call, last) - position(call, first))
         fill(sums, span, 0.0)
@@ -148,9 +151,10 @@ def chunk_stats(call, chunk, channel, group, pending, real):
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
         state = column_guesses, sums, lost, squares, squares_lost, call.one
-        look_down(call, first, last, channel, group, buffer, state, nothing if pilot else pending, real)
+        look_down(call, first, last, channel, group, buffer, state, mask, nothing if pilot else pending, real)
         to_channels(call, group, width, sums, lost, real)
-        to_channels(call, group, width, squares, squares_lost, real)
+        if not pilot:
+            to_channels(call, group, width, squares, squares_lost, real)
         bad = False
         for g in range(0, group, LANES):
             mean, rest = mean_of(load(sums, g), load(lost, g), count)
@@ -172,7 +176,7 @@ def chunk_stats(call, chunk, channel, group, pending, real):
             fill(again, span, 0.0)
             fill(squares_lost, span, 0.0)
             state = to_columns(call, group, width, sums, columns), again, squares_lost
-            square_down(call, first, last, channel, group, buffer, state, real)
+            square_down(call, first, last, channel, group, buffer, state, mask, real)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
                 store(squares, g, choose(trust[g], load(squares, g), load(again, g)))
@@ -304,7 +308,7 @@ def forward(first, last, address, real):
         finish_channels(call, channel, channel + group, real)
         tile = tile_tables(call, channel, group, means, scales, shifts, real)
     for row in range(call.rows):
-        step, piece = natural(call, row)
+        step, piece = locate(call, row)
         write_normalized_row(call, step, piece, tile, buffer, real)
     if call.stream == 1:
         fence()
@@ -355,7 +359,7 @@ def normalize(first, last, address, real):
         tile = tile_tables(call, channel, group, means, scales, shifts, real)
         row = task // call.groups * call.slab
         for r in range(row, min(call.rows, row + call.slab)):
-            step, piece = natural(call, r)
+            step, piece = locate(call, r)
             write_normalized_row(call, step, piece, tile, buffer, real)
     if call.stream == 1:
         fence()
@@ -373,7 +377,9 @@ def update_running_stats(first, last, address, real):
 @loop
 def chunk_gradients(call, chunk, channel, group, real):
     """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials."""
-    width = min(call.width, call.inner)
+    single = group == 1 and call.fold == 1
+    width = LANES if single else call.inner
+    mask = 0 if single else -1
     span = call.fold * group * width
     bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     weight_sums = after(bias_sums, call.channels)
@@ -392,7 +398,7 @@ def chunk_gradients(call, chunk, channel, group, real):
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
     state = means, sums, lost, products, products_lost, call.one
-    multiply_down(call, begin, end, channel, group, buffer, state, real)
+    multiply_down(call, begin, end, channel, group, buffer, state, mask, real)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
@@ -454,7 +460,7 @@ def apply_rows(call, first, last, channel, group, real):
     offsets, mask = spread(call, group, width, after(tables, 3 * pad), scratch(ROOM, real))
     units, mask = spread(call, group, width, after(tables, 4 * pad), scratch(ROOM, real))
     for row in range(first, last):
-        step, piece = natural(call, row)
+        step, piece = locate(call, row)
         steps, count = extent(call, step, piece)
         dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, buffer, real)
         x = row_of(call, call.x, call.at_x, step, piece, channel, group, after(buffer, ROOM), real)

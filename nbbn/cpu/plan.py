@@ -9,7 +9,7 @@ import numpy as np
 
 from nbbn.cpu.call import PLAN
 from nbbn.cpu.simd import LANES
-from nbbn.cpu.tiles import COLUMNS, ROWS, SHARED_COLUMNS
+from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS
 from nbbn.geometry import Geometry, Layout
 
 BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
@@ -81,7 +81,7 @@ def tile(geometry: Geometry, size: int) -> Tiling:
             fold = min(outer, SHARED_COLUMNS // (channels * inner))
             rows = -(-outer // fold)
     columns = width if inner > SHARED_COLUMNS else min(SHARED_COLUMNS, fold * channels * inner)
-    block = _up(BLOCK_ELEMENTS // columns, ROWS)
+    block = -(-BLOCK_ELEMENTS // columns)
     limit = max(1, min(MAX_CHUNKS, PARTIAL_WORDS // (3 * channels)))
     chunk = _up(-(-rows // limit), block)
     return Tiling(outer, fold, pieces, width, rows, block, chunk, -(-rows // chunk))

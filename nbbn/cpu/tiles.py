@@ -54,43 +54,20 @@ def _exact(real):
 
 
 @loop
-def natural(call, row):
-    """Return the outer step and the piece of a row, in the order of memory."""
+def locate(call, row):
+    """Return the outer step and the piece of a row; rows are in the order of memory."""
     if call.pieces == 1:
         return row * call.fold, 0
     return row // call.pieces, row % call.pieces
 
 
 @loop
-def in_fours(call, row):
-    """Return the outer step and the piece of a row, such that four rows are of four outer steps.
-
-    Four pieces of one step would be four short streams where one long one does better.
-    """
-    quad = ROWS * call.pieces
-    full = call.outer // ROWS * quad
-    if call.pieces == 1:
-        return natural(call, row)
-    if row >= full:
-        step, piece = natural(call, row - full)
-        return call.outer // ROWS * ROWS + step, piece
-    return row // quad * ROWS + row % ROWS, row % quad // ROWS
-
-
-@loop
 def position(call, row):
-    """Return how many values of a channel come before `row`, counted in fours."""
+    """Return how many values of a channel come before `row`."""
     out_of_line()
     if call.pieces == 1:
         return min(call.outer, row * call.fold) * call.inner
-    quad = ROWS * call.pieces
-    full = call.outer // ROWS * quad
-    if row >= full:
-        row -= full
-        step = call.outer // ROWS * ROWS + row // call.pieces
-        return step * call.inner + row % call.pieces * call.width
-    before = row % quad // ROWS * call.width
-    return row // quad * ROWS * call.inner + before * ROWS + row % ROWS * min(call.width, call.inner - before)
+    return row // call.pieces * call.inner + row % call.pieces * call.width
 
 
 @loop
@@ -181,6 +158,15 @@ def add_to(sums, lost, j, x, rest):
 
 
 @loop
+def add_up(sums, lost, j, x, rest, real):
+    """The same where float32 needs no compensation: sums whose tolerance is that of x's type."""
+    if exact(real):
+        add_to(sums, lost, j, x, rest)
+    else:
+        store(sums, j, load(sums, j) + x)
+
+
+@loop
 def write_column(written, j, count, streaming, real):
     """Normalize and write column j of ROWS rows of another tile, past the caches or not."""
     rows, outs, means, scales, shifts, mask = written
@@ -220,7 +206,7 @@ def look_at_rows(rows, count, state, writing, streaming, written, real):
         if j + LANES > count:
             square = keep_first(square, count - j)
         add_to(sums, lost, j, total, rest)
-        add_to(squares, squares_lost, j, widen(square), splat(0.0))
+        add_up(squares, squares_lost, j, widen(square), splat(0.0), real)
         if writing:
             write_column(written, j, count, streaming, real)
 
@@ -250,12 +236,16 @@ def look_at_channel(rows, count, state, writing, streaming, written, real):
             square = square + squared_deviation(x, guess)
         if j + LANES > count:
             square = keep_first(square, count - j)
-        eight, more = two_sum(even, odd)
-        small = small + more
-        total, more = two_sum(total, eight)
+        if exact(real):
+            odd, more = two_sum(even, odd)
+            small = small + more
+            total_square, more = two_sum(total_square, widen(square))
+            square_rest = square_rest + more
+        else:
+            odd = even + odd
+            total_square = total_square + widen(square)
+        total, more = two_sum(total, odd)
         rest = rest + (more + small)
-        total_square, more = two_sum(total_square, widen(square))
-        square_rest = square_rest + more
         if writing:
             write_column(written, j, count, streaming, real)
     store(sums, 0, total)
@@ -265,71 +255,51 @@ def look_at_channel(rows, count, state, writing, streaming, written, real):
 
 
 @loop
-def look_at_row(row, count, state, real):
-    """The same for one row, squared in float64."""
+def look_at_row(row, first, count, state, mask, real):
+    """The same for one row from column `first` on, squared in float64."""
     guesses, sums, lost, squares, squares_lost, one = state
-    for j in range(0, count, LANES):
+    for j in range(first, count, LANES):
+        c = j & mask
         x = widen(some(row, j, count))
-        square = squared_deviation(x, widen(load(guesses, j)))
+        square = squared_deviation(x, widen(load(guesses, c)))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        add_to(sums, lost, j, x, splat(0.0))
-        add_to(squares, squares_lost, j, square, splat(0.0))
+        add_to(sums, lost, c, x, splat(0.0))
+        add_up(squares, squares_lost, c, square, splat(0.0), real)
 
 
 @loop
-def square_row(row, count, state, real):
+def square_row(row, count, state, mask, real):
     """Add up (x - mean)², in float64."""
     means, squares, squares_lost = state
     for j in range(0, count, LANES):
-        square = squared_deviation(widen(some(row, j, count)), load(means, j))
+        c = j & mask
+        square = squared_deviation(widen(some(row, j, count)), load(means, c))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        add_to(squares, squares_lost, j, square, splat(0.0))
+        add_up(squares, squares_lost, c, square, splat(0.0), real)
 
 
 @loop
-def streams(call, first, last, wanted):
-    """Return how far apart the rows lie that are read together, `wanted` at a time: 0, if none are.
+def apart(call, first, last, wanted):
+    """Return how far apart the rows lie that are read together, `wanted` at a time.
 
     Rows that follow each other in memory would be `wanted` short streams. So the rows are read from
-    that many places of the block at once.
+    that many places of the block at once; what is left over, and a last row that is not full, is read
+    a row at a time.
     """
-    if call.pieces > 1:
-        return 1
-    full = min(last, call.outer // call.fold)
-    return (full - first) // wanted
+    full = last if call.pieces > 1 else min(last, call.outer // call.fold)
+    return max(0, full - first) // wanted
 
 
 @loop
-def together(call, row, first, last, apart, wanted):
-    """Return `wanted` where that many rows are read together from `row` on, otherwise 1."""
-    if call.pieces == 1:
-        return wanted if row < first + apart else 1
-    if row + wanted <= last:
-        step, piece = in_fours(call, row)
-        end, end_piece = in_fours(call, row + wanted - 1)
-        if end_piece == piece and end == step + wanted - 1:
-            return wanted
-    return 1
-
-
-@loop
-def next_row(call, row, first, apart, count, wanted):
-    """Return the row to go on with after `count` rows from `row` on."""
-    if call.pieces > 1:
-        return row + count
-    return first + wanted * apart if row + 1 == first + apart else row + 1
-
-
-@loop
-def square_down(call, first, last, channel, group, buffer, state, real):
+def square_down(call, first, last, channel, group, buffer, state, mask, real):
     """Add up the squares of the rows first … last - 1 of a tile."""
     for row in range(first, last):
-        step, piece = in_fours(call, row)
+        step, piece = locate(call, row)
         steps, count = extent(call, step, piece)
         x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
-        square_row(x, steps * group * count, state, real)
+        square_row(x, steps * group * count, state, mask, real)
 
 
 @loop
@@ -343,11 +313,12 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
-def multiply_rows(rows, number, count, state, real):
+def multiply_rows(rows, number, first, count, state, mask, real):
     """Add up dy and dy · (x - mean), in float64, of so many rows of dy and x in turn."""
     means, sums, lost, products, products_lost, one = state
-    for j in range(0, count, LANES):
-        mean = load(means, j)
+    for j in range(first, count, LANES):
+        c = j & mask
+        mean = load(means, c)
         total = splat(0.0)
         rest = splat(0.0)
         product = splat(0.0)
@@ -359,23 +330,25 @@ def multiply_rows(rows, number, count, state, real):
                 deviation = keep_first(deviation, count - j)
             total, rest = plus(total, rest, dy, one, real)
             product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
-        add_to(sums, lost, j, total, rest)
-        add_to(products, products_lost, j, product, product_rest)
+        add_up(sums, lost, c, total, rest, real)
+        add_up(products, products_lost, c, product, product_rest, real)
 
 
 @loop
-def multiply_down(call, first, last, channel, group, buffer, state, real):
+def multiply_down(call, first, last, channel, group, buffer, state, mask, real):
     """Multiply the rows first … last - 1 of grad_out and x, some of each at a time."""
     rows = scratch(ROWS, np.int64)
-    wanted = ROWS // 2
-    apart = streams(call, first, last, wanted)
+    far = apart(call, first, last, ROWS // 2)
     row = first
     while row < last:
-        number = together(call, row, first, last, apart, wanted)
-        step, piece = in_fours(call, row)
-        steps, count = extent(call, step, piece)
-        for k in range(number):
-            step, piece = in_fours(call, row + k * apart)
+        together = ROWS // 2 if row < first + far else 1
+        shared = COLUMNS
+        longest = row - row
+        for k in range(together):
+            step, piece = locate(call, row + k * far)
+            steps, count = extent(call, step, piece)
+            shared = min(shared, steps * group * count)
+            longest = max(longest, steps * group * count)
             room = after(buffer, 2 * k * ROOM)
             rows[2 * k] = address(
                 row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
@@ -384,11 +357,15 @@ def multiply_down(call, first, last, channel, group, buffer, state, real):
             rows[2 * k + 1] = address(
                 row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
             )
-        if number > 1:
-            multiply_rows(rows, ROWS // 2, steps * group * count, state, real)
-        else:
-            multiply_rows(rows, 1, steps * group * count, state, real)
-        row = next_row(call, row, first, apart, number, wanted)
+        start = row - row
+        if together > 1:
+            multiply_rows(rows, ROWS // 2, start, shared, state, mask, real)
+            start = shared
+        for k in range(0 if start == longest else together):
+            step, piece = locate(call, row + k * far)
+            steps, count = extent(call, step, piece)
+            multiply_rows(after(rows, 2 * k), 1, start, steps * group * count, state, mask, real)
+        row = first + ROWS // 2 * far if row + 1 == first + far else row + 1
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -414,8 +391,13 @@ def to_channels(call, group, width, sums, lost, real):
         for f in range(call.fold):
             first = (f * group + g) * width
             for j in range(first, first + width, LANES):
-                total, more = two_sum(total, some(sums, j, first + width))
-                rest = rest + (some(lost, j, first + width) + more)
+                x = some(sums, j, first + width)
+                rest = rest + some(lost, j, first + width)
+                if exact(real):
+                    total, more = two_sum(total, x)
+                    rest = rest + more
+                else:
+                    total = total + x
         low = fold(rest)
         if exact(real):
             high = 0.0
@@ -446,7 +428,7 @@ def to_columns(call, group, width, values, columns):
 
 @loop
 def spread(call, group, width, values, columns):
-    """The same as `to_columns`, for tables: where all columns are of one channel, LANES of them do.
+    """The same as `to_columns`, but where all columns are of one channel, LANES of them do.
 
     Return the buffer, and what to mask a column's index with.
     """
@@ -530,47 +512,53 @@ def scatter(call, step, piece, channel, group, buffer, real):
 
 
 @loop
-def look_down(call, first, last, channel, group, buffer, state, pending, real):
+def look_down(call, first, last, channel, group, buffer, state, mask, pending, real):
     """Look at the rows first … last - 1 of a tile, and write those of the tile `pending`.
 
     `pending` is the first channel of that tile, how many it has (0: none), and its tables.
     """
-    pending_channel, pending_group, means, scales, shifts, mask = pending
+    pending_channel, pending_group, means, scales, shifts, table_mask = pending
     rows = scratch(ROWS, np.int64)
     pending_rows = scratch(ROWS, np.int64)
     outs = scratch(ROWS, np.int64)
-    apart = streams(call, first, last, ROWS)
+    written = pending_rows, outs, means, scales, shifts, table_mask
+    streaming = call.stream == 1
+    direct = call.at_x.gather == 0 and call.at_out.gather == 0
+    far = apart(call, first, last, ROWS)
     row = first
     while row < last:
-        number = together(call, row, first, last, apart, ROWS)
-        step, piece = in_fours(call, row)
-        steps, count = extent(call, step, piece)
-        direct = call.at_x.gather == 0 and call.at_out.gather == 0
-        writing = pending_group == group and number == ROWS and direct
-        misaligned = 0
-        for k in range(number):
-            step, piece = in_fours(call, row + k * apart)
+        together = ROWS if row < first + far else 1
+        shared = COLUMNS
+        longest = row - row
+        misaligned = row - row
+        writing = together == ROWS and direct and pending_group == group
+        for k in range(together):
+            step, piece = locate(call, row + k * far)
+            steps, count = extent(call, step, piece)
+            shared = min(shared, steps * group * count)
+            longest = max(longest, steps * group * count)
             room = after(buffer, k * ROOM)
             rows[k] = address(row_of(call, call.x, call.at_x, step, piece, channel, group, room, real))
             if writing:
                 pending_rows[k] = row_address(call, call.x, call.at_x, step, piece, pending_channel)
                 outs[k] = row_address(call, call.out, call.at_out, step, piece, pending_channel)
                 misaligned |= outs[k]
-        streaming = call.stream == 1
-        writing = writing and (not streaming or misaligned % STREAM_BYTES == 0)
-        written = pending_rows, outs, means, scales, shifts, mask
-        columns = steps * group * count
-        if number < ROWS:
-            look_at_row(pointer(rows[0], real), columns, state, real)
-        elif group == 1 and call.fold == 1 and call.inner >= 2 * LANES:
-            look_at_channel(rows, columns, state, writing, streaming, written, real)
-        else:
-            look_at_rows(rows, columns, state, writing, streaming, written, real)
-        if pending_group > 0 and not writing:
-            for k in range(number):
-                step, piece = in_fours(call, row + k * apart)
+        writing = writing and shared == longest and (not streaming or misaligned % STREAM_BYTES == 0)
+        start = row - row
+        if together == ROWS:
+            if mask == 0:
+                look_at_channel(rows, shared, state, writing, streaming, written, real)
+            else:
+                look_at_rows(rows, shared, state, writing, streaming, written, real)
+            start = shared
+        done = start == longest and (writing or pending_group == 0)
+        for k in range(0 if done else together):
+            step, piece = locate(call, row + k * far)
+            steps, count = extent(call, step, piece)
+            look_at_row(pointer(rows[k], real), start, steps * group * count, state, mask, real)
+            if pending_group > 0 and not writing:
                 write_normalized_row(call, step, piece, pending, buffer, real)
-        row = next_row(call, row, first, apart, number, ROWS)
+        row = first + ROWS * far if row + 1 == first + far else row + 1
 
 
 @loop

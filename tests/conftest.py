@@ -1,0 +1,70 @@
+"""Fresh random data for every run, which can be had again: --seed, or NBBN_TEST_SEED."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zlib
+
+import hypothesis
+import numpy as np
+import pytest
+
+pytest.register_assert_rewrite("checks")
+
+TESTS = pathlib.Path(__file__).parent
+
+hypothesis.settings.register_profile("nbbn", deadline=None, max_examples=150, print_blob=True)
+hypothesis.settings.load_profile("nbbn")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, help="the seed of all random data (default: a fresh one)")
+
+
+def pytest_configure(config):
+    seed = config.getoption("--seed")
+    if seed is None:
+        seed = os.environ.get("NBBN_TEST_SEED")
+    config.nbbn_seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
+
+
+def pytest_report_header(config):
+    return f"nbbn: --seed={config.nbbn_seed}"
+
+
+@pytest.fixture
+def seed(request):
+    """The seed of this run, printed when a test fails."""
+    print(f"--seed={request.config.nbbn_seed}")
+    return request.config.nbbn_seed
+
+
+@pytest.fixture
+def rng(request, seed):
+    """Random numbers of this test's own: the same whether it runs alone or with the others."""
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+def _run_python(code, *, package=None, timeout=120, **environment):
+    """Run code in a fresh interpreter that can import nbbn and the tests' helpers; return its output."""
+    import nbbn
+
+    package = package or pathlib.Path(nbbn.__file__).parent.parent
+    path = os.pathsep.join([str(package), str(TESTS)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=package,  # `python -c` looks there first
+        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def python():
+    """The function that runs code in a fresh interpreter."""
+    return _run_python

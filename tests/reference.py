@@ -1,0 +1,220 @@
+"""The oracle: batch normalization from its definition, and how far nbbn may be from it.
+
+Imports nothing of nbbn and shares no formula with it. It takes the arrays as they are, rounded as they
+are, in any layout, and computes in two passes with exact sums and about 106 bits (`twofold.py`), for
+float32 and float64 alike; a result is rounded when it is compared, and only then.
+
+Everything here has its channels first and all else second: rows (C, m), and a column (C, 1) of one
+number a channel. `rows` brings an array into that form.
+
+S. Ioffe and C. Szegedy, "Batch Normalization", arXiv 1502.03167.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from twofold import Twofold
+
+STATISTICS = np.float64
+"""The type that mean, var and the gradients of weight and bias come back in."""
+
+
+def rows(x, axis=1):
+    """Return x as (C, m), in the order of its indices, in x's own type."""
+    x = np.moveaxis(np.asarray(x), axis, 0)
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def column(values, default, channels):
+    """Return one number a channel as (C, 1), float64; `default` for None."""
+    if values is None:
+        return np.full((channels, 1), default)
+    return np.asarray(values).astype(np.float64).reshape(channels, 1)
+
+
+# --- the mathematics -------------------------------------------------------------------------------
+
+
+@dataclass
+class Forward:
+    """The result of `forward` and of `evaluate`, with what the tolerances need."""
+
+    count: int
+    mean_abs: np.ndarray | None  # (C, 1): mean |x|
+    mean: Twofold  # (C, 1)
+    var: Twofold  # (C, 1), biased
+    eps: float
+    invstd: Twofold  # (C, 1)
+    x_hat: Twofold  # (C, m)
+    weight: np.ndarray  # (C, 1)
+    bias: np.ndarray  # (C, 1)
+    out: Twofold  # (C, m)
+
+
+def statistics(x, axis=1):
+    """Return count, mean and var: mean = Σ x / m and var = Σ (x - mean)² / m."""
+    values = Twofold(rows(x, axis))
+    count = values.shape[1]
+    mean = values.row_sums() / count
+    deviation = values - mean
+    return count, mean, (deviation * deviation).row_sums() / count
+
+
+def forward(x, weight=None, bias=None, *, eps=1e-5, axis=1):
+    """Training: x is normalized with its own statistics."""
+    count, mean, var = statistics(x, axis)
+    mean_abs = np.abs(rows(x, axis).astype(np.float64)).mean(axis=1, keepdims=True)
+    return _normalize(x, count, mean_abs, mean, var, weight, bias, eps, axis)
+
+
+def evaluate(x, running_mean, running_var, weight=None, bias=None, *, eps=1e-5, axis=1):
+    """Evaluation: x is normalized with given statistics."""
+    channels = x.shape[axis]
+    mean = Twofold(column(running_mean, 0.0, channels))
+    var = Twofold(column(running_var, 1.0, channels))
+    return _normalize(x, x.size // channels, None, mean, var, weight, bias, eps, axis)
+
+
+def _normalize(x, count, mean_abs, mean, var, weight, bias, eps, axis):
+    """x_hat = (x - mean) / sqrt(var + eps) and out = weight · x_hat + bias."""
+    channels = x.shape[axis]
+    weight, bias = column(weight, 1.0, channels), column(bias, 0.0, channels)
+    invstd = 1.0 / (var + eps).sqrt()
+    x_hat = (rows(x, axis) - mean) * invstd
+    out = x_hat * weight + bias
+    return Forward(count, mean_abs, mean, var, eps, invstd, x_hat, weight, bias, out)
+
+
+@dataclass
+class Backward:
+    """The result of `backward`, with what the tolerances need."""
+
+    count: int
+    training: bool
+    x: Twofold  # (C, m): the gradient of x
+    weight: Twofold  # (C, 1)
+    bias: Twofold  # (C, 1)
+    slope: np.ndarray  # (C, 1): |weight| · invstd
+    grad_out: np.ndarray  # (C, m)
+    x_hat: Twofold  # (C, m)
+
+
+def backward(grad_out, x, weight=None, *, mean, invstd, axis=1, training=True):
+    """The gradients of Σ grad_out · out with respect to x, weight and bias.
+
+    grad_bias = Σ dy                  grad_weight = Σ dy · x_hat
+    grad_x = weight · invstd · (dy - grad_bias/m - x_hat · grad_weight/m)      in training
+    grad_x = weight · invstd · dy                                              in evaluation
+    """
+    channels, count = x.shape[axis], x.size // x.shape[axis]
+    weight = column(weight, 1.0, channels)
+    mean, invstd = (
+        v if isinstance(v, Twofold) else Twofold(column(v, 0.0, channels)) for v in (mean, invstd)
+    )
+    dy = Twofold(rows(grad_out, axis))
+    x_hat = (rows(x, axis) - mean) * invstd
+    grad_bias = dy.row_sums()
+    grad_weight = (dy * x_hat).row_sums()
+    grad_x = dy
+    if training:
+        grad_x = dy - grad_bias / count - x_hat * (grad_weight / count)
+    return Backward(
+        count,
+        training,
+        x=grad_x * invstd * weight,
+        weight=grad_weight,
+        bias=grad_bias,
+        slope=np.abs(weight) * invstd.hi,
+        grad_out=dy.hi,
+        x_hat=x_hat,
+    )
+
+
+def running(old, new, momentum):
+    """running ← (1 - momentum) · running + momentum · new, for columns of numbers."""
+    return (1.0 - Twofold(momentum)) * column(old, 0.0, len(old)) + momentum * Twofold.of(new)
+
+
+def unbiased(var, count, correction=1):
+    """var · m / (m - correction), the variance that is tracked."""
+    return var * count / (count - correction)
+
+
+# --- how far the result may be from it -------------------------------------------------------------
+#
+# u is half a unit in the last place of the type, c = 4 + log2(m): the depth of a tree of m terms, and
+# four roundings. Each bound is scaled by sums of absolute values, never by a result that may cancel.
+
+
+def unit(dtype):
+    """u: 2⁻²⁴ for float32, 2⁻⁵³ for float64."""
+    return float(np.finfo(dtype).eps) / 2
+
+
+def depth(count):
+    """c = 4 + log2(m)"""
+    return 4.0 + math.log2(count)
+
+
+def out_tolerance(expected, dtype):
+    """|γ| u (8 |x_hat| + 2 (|x - mean|/s + |x_hat|)) + u (|out| + |β|), with |x - mean|/s = |x_hat|"""
+    u, x_hat = unit(dtype), np.abs(expected.x_hat.hi)
+    scale = np.abs(expected.weight) * (8 * x_hat + 2 * (x_hat + x_hat))
+    return u * scale + u * (np.abs(expected.out.hi) + np.abs(expected.bias))
+
+
+def mean_tolerance(expected):
+    """2 u_stat · mean|x|, with u_stat = 2⁻⁵³: the mean comes back as float64"""
+    return 2 * unit(STATISTICS) * expected.mean_abs
+
+
+def var_tolerance(expected, dtype):
+    """c u · var + (c u_stat · mean|x|)²
+
+    The square is what an error of the mean adds to the variance, and the mean is right to u_stat: with
+    x's own u there, nothing would be tested of a float32 input whose mean is 1e7.
+    """
+    c = depth(expected.count)
+    return c * unit(dtype) * expected.var.hi + (c * unit(STATISTICS) * expected.mean_abs) ** 2
+
+
+def invstd_tolerance(expected, dtype):
+    """invstd · (½ · (var's tolerance) / (var + eps) + 4 u_stat), as (var + eps)^-½ passes errors on"""
+    share = var_tolerance(expected, dtype) / (expected.var.hi + expected.eps)
+    return expected.invstd.hi * (share / 2 + 4 * unit(STATISTICS))
+
+
+def grad_bias_tolerance(expected, dtype):
+    """c u Σ|dy|"""
+    scale = np.abs(expected.grad_out).sum(axis=1, keepdims=True)
+    return depth(expected.count) * unit(dtype) * scale
+
+
+def grad_weight_tolerance(expected, dtype):
+    """c u Σ|dy · x_hat|"""
+    scale = np.abs(expected.grad_out * expected.x_hat.hi).sum(axis=1, keepdims=True)
+    return depth(expected.count) * unit(dtype) * scale
+
+
+def grad_x_tolerance(expected, dtype):
+    """8 u |γ|/s · (|dy| + |grad_bias|/m + |x_hat · grad_weight|/m); evaluation has the first term only"""
+    scale = np.abs(expected.grad_out)
+    if expected.training:
+        sums = np.abs(expected.bias.hi) + np.abs(expected.x_hat.hi * expected.weight.hi)
+        scale = scale + sums / expected.count
+    return 8 * unit(dtype) * expected.slope * scale
+
+
+def running_tolerance(old, new, momentum, expected, dtype, new_tolerance):
+    """u |running| + 4 u_stat ((1 - momentum) |old| + momentum |new|) + momentum · (new's tolerance)
+
+    One rounding to the type of the buffer, four at most in float64, and what `new` brings with it.
+    """
+    old = column(old, 0.0, len(old))
+    parts = (1 - momentum) * np.abs(old) + momentum * np.abs(new.hi)
+    return (
+        unit(dtype) * np.abs(expected.hi)
+        + 4 * unit(STATISTICS) * parts
+        + momentum * new_tolerance
+    )
