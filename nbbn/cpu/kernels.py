@@ -51,6 +51,7 @@ from nbbn.formulas import (
     inverse_deviation,
     mean_of,
     merge,
+    normalized,
     power_of_two,
     running,
     shift_of,
@@ -363,6 +364,33 @@ def normalize(first, last, address, real):
             write_normalized_row(call, step, piece, tile, buffer, real)
     if call.stream == 1:
         fence()
+
+
+@kernel
+def normalize_steps(first, last, address, real):
+    """The same for short channels that lie side by side. Tasks: rows, of all channels each.
+
+    A row is written from its first channel to its last, as it lies in memory: tables spread over the
+    columns of a tile would be read more often than x.
+    """
+    call = read(address)
+    tables = pointer(call.tables, real)
+    room = table_room(call.channels)
+    for row in range(first, last):
+        x = pointer(row_address(call, call.x, call.at_x, row, 0, 0), real)
+        out = pointer(row_address(call, call.out, call.at_out, row, 0, 0), real)
+        for channel in range(call.channels):
+            mean = splat(tables[channel])
+            scale = splat(tables[room + channel])
+            shift = splat(tables[2 * room + channel])
+            begin = channel * call.inner
+            end = begin + call.inner
+            for j in range(begin, end - LANES + 1, LANES):
+                store(out, j, normalized(load(x, j), mean, scale, shift))
+            rest = call.inner % LANES
+            if rest > 0:
+                value = normalized(load_first(x, end - rest, rest), mean, scale, shift)
+                store_first(out, end - rest, value, rest)
 
 
 @kernel

@@ -18,7 +18,7 @@ PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to half a meg
 SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SLAB_ROWS = 16  # written together
 SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
-STREAM_BYTES = 4 << 20  # an output as large as this is written past the caches
+
 
 
 def _cache_bytes(level: str, otherwise: int) -> int:
@@ -30,6 +30,8 @@ def _cache_bytes(level: str, otherwise: int) -> int:
 
 L2_BYTES = _cache_bytes("2", 1 << 20)
 L3_BYTES = _cache_bytes("3", 8 << 20)
+# An output from here on is written past the caches; x and a smaller one fit in L3 together.
+STREAM_BYTES = min(32 << 20, L3_BYTES * 5 // 8)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,14 @@ class Plan:
         )  # the record holds its addresses: kept alive with the plan
         at = self._strides.ctypes.data
         out_bytes = size * self.count * self.channels
+        # Short channels side by side are written step by step, see kernels.normalize_steps.
+        self.by_steps = (
+            1 < geometry.inner <= SHARED_COLUMNS
+            and tiling.fold == 1
+            and _joined(x, geometry, size)
+            and _joined(out, geometry, size)
+        )
+        self.rows = tiling.rows
         fields: list[int] = []
         for k, layout in enumerate((x, grad_out, out), start=1):
             joined = _joined(layout, geometry, size) or (

@@ -27,7 +27,7 @@ _KERNELS = {
         kernels.normalize,
         kernels.update_running_stats,
     ),
-    "evaluation": (kernels.use_running_stats, kernels.normalize),
+    "evaluation": (kernels.use_running_stats, kernels.normalize, kernels.normalize_steps),
     "backward": (
         kernels.backward,
         kernels.backward_reduce,
@@ -182,9 +182,12 @@ class Run:
     ) -> None:
         """Evaluation: normalize with the running statistics."""
         call = _Call(self.plan, x, 0, out, 0, weight, bias, mean, var, eps)
-        self._compile(kernels.use_running_stats, kernels.normalize)
+        kernel, tasks = kernels.normalize, self._slabs
+        if self.plan.by_steps:
+            kernel, tasks = kernels.normalize_steps, self.plan.rows
+        self._compile(kernels.use_running_stats, kernel)
         call(kernels.use_running_stats, self._blocks, self._finishers)
-        call(kernels.normalize, self._slabs)
+        call(kernel, tasks)
 
     def backward(
         self,
