@@ -25,7 +25,6 @@ from limits import Limit, copy, triad
 from shapes import DENSE, SMALL, resnet50
 
 import nbbn
-from nbbn.arrays import address
 from nbbn.compiler import pool
 
 SETTLE = 0.01  # seconds

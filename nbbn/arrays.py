@@ -8,7 +8,7 @@ import ctypes
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,11 +18,12 @@ from nbbn.errors import DeviceError
 Parameter = tuple[int, int, int]  # address, stride in bytes, whether it is float64; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
+
 def address(array: np.ndarray) -> int:
     """Return where element 0 of an array lies."""
     try:
         # A third of the time of array.ctypes.data, but for writable, contiguous arrays only.
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(cast(Any, array)))
     except (TypeError, BufferError, ValueError):
         return int(array.__array_interface__["data"][0])
 
@@ -55,10 +56,10 @@ def channel_axis(x: np.ndarray, axis: Any) -> int:
     ndim = x.ndim
     if ndim < 2:
         raise ValueError(f"x must have at least 2 dimensions, got {ndim} (shape {x.shape})")
-    axis = integer("axis", axis)
-    if not -ndim <= axis < ndim:
-        raise ValueError(f"axis must be in [-{ndim}, {ndim}) for x of shape {x.shape}, got {axis}")
-    return axis % ndim
+    channel = integer("axis", axis)
+    if not -ndim <= channel < ndim:
+        raise ValueError(f"axis must be in [-{ndim}, {ndim}) for x of shape {x.shape}, got {channel}")
+    return channel % ndim
 
 
 def parameter(name: str, value: Any, channels: int) -> tuple[Parameter, np.ndarray | None]:
@@ -109,7 +110,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True  # too entangled to tell: refused
 
@@ -132,7 +133,7 @@ def integer(name: str, value: Any) -> int:
         return value
     if not isinstance(value, (bool, np.bool_)):
         try:
-            return operator.index(value)
+            return operator.index(cast(int, value))
         except TypeError:
             pass
     raise TypeError(f"{name} must be an int, got {type(value).__name__}")

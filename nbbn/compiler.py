@@ -39,12 +39,9 @@ CONTRACT = ("contract",)
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": set(CONTRACT)}
 
 
-
 def _no_executable(library, function, environment):
     """Return what stands for a helper in Numba's tables: a function at no address."""
-    return _dynfunc.make_function(
-        function.lookup_module(), function.qualname, "", 0, environment, (library,)
-    )
+    return _dynfunc.make_function(function.lookup_module(), function.qualname, "", 0, environment, (library,))
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -113,9 +110,7 @@ def fma(typingctx, a, b, c):
         width = f"v{kind.count}" if isinstance(kind, ir.VectorType) else ""
         element = kind.element if isinstance(kind, ir.VectorType) else kind
         name = f"llvm.fma.{width}f{64 if element == ir.DoubleType() else 32}"
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(kind, [kind] * 3), name
-        )
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
         return builder.call(function, [a, b, c])
 
     return a(a, b, c), codegen
@@ -216,7 +211,7 @@ class Entry:
             None, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
         )(self.address)
 
-    def run(self, first: int, last: int, record: bytes) -> None:
+    def run(self, first: int, last: int, record: bytes | ctypes.c_char_p) -> None:
         """Do the tasks first … last - 1 of the call that `record` describes."""
         self._function(first, last, record, None)
 
@@ -317,7 +312,7 @@ class _Pool:
         # omp and workqueue do not survive a fork: the child must not touch them.
         if self.layer != "tbb" and os.getpid() != self._process:
             return 1
-        return numba.get_num_threads()
+        return int(numba.get_num_threads())
 
     def run(self, kernel: Entry, shares: int, tasks: int, call: int) -> None:
         """Run `tasks` tasks of `kernel` in `shares` parallel shares."""

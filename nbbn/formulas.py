@@ -57,6 +57,7 @@ def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
     step_lost = fma(delta, share, -step) + (delta * share_lost + delta_lost * share)
     mean, lost = two_sum(mean_a, step)
     mean, rest = two_sum(mean, rest_a + lost + step_lost)
+    delta = delta + delta_lost
     # delta · (delta · weight), in this order, so that large means do not overflow delta².
     return mean, rest, m2_a + m2_b + delta * (delta * (count_a * share))
 

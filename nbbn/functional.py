@@ -38,7 +38,7 @@ class BatchNormForward(NamedTuple):
     mean: np.ndarray
     var: np.ndarray
     invstd: np.ndarray
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is given up for the usual name
 
 
 class BatchNormGradients(NamedTuple):

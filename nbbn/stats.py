@@ -19,7 +19,7 @@ class BatchStats(NamedTuple):
         float64, shape (C,). The variance is the biased one, Σ (x - mean)² / count.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is given up for the usual name
     mean: np.ndarray
     var: np.ndarray
 
@@ -58,9 +58,7 @@ class BatchStats(NamedTuple):
         if not isinstance(other, BatchStats):
             raise TypeError(f"other must be a BatchStats, got {type(other).__name__}")
         if other.mean.shape != self.mean.shape:
-            raise ValueError(
-                f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}"
-            )
+            raise ValueError(f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}")
         if other.count == 0 or self.count == 0:
             return self if other.count == 0 else other
         count = self.count + other.count

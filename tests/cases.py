@@ -207,9 +207,7 @@ def reversed_along(*axes):
     """Return the layout with negative strides along these axes; along all, if none is named."""
 
     def layout(a):
-        view = tuple(
-            np.s_[::-1] if not axes or d in axes else np.s_[:] for d in range(a.ndim)
-        )
+        view = tuple(np.s_[::-1] if not axes or d in axes else np.s_[:] for d in range(a.ndim))
         return a[view].copy()[view]
 
     return layout
@@ -265,7 +263,7 @@ def complex_part(a):
 def odd_strides_of_ones(a):
     """Axes of length 1 with strides that mean nothing."""
     a = a.copy()
-    strides = [7 * a.itemsize + 1 if n == 1 else step for n, step in zip(a.shape, a.strides)]
+    strides = [7 * a.itemsize + 1 if n == 1 else step for n, step in zip(a.shape, a.strides, strict=True)]
     return as_strided(a, a.shape, strides)
 
 

@@ -1,7 +1,8 @@
 """One call of nbbn held against the oracle, in every value that it returns."""
 
-import nbbn
 import numpy as np
+
+import nbbn
 import reference
 from reference import column, rows
 from twofold import Twofold
@@ -191,7 +192,5 @@ def check_backward(
 def check_running(name, buffer, old, new, new_tolerance, momentum):
     """Hold a running statistic against the oracle's update of `old` with `new`."""
     expected = reference.running(old, new, momentum)
-    tolerance = reference.running_tolerance(
-        old, new, momentum, expected, buffer.dtype, new_tolerance
-    )
+    tolerance = reference.running_tolerance(old, new, momentum, expected, buffer.dtype, new_tolerance)
     assert_within(name, column(buffer, 0.0, len(buffer)), expected, tolerance)

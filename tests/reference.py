@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from twofold import Twofold
 
 STATISTICS = np.float64
@@ -213,8 +214,4 @@ def running_tolerance(old, new, momentum, expected, dtype, new_tolerance):
     """
     old = column(old, 0.0, len(old))
     parts = (1 - momentum) * np.abs(old) + momentum * np.abs(new.hi)
-    return (
-        unit(dtype) * np.abs(expected.hi)
-        + 4 * unit(STATISTICS) * parts
-        + momentum * new_tolerance
-    )
+    return unit(dtype) * np.abs(expected.hi) + 4 * unit(STATISTICS) * parts + momentum * new_tolerance

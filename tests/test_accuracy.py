@@ -1,9 +1,10 @@
 """The tolerances of the design where they are hard to keep: large means, outliers, long sums, extreme
 magnitudes, and constants, which must be exact."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import DTYPES, LAYOUTS, Shape, activations, channels_last, type_id
 from checks import check_backward, check_forward, check_statistics
@@ -127,7 +128,9 @@ def test_one_outlier_in_a_large_mean(rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("shape", [Shape((30_001, 3)), Shape((3, 2, 20_000)), Shape((60, 500, 7), -1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [Shape((30_001, 3)), Shape((3, 2, 20_000)), Shape((60, 500, 7), -1)], ids=str
+)
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e7])
 def test_two_values_in_turn(shape, offset, dtype):
     """All squares are alike, so that every rounding of a running sum goes the same way."""
@@ -168,8 +171,8 @@ def test_halves_with_means_of_their_own(rng, jump, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("sigma", [1e-30, 1e-20, 1e-10, 1e10, 1e15, 1e18, 1e20, 1e30])
-@pytest.mark.parametrize("shape", [GRID[0], GRID[1], GRID[3], GRID[5]], ids=str)
+@pytest.mark.parametrize("sigma", [1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e20, 1e30])
+@pytest.mark.parametrize("shape", [*GRID[:2], GRID[3], Shape((12, 13, 40, 3), -1)], ids=str)
 def test_tiny_and_huge_values(rng, shape, sigma, dtype):
     """A square of 1e30 is more than a float32 holds, and a square of 1e-30 less; eps 0 shows both."""
     x, dy = activations(rng, shape, dtype, sigma=sigma), activations(rng, shape, dtype)
@@ -196,7 +199,9 @@ def test_sum_beyond_the_range_of_the_type(rng, layout):
     x[::2, 1] = -3e38
     result = nbbn.batch_norm_forward(x, eps=0.0)
     assert result.mean.tolist() == [float(np.float32(1e35)), 0.0]
-    assert (result.out[1::2, 1] == 1).all() and (result.out[::2, 1] == -1).all()
+    # 1/3e38 is a subnormal float32, with some 20 bits.
+    np.testing.assert_allclose(result.out[1::2, 1], 1, rtol=2**-20)
+    np.testing.assert_allclose(result.out[::2, 1], -1, rtol=2**-20)
 
 
 def test_subnormal_values(rng):
@@ -216,8 +221,15 @@ def test_subnormal_values(rng):
 # --- long sums -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("shape", [Shape((4, 1, 1_000_000)), Shape((4_000_000, 1)), Shape((2_000, 1, 2_000))], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape((4, 1, 1_000_000)), np.float32),
+        (Shape((2_000, 1, 2_000)), np.float32),
+        (Shape((4_000_000, 1)), np.float64),
+    ],
+    ids=str,
+)
 def test_four_million_uniform_values(rng, shape, dtype):
     """Uniform in [0, 1): added up one by one in float32, they stop growing at 2²⁴."""
     x = rng.random(shape.dims).astype(dtype)
@@ -240,6 +252,9 @@ def test_forty_million_values():
     assert abs(stats.var[0] - var) <= reference.depth(stats.count) * 2**-24 * var
 
 
-def test_channels_last_long(rng):
-    x = activations(rng, Shape((1_000_000, 3)), np.float32, offset=1e3)
-    check_statistics(nbbn.batch_stats(x), reference.forward(x), np.float32)
+@pytest.mark.parametrize("shape", [Shape((500_000, 3)), Shape((3, 1, 500_000))], ids=str)
+def test_long_gradients(rng, shape):
+    """Of one sign, so that their sum grows as long as they last."""
+    x = activations(rng, shape, np.float32, offset=1e3)
+    dy = rng.random(shape.dims).astype(np.float32)
+    check_backward(dy, x, **statistics_of(check_forward(x)))

@@ -1,8 +1,9 @@
 """Gradients in training and in evaluation: batch_norm_backward."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import (
     DTYPES,
@@ -19,9 +20,7 @@ from checks import assert_same_bits, assert_within, check_backward
 from reference import column, rows, unit
 
 TRAINING = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-STATISTIC_TYPES = [
-    (a, b) for a in (np.float32, np.float64) for b in (np.float32, np.float64)
-]
+STATISTIC_TYPES = [(a, b) for a in (np.float32, np.float64) for b in (np.float32, np.float64)]
 
 
 def own_statistics(x, axis, dtypes=(np.float64, np.float64), eps=1e-5):
@@ -40,9 +39,7 @@ def test_every_shape(rng, shape, dtype, training):
     x, dy = activations(rng, shape, dtype, offset=3.0), activations(rng, shape, dtype)
     mean, invstd = own_statistics(x, shape.axis)
     weight = parameter(rng, shape.channels, dtype)
-    check_backward(
-        dy, x, weight, mean=mean, invstd=invstd, axis=shape.axis, training=training
-    )
+    check_backward(dy, x, weight, mean=mean, invstd=invstd, axis=shape.axis, training=training)
 
 
 @TRAINING
@@ -82,9 +79,7 @@ def test_weight_and_statistics_of_every_type(rng, shape, statistics, weight_type
     x, dy = activations(rng, shape, dtype, offset=10), activations(rng, shape, dtype)
     mean, invstd = own_statistics(x, shape.axis, statistics)
     weight = parameter(rng, shape.channels, weight_type)
-    check_backward(
-        dy, x, weight, mean=mean, invstd=invstd, axis=shape.axis, training=training
-    )
+    check_backward(dy, x, weight, mean=mean, invstd=invstd, axis=shape.axis, training=training)
 
 
 def test_the_two_formulas_differ(rng):

@@ -6,9 +6,10 @@ Every function is called with arguments that are all good but for the one that i
 import re
 import warnings
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 from checks import bits
 
 C = 5
@@ -185,9 +186,7 @@ FUNCTIONS = {
         + ("momentum", "eps", "axis", "out")
     ),
     "batch_norm_forward": ("x", "weight", "bias", "eps", "axis", "out"),
-    "batch_norm_backward": (
-        ("grad_out", "x", "weight", "mean", "invstd", "axis", "training", "out")
-    ),
+    "batch_norm_backward": (("grad_out", "x", "weight", "mean", "invstd", "axis", "training", "out")),
     "batch_stats": ("x", "axis"),
 }
 
@@ -245,9 +244,7 @@ def raises_and_writes_nothing(function, arguments, error, says):
         assert bits(array) == before[name], f"{name} was written"
 
 
-@pytest.mark.parametrize(
-    ("function", "bad"), CASES, ids=[f"{function}-{bad.id}" for function, bad in CASES]
-)
+@pytest.mark.parametrize(("function", "bad"), CASES, ids=[f"{function}-{bad.id}" for function, bad in CASES])
 def test_one_bad_argument(function, bad):
     arguments = good(*FUNCTIONS[function]) | bad.others
     arguments[bad.argument] = bad.make(arguments[bad.argument])
@@ -310,7 +307,9 @@ def test_warmup(dtype):
         nbbn.warmup([dtype])
 
 
-@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError), (None, TypeError), ("1", TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(-1, ValueError), (1.5, TypeError), (None, TypeError), ("1", TypeError)]
+)
 def test_set_recycling(value, error):
     before = nbbn.set_recycling(1 << 20)
     try:

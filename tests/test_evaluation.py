@@ -1,8 +1,9 @@
 """Evaluation: batch_norm with given statistics."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 from cases import (
     DTYPES,
     LARGE,

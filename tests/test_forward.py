@@ -1,8 +1,9 @@
 """Training, forward: batch_norm_forward, and batch_norm with training=True."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 from cases import (
     DTYPES,
     LARGE,

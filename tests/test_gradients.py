@@ -4,9 +4,10 @@ The loss is Σ cotangent · out with a random cotangent: the sum of the outputs 
 is zero whatever is computed.
 """
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 from cases import LAYOUTS, Shape, activations
 
 STEP = 1e-4
@@ -52,9 +53,10 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_training(rng, shape, eps, affine):
     # At least this far apart, so that two values in a channel are no near-singular case.
-    x = activations(rng, shape, np.float64) + 3 * rng.permutation(shape.count * shape.channels).reshape(
-        shape.dims
-    ) / shape.count
+    x = (
+        activations(rng, shape, np.float64)
+        + 3 * rng.permutation(shape.count * shape.channels).reshape(shape.dims) / shape.count
+    )
     cotangent = rng.normal(size=shape.dims)
     weight, bias = rng.normal(size=(2, shape.channels)) if affine else (None, None)
 
@@ -99,9 +101,7 @@ def test_other_layouts(rng, layout):
         return float((cotangent * nbbn.batch_norm_forward(x, weight).out).sum())
 
     forward = nbbn.batch_norm_forward(x, weight)
-    gradients = nbbn.batch_norm_backward(
-        cotangent, x, weight, mean=forward.mean, invstd=forward.invstd
-    )
+    gradients = nbbn.batch_norm_backward(cotangent, x, weight, mean=forward.mean, invstd=forward.invstd)
     assert_gradient(loss, x, gradients.x, rng)
 
 

@@ -1,8 +1,9 @@
 """Every way in which an array can lie in memory, read and written where it lies."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import (
     DTYPES,
@@ -161,19 +162,26 @@ LARGE_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (Shape((9, 11, 75, 77)), np.float32),
+        (Shape((90, 7, 33, 29)), np.float32),
+        (Shape((90, 7, 33, 29)), np.float64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", LARGE_LAYOUTS)
-@pytest.mark.parametrize("shape", [Shape((9, 11, 75, 77)), Shape((90, 7, 33, 29))], ids=str)
-def test_large_arrays(rng, shape, layout, dtype):
+def test_large_arrays(rng, layout, shape, dtype):
     """Enough of them for several threads, streaming stores, and sums in blocks."""
     x = LARGE_LAYOUTS[layout](activations(rng, shape, dtype, offset=5))
     dy = activations(rng, shape, dtype)
-    channels = np.array([0, shape.channels // 2, shape.channels - 1])
+    channels = np.array([rng.integers(shape.channels - 1), shape.channels - 1])
     check_forward(x, channels=channels)
     check_evaluation(x, *running_statistics(rng, shape.channels), channels=channels)
     result = nbbn.batch_norm_forward(x)
     statistics = {"mean": result.mean, "invstd": result.invstd}
-    for grad_layout in ("contiguous", layout):
+    for grad_layout in sorted({"contiguous", layout}):
         check_backward(LARGE_LAYOUTS[grad_layout](dy), x, channels=channels, **statistics)
     if layout != "broadcast_batch":
         out = LARGE_LAYOUTS[layout](np.zeros_like(dy))

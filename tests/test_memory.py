@@ -5,13 +5,14 @@ import pickle
 import threading
 import tracemalloc
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 from cases import LAYOUTS, Shape, activations
 from checks import assert_like, assert_same_bits, bits
 
-LARGE = Shape((4, 8, 128, 128))  # 2 MiB of float32
+LARGE = Shape((4, 8, 96, 100))  # 1.2 MB of float32
 SMALLEST = 1 << 20
 
 
@@ -279,10 +280,9 @@ for name, call in calls.items():
     "case",
     [
         ((32, 64, 56, 56), 1, "contiguous", "float32"),
-        ((32, 56, 56, 64), -1, "contiguous", "float32"),
+        ((16, 56, 56, 64), -1, "contiguous", "float32"),
         ((8, 3, 300, 301), 1, "every_second", "float64"),
         ((20, 100_000), 1, "contiguous", "float32"),
-        ((1_000_000, 3), 1, "contiguous", "float32"),
         ((3, 50, 100, 101), 1, "record_field", "float64"),
     ],
     ids=lambda case: "x".join(map(str, case[0])) + f"@{case[1]}-{case[2]}-{case[3]}",
@@ -292,6 +292,4 @@ def test_peak_memory(python, case):
 
     malloc is told to give back at once what it is given back, so that nothing hides in its pools.
     """
-    python(
-        PEAK.format(case=case), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536"
-    )
+    python(PEAK.format(case=case), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")

@@ -5,9 +5,10 @@ import gc
 import pickle
 import weakref
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import DTYPES, Shape, activations, channels_last, running_statistics, type_id
 from checks import assert_same_bits, assert_within, check_running, unchanged
@@ -68,9 +69,7 @@ def test_training(rng, axis, own, dtype):
         used = nbbn.batch_norm_forward(x, eps=1e-3, axis=axis)
         with unchanged(*bn.state_dict().values(), dy, x):
             grad_x = bn.backward(dy)
-        gradients = nbbn.batch_norm_backward(
-            dy, x, bn.weight, mean=used.mean, invstd=used.invstd, axis=axis
-        )
+        gradients = nbbn.batch_norm_backward(dy, x, bn.weight, mean=used.mean, invstd=used.invstd, axis=axis)
         assert_same_bits(grad_x, gradients.x)
         for name in ("weight", "bias"):
             gradient = getattr(bn, f"grad_{name}")
@@ -83,9 +82,7 @@ def test_evaluation(rng, dtype):
     bn = randomized(rng, eps=0.01).eval()
     x, dy = activations(rng, SHAPE, dtype), activations(rng, SHAPE, dtype)
     before = state_bits(bn)
-    expected = reference.evaluate(
-        x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=0.01
-    )
+    expected = reference.evaluate(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=0.01)
     out = bn(x)
     assert_within("out", rows(out), expected.out, reference.out_tolerance(expected, dtype))
     backward = reference.backward(
@@ -98,9 +95,7 @@ def test_evaluation(rng, dtype):
     for name, scale in (("weight", backward.grad_out * backward.x_hat.hi), ("bias", backward.grad_out)):
         bound = (reference.depth(28) + 1) * reference.unit(np.float32)
         bound = bound * np.abs(scale).sum(axis=1, keepdims=True)
-        assert_within(
-            name, getattr(bn, f"grad_{name}")[:, None], getattr(backward, name), bound
-        )
+        assert_within(name, getattr(bn, f"grad_{name}")[:, None], getattr(backward, name), bound)
     assert state_bits(bn) == before
 
 

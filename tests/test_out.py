@@ -1,8 +1,9 @@
 """out=: written where it lies, in place, and refused where it overlaps an input otherwise."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import DTYPES, LAYOUTS, Shape, activations, running_statistics, type_id
 from checks import (
@@ -61,9 +62,7 @@ def test_in_place(rng, shape, dtype):
     for training in (True, False):
         beside = nbbn.batch_norm_backward(dy, x, weight, training=training, **arguments)
         inside = x.copy()
-        result = nbbn.batch_norm_backward(
-            dy, inside, weight, training=training, out=inside, **arguments
-        )
+        result = nbbn.batch_norm_backward(dy, inside, weight, training=training, out=inside, **arguments)
         assert result.x is inside
         assert_same_bits(tuple(result), tuple(beside))
 

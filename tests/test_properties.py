@@ -1,12 +1,13 @@
 """Whatever the shape, the axis, the strides and the types: all the results, against the oracle."""
 
-import nbbn
 import numpy as np
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import nbbn
 import reference
 from cases import DTYPES, Shape, activations, parameter, running_statistics
 from checks import assert_same_bits, check_backward, check_evaluation, check_forward, check_statistics
-from hypothesis import assume, given
-from hypothesis import strategies as st
 
 OPTIONAL_TYPES = st.sampled_from([None, np.float32, np.float64])
 TYPES = st.sampled_from(DTYPES)
@@ -128,6 +129,4 @@ def test_evaluation(data, shape, dtype, numbers, types, weight_type, bias_type, 
 def test_stats(data, shape, dtype, numbers):
     rng, offset, _ = numbers
     x = laid(data.draw, activations(rng, shape, dtype, offset))
-    check_statistics(
-        nbbn.batch_stats(x, axis=shape.axis), reference.forward(x, axis=shape.axis), dtype
-    )
+    check_statistics(nbbn.batch_stats(x, axis=shape.axis), reference.forward(x, axis=shape.axis), dtype)

@@ -5,8 +5,9 @@ import math
 import mpmath
 import numpy as np
 import pytest
+
 import reference
-from cases import DTYPES, activations, parameter, Shape, type_id
+from cases import DTYPES, Shape, activations, parameter, type_id
 from twofold import Twofold
 
 TINY = 2.0**-98
@@ -71,11 +72,10 @@ def test_oracle_against_mpmath(rng, mp, dtype, offset):
         var = sum((v - mean) ** 2 for v in values) / m
         s = mp.sqrt(var + mp.mpf(1e-5))
         x_hat = [(v - mean) / s for v in values]
-        grad_bias, grad_weight = sum(grads), sum(g * h for g, h in zip(grads, x_hat))
+        grad_bias, grad_weight = sum(grads), sum(g * h for g, h in zip(grads, x_hat, strict=True))
         out = [gamma * h + beta for h in x_hat]
-        grad_x = [
-            gamma / s * (g - grad_bias / m - h * grad_weight / m) for g, h in zip(grads, x_hat)
-        ]
+        grads_of_x = zip(grads, x_hat, strict=True)
+        grad_x = [gamma / s * (g - grad_bias / m - h * grad_weight / m) for g, h in grads_of_x]
         for actual, expected, scale in (
             (forward.mean, [mean], offset + 1),
             (forward.var, [var], 1),
@@ -116,9 +116,7 @@ def test_oracle_against_torch(rng):
             (out.detach().numpy(), forward.out),
             (tx.grad.numpy(), backward.x),
         ):
-            np.testing.assert_allclose(
-                reference.rows(actual), expected.rounded(), rtol=1e-11, atol=1e-12
-            )
+            np.testing.assert_allclose(reference.rows(actual), expected.rounded(), rtol=1e-11, atol=1e-12)
         for actual, expected in ((tw.grad, backward.weight), (tb.grad, backward.bias)):
             np.testing.assert_allclose(actual.numpy(), expected.rounded()[:, 0], rtol=1e-11)
 
@@ -127,7 +125,5 @@ def test_tolerances_scale_with_the_type():
     x = np.arange(12.0).reshape(3, 2, 2)
     expected = reference.forward(x)
     assert reference.depth(expected.count) == 4 + math.log2(6)
-    ratio = reference.out_tolerance(expected, np.float32) / reference.out_tolerance(
-        expected, np.float64
-    )
+    ratio = reference.out_tolerance(expected, np.float32) / reference.out_tolerance(expected, np.float64)
     np.testing.assert_array_equal(ratio, 2.0**29)

@@ -1,8 +1,9 @@
 """Running statistics: what batch_norm and BatchNorm track over training."""
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import (
     DTYPES,
@@ -24,9 +25,7 @@ def train_and_check(x, running_mean, running_var, momentum, correction=1, **argu
     """Train once and hold the running statistics, each if there is one, against the oracle."""
     expected = reference.forward(x)
     before = [None if v is None else v.copy() for v in (running_mean, running_var)]
-    out = nbbn.batch_norm(
-        x, running_mean, running_var, training=True, momentum=momentum, **arguments
-    )
+    out = nbbn.batch_norm(x, running_mean, running_var, training=True, momentum=momentum, **arguments)
     if running_mean is not None:
         tolerance = reference.mean_tolerance(expected)
         check_running("running_mean", running_mean, before[0], expected.mean, tolerance, momentum)

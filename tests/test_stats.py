@@ -2,9 +2,10 @@
 
 import itertools
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 import reference
 from cases import (
     DTYPES,
@@ -54,11 +55,7 @@ def numacc(first, low, high):
 
 
 MAVRO_COUNTS = (3, 5, 9, 4, 3, 5, 4, 3, 2, 1, 1, 2, 2, 4, 2)
-MAVRO = [
-    round(2.0013 + 0.0001 * step, 4)
-    for step, times in enumerate(MAVRO_COUNTS)
-    for _ in range(times)
-]
+MAVRO = [round(2.0013 + 0.0001 * step, 4) for step, times in enumerate(MAVRO_COUNTS) for _ in range(times)]
 
 # Mean and population variance of the data as each type stores them.
 NIST = {

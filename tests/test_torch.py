@@ -6,16 +6,22 @@ some 1e3 u; in float32 the same multiple of float32's.
 
 import itertools
 
-import nbbn
 import numpy as np
 import pytest
+
+import nbbn
 from cases import DTYPES, type_id
 
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 
 BOUND = {np.float32: 1e-5, np.float64: 1e-13}
-EVERY_RANK = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}
+EVERY_RANK = {
+    2: torch.nn.BatchNorm1d,
+    3: torch.nn.BatchNorm1d,
+    4: torch.nn.BatchNorm2d,
+    5: torch.nn.BatchNorm3d,
+}
 DIMS = {2: (23, 6), 3: (5, 6, 11), 4: (4, 6, 7, 5), 5: (3, 6, 4, 5, 2)}
 
 
@@ -37,7 +43,7 @@ def tensor(array, memory_format="contiguous"):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("rank", DIMS)
 def test_function(rng, rank, training, eps, momentum, dtype):
@@ -117,7 +123,9 @@ def assert_same_state(ours, theirs, dtype):
 def test_state_in_both_directions(rng, kind, dtype):
     """Through the values alone, and a counter that goes on counting."""
     theirs = kind(6, dtype=getattr(torch, np.dtype(dtype).name))
-    shape = {"BatchNorm1d": (9, 6), "BatchNorm2d": (9, 6, 2, 3), "BatchNorm3d": (9, 6, 2, 1, 3)}[kind.__name__]
+    shape = {"BatchNorm1d": (9, 6), "BatchNorm2d": (9, 6, 2, 3), "BatchNorm3d": (9, 6, 2, 1, 3)}[
+        kind.__name__
+    ]
     for _ in range(3):
         theirs(torch.from_numpy(rng.normal(size=shape).astype(dtype)))
     ours = nbbn.BatchNorm(6, dtype=dtype)
@@ -168,5 +176,5 @@ def test_agreement_on_errors(rng):
         lambda: functional.batch_norm(torch.from_numpy(one_value), None, None, training=True),
         lambda: nbbn.batch_norm(one_value, training=True),
     ):
-        with pytest.raises(ValueError, match="more than 1 value|more than one value"):
+        with pytest.raises(ValueError, match=r"more than (1|one) value"):
             call()

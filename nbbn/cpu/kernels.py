@@ -29,6 +29,7 @@ from nbbn.cpu.simd import (
 from nbbn.cpu.tiles import (
     ROOM,
     ROWS,
+    SHARED_COLUMNS,
     exact,
     extent,
     fill,
@@ -97,6 +98,12 @@ def chunk_rows(call, chunk):
 
 
 @loop
+def one_channel(call):
+    """Whether tiles are one channel wide, because of the shape and not of the schedule."""
+    return call.fold == 1 and (call.channels == 1 or call.inner > SHARED_COLUMNS)
+
+
+@loop
 def trusted(count, squares, offset, real):
     """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
 
@@ -118,8 +125,8 @@ def chunk_stats(call, chunk, channel, group, pending, real):
     the mean of what came before. Where that guess was too far off for a channel, and only there, the
     squares are taken again around the block's own mean. Meanwhile the tile `pending` is written.
     """
-    # Where all columns are of one channel, they are summed into LANES of them.
-    single = group == 1 and call.fold == 1
+    # Where the shape says that all columns are of one channel, they are summed into LANES of them.
+    single = one_channel(call)
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width
@@ -180,7 +187,8 @@ def chunk_stats(call, chunk, channel, group, pending, real):
             square_down(call, first, last, channel, group, buffer, state, mask, real)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
-                store(squares, g, choose(trust[g], load(squares, g), load(again, g)))
+                anew = load(again, g) + load(squares_lost, g)
+                store(squares, g, choose(trust[g], load(squares, g), anew))
         before = float(position(call, first) - position(call, begin))
         for g in range(0, group, LANES):
             here = min(LANES, group - g)
@@ -405,7 +413,7 @@ def update_running_stats(first, last, address, real):
 @loop
 def chunk_gradients(call, chunk, channel, group, real):
     """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials."""
-    single = group == 1 and call.fold == 1
+    single = one_channel(call)
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width

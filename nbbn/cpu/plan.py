@@ -20,7 +20,6 @@ SLAB_ROWS = 16  # written together
 SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
 
 
-
 def _cache_bytes(level: str, otherwise: int) -> int:
     try:
         return os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE") or otherwise
@@ -117,7 +116,11 @@ class Plan:
         self.chunks = tiling.chunks
         self.partial_words = 3 * self.channels * tiling.chunks
         self.words = self.partial_words + 5 * (self.channels + 2 * LANES) + LANES
-        x, grad_out, out = geometry.layouts[0], geometry.layouts[len(geometry.layouts) // 2], geometry.layouts[-1]
+        x, grad_out, out = (
+            geometry.layouts[0],
+            geometry.layouts[len(geometry.layouts) // 2],
+            geometry.layouts[-1],
+        )
         self.offset_x, self.offset_grad_out, self.offset_out = x.offset, grad_out.offset, out.offset
 
         dims = len(geometry.sizes)

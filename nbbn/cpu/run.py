@@ -9,7 +9,7 @@ import numpy as np
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import entry, pool
 from nbbn.cpu import kernels
-from nbbn.cpu.call import CALL, OPERAND
+from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.simd import LANES
 from nbbn.dispatch import Problem, Update
@@ -94,11 +94,10 @@ class _Call:
 
     def normalize_grad_out(self) -> None:
         """From here on, grad_out takes the place of x."""
-        x, layout = CALL.fields["grad_out"][1], CALL.fields["at_grad_out"][1]
-        end = layout + OPERAND.itemsize
-        record = self.record
-        rest = record[x : CALL.fields["at_x"][1]]
-        self.record = record[x : x + 8] + rest + record[layout:end] + record[layout:]
+        record = np.frombuffer(bytearray(self.record), CALL)
+        record["x"] = record["grad_out"]
+        record["at_x"] = record["at_grad_out"]
+        self.record = record.tobytes()
 
     def __call__(self, kernel: str, tasks: int, threads: int | None = None) -> None:
         """Run a kernel over its tasks, on as many threads as the plan is for."""

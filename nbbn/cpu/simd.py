@@ -317,35 +317,38 @@ def keep_first(typingctx, vector, count):
     return vector(vector, types.int64), codegen
 
 
-@intrinsic
-def lane(typingctx, vector, index):
-    """Return one lane."""
-
-    def codegen(context, builder, signature, args):
-        return builder.extract_element(args[0], args[1])
-
-    return vector.element(vector, types.int64), codegen
+def _halves(builder, vector):
+    """Return the lower and the upper half of the lanes."""
+    half = vector.type.count // 2
+    kind = ir.VectorType(_INDEX, half)
+    undefined = ir.Constant(vector.type, ir.Undefined)
+    return tuple(
+        builder.shuffle_vector(vector, undefined, ir.Constant(kind, list(range(first, first + half))))
+        for first in (0, half)
+    )
 
 
 @intrinsic
 def fold(typingctx, vector):
-    """Return the lanes' sum: halves added to halves, in a fixed order."""
+    """Return the lanes' sum, halves added to halves in a fixed order, and what it lost."""
 
     def codegen(context, builder, signature, args):
-        part = args[0]
-        while part.type.count > 1:
-            half = part.type.count // 2
-            kind = ir.VectorType(_INDEX, half)
-            undefined = ir.Constant(part.type, ir.Undefined)
-            low = ir.Constant(kind, list(range(half)))
-            high = ir.Constant(kind, list(range(half, 2 * half)))
-            part = builder.fadd(
-                builder.shuffle_vector(part, undefined, low),
-                builder.shuffle_vector(part, undefined, high),
-            )
-        return builder.extract_element(part, ir.Constant(_INDEX, 0))
+        total = args[0]
+        lost = ir.Constant(total.type, [0.0] * LANES)
+        while total.type.count > 1:
+            a, b = _halves(builder, total)
+            low, high = _halves(builder, lost)
+            # formulas.two_sum, on vectors that grow shorter.
+            total = builder.fadd(a, b)
+            part = builder.fsub(total, a)
+            more = builder.fadd(builder.fsub(a, builder.fsub(total, part)), builder.fsub(b, part))
+            lost = builder.fadd(builder.fadd(low, high), more)
+        zero = ir.Constant(_INDEX, 0)
+        pair = [builder.extract_element(part, zero) for part in (total, lost)]
+        return context.make_tuple(builder, signature.return_type, pair)
 
-    return vector.element(vector), codegen
+    element = vector.element
+    return types.UniTuple(element, 2)(vector), codegen
 
 
 @intrinsic

@@ -17,7 +17,6 @@ from nbbn.cpu.simd import (
     after,
     fold,
     keep_first,
-    lane,
     load,
     load_first,
     pointer,
@@ -257,7 +256,7 @@ def look_at_channel(rows, count, state, writing, streaming, written, real):
 @loop
 def look_at_row(row, first, count, state, mask, real):
     """The same for one row from column `first` on, squared in float64."""
-    guesses, sums, lost, squares, squares_lost, one = state
+    guesses, sums, lost, squares, squares_lost, _ = state
     for j in range(first, count, LANES):
         c = j & mask
         x = widen(some(row, j, count))
@@ -398,16 +397,10 @@ def to_channels(call, group, width, sums, lost, real):
                     rest = rest + more
                 else:
                     total = total + x
-        low = fold(rest)
-        if exact(real):
-            high = 0.0
-            for i in range(LANES):
-                high, small = two_sum(high, lane(total, i))
-                low += small
-            sums[g] = high
-        else:
-            sums[g] = fold(total)
-        lost[g] = low
+        high, small = fold(total)
+        low, _ = fold(rest)
+        sums[g] = high
+        lost[g] = low + small
 
 
 @loop
