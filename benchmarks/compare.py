@@ -31,6 +31,8 @@ SETTLE = 0.01  # seconds
 TIMED = 1e-3  # seconds: shorter calls are timed several at a time
 LARGE = 50e6  # bytes of an output from which the machine's limit is the yardstick
 
+SUMMARY = ("torch/nbbn, geometric mean", "torch/nbbn, least", "nbbn/limit, most, from 50 MB")
+
 Contender = Callable[[], Any]
 
 
@@ -197,15 +199,44 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         ]
         entry = {}
         if ratios:
-            entry["torch/nbbn, geometric mean"] = statistics.geometric_mean(ratios)
-            entry["torch/nbbn, least"] = min(ratios)
+            entry[SUMMARY[0]] = statistics.geometric_mean(ratios)
+            entry[SUMMARY[1]] = min(ratios)
         if large:
-            entry["nbbn/limit, most, from 50 MB"] = max(large)
+            entry[SUMMARY[2]] = max(large)
         result[table] = entry
     print()
     for table, entry in result.items():
         print(f"{table:28}", "   ".join(f"{name} {value:.2f}" for name, value in entry.items()))
     return result
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Return the results as tables."""
+    facts = results["machine"]
+    text = ["Measured on " + ", ".join(f"{name}: {value}" for name, value in facts.items()) + ".", ""]
+    text += [
+        "| table | torch/nbbn, geometric mean | least | nbbn/limit, most, from 50 MB |",
+        "|---|---|---|---|",
+    ]
+    for table, entry in results["summary"].items():
+        values = [entry.get(name) for name in SUMMARY]
+        if any(values):
+            cells = ["" if value is None else f"{value:.2f}" for value in values]
+            text.append(f"| {table} | " + " | ".join(cells) + " |")
+    table = None
+    for line in results["lines"]:
+        names = list(line["milliseconds"])
+        ratios = [name for name in ("torch/nbbn", "nbbn/limit", "new/out=") if name in line]
+        if line["table"] != table:
+            table = line["table"]
+            heads = ["shape", "MB", *[f"{name}, ms" for name in names], *ratios]
+            text += ["", f"## {table[0].upper()}{table[1:]}", "", "| " + " | ".join(heads) + " |"]
+            text.append("|---" * len(heads) + "|")
+        cells = ["×".join(map(str, line["shape"])), f"{line['bytes'] / 1e6:.1f}"]
+        cells += [f"{line['milliseconds'][name]['median']:.3f}" for name in names]
+        cells += [f"{line[name]:.2f}" for name in ratios]
+        text.append("| " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
 
 
 def machine() -> dict[str, Any]:
@@ -241,6 +272,7 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the results")
+    parser.add_argument("--markdown", type=Path, help="where to write them as tables")
     parser.add_argument("--repetitions", type=int, default=15, help="rounds per figure (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="for both sides (default 2)")
     parser.add_argument("--batch", type=int, default=32, help="images per batch (default 32)")
@@ -290,6 +322,8 @@ def main() -> None:
     results = {"machine": machine(), "summary": summary(lines), "lines": lines}
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(markdown(results))
 
 
 if __name__ == "__main__":
