@@ -7,7 +7,7 @@ import numpy as np
 from nbbn.arrays import address
 from nbbn.compiler import entry, kernel, pool
 from nbbn.cpu.call import CALL, read
-from nbbn.cpu.simd import LANES, fence, load, pointer, stream
+from nbbn.cpu.simd import LANES, STREAM_BYTES, fence, load, pointer, stream
 
 BLOCK = 4096  # elements of a task
 
@@ -41,6 +41,8 @@ class Limit:
     """A call of `copy` or `triad` on arrays of one size, aligned to 64 bytes."""
 
     def __init__(self, name: str, out: np.ndarray, x: np.ndarray, y: np.ndarray | None = None) -> None:
+        if address(out) % STREAM_BYTES or x.size % BLOCK:
+            raise ValueError(f"out must lie on a cache line and have a multiple of {BLOCK} elements")
         record = np.zeros(1, CALL)
         record["x"], record["out"] = address(x), address(out)
         record["grad_out"] = 0 if y is None else address(y)

@@ -60,8 +60,7 @@ class BatchNormGradients(NamedTuple):
 def _run(x: np.ndarray, axis: int, *others: np.ndarray) -> Any:
     """Return what runs the stages on x and other arrays of its shape."""
     threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
-    strides = (x.strides, *[other.strides for other in others])
-    return find(x.shape, axis, strides, x.dtype, threads)
+    return find(x.shape, axis, (x.strides, *[other.strides for other in others]), x.dtype, threads)
 
 
 def _count(x: np.ndarray, axis: int) -> int:
@@ -119,8 +118,11 @@ def train(
     running_var: Any = None,
     momentum: float = 0.0,
     correction: float = 1.0,
-) -> BatchNormForward:
-    """Check, normalize with x's own statistics, and update the running ones, in this order."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Check, normalize with x's own statistics, and update the running ones, in this order.
+
+    Return the output, float64[3, C] (mean, var, invstd), and the number of values per channel.
+    """
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
@@ -150,15 +152,16 @@ def train(
         )
         arrays.output(out, x, inputs)
     if x.size == 0:
-        zeros = np.zeros((2, channels))
+        stats = np.zeros((3, channels))
         with np.errstate(divide="ignore"):
-            return BatchNormForward(out, zeros[0], zeros[1], 1.0 / np.sqrt(zeros[1] + eps), 0)
+            stats[2] = 1.0 / np.sqrt(np.float64(eps))
+        return out, stats, 0
     stats = np.empty((3, channels))
     update = None
     if momentum != 0.0 and (running_mean is not None or running_var is not None):
         update = Update(mean, var, momentum, correction)
     _run(x, axis, out).forward(address(x), address(out), address(stats), gamma, beta, eps, update)
-    return BatchNormForward(out, stats[0], stats[1], stats[2], count)
+    return out, stats, count
 
 
 def batch_norm_forward(
@@ -218,7 +221,8 @@ def batch_norm_forward(
     >>> mean, count
     (array([ 2., 20.]), 2)
     """
-    return train(x, weight, bias, eps, axis, out)
+    out, (mean, var, invstd), count = train(x, weight, bias, eps, axis, out)
+    return BatchNormForward(out, mean, var, invstd, count)
 
 
 def batch_norm(
@@ -304,7 +308,7 @@ def batch_norm(
                 "of batches that nbbn.BatchNorm keeps"
             )
         momentum = arrays.number("momentum", momentum, 0.0, 1.0)
-        return train(x, weight, bias, eps, axis, out, running_mean, running_var, momentum).out
+        return train(x, weight, bias, eps, axis, out, running_mean, running_var, momentum)[0]
     if momentum is not None:
         arrays.number("momentum", momentum, 0.0, 1.0)
     x = arrays.checked("x", x)

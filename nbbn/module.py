@@ -233,13 +233,13 @@ class BatchNorm:
     def _normalize_with_own(self, x: np.ndarray) -> np.ndarray:
         """Normalize x with its own statistics, and update the running ones in training."""
         if not (self.training and self.track_running_stats):
-            result = train(x, self.weight, self.bias, self.eps, self.axis)
+            out, stats, _ = train(x, self.weight, self.bias, self.eps, self.axis)
         else:
             assert self.num_batches_tracked is not None
             with self._lock:
                 tracked = int(self.num_batches_tracked) + 1
                 momentum = 1.0 / tracked if self.momentum is None else self.momentum
-                result = train(
+                out, stats, count = train(
                     x,
                     self.weight,
                     self.bias,
@@ -251,10 +251,10 @@ class BatchNorm:
                     momentum,
                     self.correction,
                 )
-                if result.count:
+                if count:
                     self.num_batches_tracked[...] = tracked
-        self._saved = _Saved(x, result.mean, result.invstd, training=True)
-        return result.out
+        self._saved = _Saved(x, stats[0], stats[2], training=True)
+        return out
 
     def backward(self, grad_out: np.ndarray) -> np.ndarray:
         """Return the gradient with respect to the last call's x; set grad_weight and grad_bias.

@@ -58,6 +58,32 @@ class unchanged:
             assert bits(array) == before, "an array was written"
 
 
+class around:
+    """Hold all of the memory that `view` lies in to its bits, but for the view itself."""
+
+    def __init__(self, view):
+        self.view = view
+
+    def others(self):
+        base = self.view
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        if not isinstance(base, np.ndarray) or base.base is not None:
+            return None  # a whole bytearray: nothing but one byte beside the view
+        kept = self.view.copy()
+        self.view[...] = 0
+        result = bits(base.view(np.uint8)) if base.flags.c_contiguous else None
+        self.view[...] = kept
+        return result
+
+    def __enter__(self):
+        self.before = self.others()
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            assert self.others() == self.before, "something beside out was written"
+
+
 def assert_like(out, x):
     """`out` is an array of x's type, shape and memory layout."""
     assert type(out) is np.ndarray

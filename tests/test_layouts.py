@@ -19,7 +19,7 @@ from cases import (
     running_statistics,
     type_id,
 )
-from checks import assert_same_bits, bits, check_backward, check_evaluation, check_forward
+from checks import around, assert_same_bits, check_backward, check_evaluation, check_forward
 
 SMALL = Shape((3, 5, 4, 7))
 WIDE = Shape((2, 33, 3, 35))  # more than a vector along every axis that matters
@@ -89,32 +89,6 @@ def test_out_in_every_layout(rng, layout, dtype):
                 check_forward(laid, out=out)
                 check_evaluation(laid, *running_statistics(rng, shape.channels), out=out)
                 check_backward(dy, laid, out=out, **statistics_of(x))
-
-
-class around:
-    """Hold all of the memory that `view` lies in to its bits, but for the view itself."""
-
-    def __init__(self, view):
-        self.view = view
-
-    def others(self):
-        base = self.view
-        while isinstance(base.base, np.ndarray):
-            base = base.base
-        if not isinstance(base, np.ndarray) or base.base is not None:
-            return None  # a whole bytearray: nothing but one byte beside the view
-        kept = self.view.copy()
-        self.view[...] = 0
-        result = bits(base.view(np.uint8)) if base.flags.c_contiguous else None
-        self.view[...] = kept
-        return result
-
-    def __enter__(self):
-        self.before = self.others()
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            assert self.others() == self.before, "something beside out was written"
 
 
 @pytest.mark.parametrize("layout", VECTOR_LAYOUTS)

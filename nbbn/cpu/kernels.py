@@ -63,7 +63,7 @@ from nbbn.formulas import (
 
 ROW_BUFFERS = ROWS * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
-PILOT_VALUES = 32
+PILOT_VALUES = 8
 LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -107,12 +107,12 @@ def one_channel(call):
 def trusted(count, squares, offset, real):
     """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
 
-    It is not where the guess was further from the mean than the values are (`offset` is
-    n · (mean - guess)²), or where the squares left the range of x's type.
+    It is not where the guess was more than twice as far from the mean as the values are (`offset` is
+    n · (mean - guess)², and 5 offset > 4 squares), or where the squares left the range of x's type.
     """
     smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
     finite = at_most(squares, splat(LARGEST))
-    near = at_most(offset + offset, squares) & at_most(smallest, squares) & finite
+    near = at_most(offset * 1.25, squares) & at_most(smallest, squares) & finite
     constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0))
     return near | constant
 

@@ -1,0 +1,145 @@
+"""The paths that large arrays, small caches and many threads take, on arrays small enough to check.
+
+How a call is cut up and scheduled depends on a few constants of `nbbn.cpu.plan`; these tests shrink them.
+"""
+
+import numpy as np
+import pytest
+
+import nbbn
+import nbbn.functional
+from cases import DTYPES, LAYOUTS, Shape, activations, parameter, permutations, running_statistics, type_id
+from checks import around, assert_same_bits, check_backward, check_evaluation, check_forward
+from nbbn import dispatch
+from nbbn.cpu import plan
+
+# Only when and where something is computed: the same bits as ever.
+SCHEDULES = {
+    "threads": {"functional.SERIAL_ELEMENTS": 0},
+    "streaming": {"plan.STREAM_BYTES": 0},
+    "no_streaming": {"plan.STREAM_BYTES": 1 << 62},
+    "no_cache": {"functional.SERIAL_ELEMENTS": 0, "plan.L2_BYTES": 0, "plan.L3_BYTES": 0},
+    "endless_cache": {"functional.SERIAL_ELEMENTS": 0, "plan.L2_BYTES": 1 << 62, "plan.L3_BYTES": 1 << 62},
+    "short_slabs": {"functional.SERIAL_ELEMENTS": 0, "plan.SLAB_ROWS": 1},
+    "streaming_without_cache": {
+        "functional.SERIAL_ELEMENTS": 0,
+        "plan.STREAM_BYTES": 0,
+        "plan.L2_BYTES": 0,
+        "plan.L3_BYTES": 0,
+        "plan.SLAB_ROWS": 3,
+    },
+}
+
+# What is added to what: other bits, as good as the first.
+CUTS = {
+    "small_blocks": {"plan.BLOCK_ELEMENTS": 128},
+    "one_chunk": {"plan.BLOCK_ELEMENTS": 128, "plan.MAX_CHUNKS": 1},
+    "three_chunks": {"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 3},
+    "many_chunks": {"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 256},
+}
+
+SHAPES = [
+    Shape((3, 5, 4, 7)),
+    Shape((7, 3, 5, 6)),
+    Shape((5, 18, 1, 1)),
+    Shape((4, 2, 9, 61)),
+    Shape((2, 3, 5, 211)),
+    Shape((2, 2, 3, 1031)),
+    Shape((9, 33, 2, 3)),
+    Shape((5, 70, 3, 2)),
+    Shape((11, 3, 37, 5), -1),
+    Shape((3, 5, 4, 77), -1),
+    Shape((2, 3, 4, 1030), -1),
+]
+
+MEMORY = LAYOUTS | {name: permutations(4)[name] for name in ("memory1023", "memory2301", "memory3120")}
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    """Set these constants, and no others, for the plans that are made from now on."""
+
+    def use(constants):
+        monkeypatch.undo()
+        for name, value in constants.items():
+            module, constant = name.split(".")
+            monkeypatch.setattr({"plan": plan, "functional": nbbn.functional}[module], constant, value)
+        dispatch.find.cache_clear()
+
+    yield use
+    use({})
+
+
+def operations(rng, shape, layout, dtype):
+    """Return x and the arguments of everything, with out in the layout of x."""
+    x, dy = (MEMORY[layout](activations(rng, shape, dtype, offset=4)) for _ in range(2))
+    weight, bias = (parameter(rng, shape.channels, dtype) for _ in range(2))
+    mean, var = running_statistics(rng, shape.channels, DTYPES)
+    out = MEMORY[layout](np.zeros(shape.dims, dtype))
+    common = {"axis": shape.axis, "out": out}
+    gradient = common | {"mean": mean, "invstd": var}
+    return out, (
+        ("forward", (x, weight, bias), common),
+        ("evaluation", (x, mean, var, weight, bias), common),
+        ("backward", (dy, x, weight), gradient),
+        ("backward", (dy, x, weight), gradient | {"training": False}),
+    )
+
+
+CHECKS = {"forward": check_forward, "evaluation": check_evaluation, "backward": check_backward}
+CALLS = {
+    "forward": nbbn.batch_norm_forward,
+    "evaluation": nbbn.batch_norm,
+    "backward": nbbn.batch_norm_backward,
+}
+
+
+def results(out, calls):
+    """Return the results of all calls, each copied before the next one overwrites it."""
+    found = []
+    for name, arguments, options in calls:
+        out[...] = np.nan
+        result = CALLS[name](*arguments, **options)
+        found.append(tuple(np.array(v) for v in (result if isinstance(result, tuple) else (result,))))
+    return tuple(found)
+
+
+@pytest.mark.parametrize("layout", MEMORY)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_keep_the_bits(rng, schedule, name, layout):
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            out, calls = operations(rng, shape, layout, dtype)
+            schedule({})
+            expected = results(out, calls)
+            schedule(SCHEDULES[name])
+            with around(out):
+                actual = results(out, calls)
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("name", [*SCHEDULES, *CUTS])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_against_the_oracle(rng, schedule, shape, name, dtype):
+    schedule((SCHEDULES | CUTS)[name])
+    for layout in ("contiguous", "channels_last", "inside", "record_field"):
+        out, calls = operations(rng, shape, layout, dtype)
+        with around(out):
+            for operation, arguments, options in calls:
+                CHECKS[operation](*arguments, **options)
+
+
+@pytest.mark.parametrize("name", [*SCHEDULES, *CUTS])
+def test_constants(schedule, name):
+    """Exact in every schedule and every cut."""
+    schedule((SCHEDULES | CUTS)[name])
+    for shape in SHAPES:
+        for dtype in DTYPES:
+            values = (1e7 + np.arange(shape.channels) / 3).astype(dtype)
+            across = [1] * 4
+            across[shape.axis] = shape.channels
+            x = np.broadcast_to(values.reshape(across), shape.dims).copy()
+            result = nbbn.batch_norm_forward(x, bias=values, axis=shape.axis)
+            assert not result.var.any()
+            assert_same_bits(result.out, x)
