@@ -23,6 +23,7 @@ from checks import around, assert_same_bits, check_backward, check_evaluation, c
 
 SMALL = Shape((3, 5, 4, 7))
 WIDE = Shape((2, 33, 3, 35))  # more than a vector along every axis that matters
+LONG = Shape((4, 3, 2, 1031))  # rows too long for a buffer, in two pieces
 ALL_READ = READ_LAYOUTS | permutations(4)
 ALL_WRITE = LAYOUTS | permutations(4)
 SOME = (
@@ -46,7 +47,7 @@ def statistics_of(x, axis=1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
 @pytest.mark.parametrize("layout", ALL_READ)
-@pytest.mark.parametrize("shape", [SMALL, WIDE], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, WIDE, LONG], ids=str)
 def test_x_in_every_layout(rng, shape, layout, dtype):
     x = ALL_READ[layout](activations(rng, shape, dtype, offset=5))
     weight, bias = rng.normal(size=(2, shape.channels))
@@ -80,7 +81,7 @@ def test_pairs_of_x_and_grad_out(rng, layout, grad_layout):
 @pytest.mark.parametrize("layout", ALL_WRITE)
 def test_out_in_every_layout(rng, layout, dtype):
     """What lies around `out` in its buffer keeps its bits."""
-    for shape in (SMALL, WIDE):
+    for shape in (SMALL, WIDE, LONG):
         x, dy = activations(rng, shape, dtype, offset=5), activations(rng, shape, dtype)
         for x_layout in ("contiguous", "channels_last", layout):
             out = ALL_WRITE[layout](np.zeros(shape.dims, dtype))

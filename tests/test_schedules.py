@@ -8,6 +8,7 @@ import pytest
 
 import nbbn
 import nbbn.functional
+import reference
 from cases import DTYPES, LAYOUTS, Shape, activations, parameter, permutations, running_statistics, type_id
 from checks import around, assert_same_bits, check_backward, check_evaluation, check_forward
 from nbbn import dispatch
@@ -71,18 +72,21 @@ def schedule(monkeypatch):
 
 
 def operations(rng, shape, layout, dtype):
-    """Return x and the arguments of everything, with out in the layout of x."""
-    x, dy = (MEMORY[layout](activations(rng, shape, dtype, offset=4)) for _ in range(2))
+    """Return out and the calls that write into it: x in this layout, the others in this or another."""
+    dy_layout, out_layout = (layout if rng.random() < 0.5 else rng.choice(list(MEMORY)) for _ in range(2))
+    x = MEMORY[layout](activations(rng, shape, dtype, offset=4))
+    dy = MEMORY[dy_layout](activations(rng, shape, dtype, offset=1))
     weight, bias = (parameter(rng, shape.channels, dtype) for _ in range(2))
     mean, var = running_statistics(rng, shape.channels, DTYPES)
-    out = MEMORY[layout](np.zeros(shape.dims, dtype))
+    out = MEMORY[out_layout](np.zeros(shape.dims, dtype))
     common = {"axis": shape.axis, "out": out}
-    gradient = common | {"mean": mean, "invstd": var}
+    own = reference.forward(x, axis=shape.axis)
+    used = {"mean": own.mean.rounded()[:, 0], "invstd": own.invstd.rounded()[:, 0]}
     return out, (
         ("forward", (x, weight, bias), common),
         ("evaluation", (x, mean, var, weight, bias), common),
-        ("backward", (dy, x, weight), gradient),
-        ("backward", (dy, x, weight), gradient | {"training": False}),
+        ("backward", (dy, x, weight), common | used),
+        ("backward", (dy, x, weight), common | used | {"training": False}),
     )
 
 

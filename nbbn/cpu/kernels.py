@@ -219,6 +219,8 @@ def pool_chunks(call, first, last):
         mean = splat(0.0)
         rest = splat(0.0)
         m2 = splat(0.0)
+        lost = splat(0.0)
+        nothing = splat(0.0)
         count = 0.0
         for chunk in range(call.chunks):
             begin, end = chunk_rows(call, chunk)
@@ -226,12 +228,19 @@ def pool_chunks(call, first, last):
             means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels)
             rests = after(means, call.channels)
             m2s = after(rests, call.channels)
-            new = load_first(means, c, here), load_first(rests, c, here), load_first(m2s, c, here)
+            new_mean = load_first(means, c, here)
+            new_rest = load_first(rests, c, here)
+            between = nothing
             if chunk == 0:
-                mean, rest, m2 = new
+                mean, rest = new_mean, new_rest
             else:
-                mean, rest, m2 = merge(count, mean, rest, m2, more, new[0], new[1], new[2])
+                mean, rest, between = merge(count, mean, rest, nothing, more, new_mean, new_rest, nothing)
+            m2, small = two_sum(m2, load_first(m2s, c, here))
+            lost = lost + small
+            m2, small = two_sum(m2, between)
+            lost = lost + small
             count += more
+        m2 = m2 + lost
         store_first(stats, c, mean, here)
         store_first(stats, call.channels + c, variance(m2, count), here)
         store_first(stats, 2 * call.channels + c, rest, here)

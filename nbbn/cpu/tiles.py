@@ -1,8 +1,8 @@
 """Where the rows of a tile lie, and the loops over its rows and columns.
 
 Sums run downwards, a column at a time, so a row needs no particular length or alignment; the columns
-of a channel are added up at the end of a block. Four rows are read at a time: four streams keep the
-memory busier than one.
+of a channel are added up at the end of a block. Eight rows are read at a time, from eight far-apart
+places: eight long streams keep the memory busier than one.
 """
 
 import numpy as np
@@ -544,13 +544,14 @@ def look_down(call, first, last, channel, group, buffer, state, mask, pending, r
             else:
                 look_at_rows(rows, shared, state, writing, streaming, written, real)
             start = shared
-        done = start == longest and (writing or pending_group == 0)
-        for k in range(0 if done else together):
+        for k in range(0 if start == longest else together):
             step, piece = locate(call, row + k * far)
             steps, count = extent(call, step, piece)
             look_at_row(pointer(rows[k], real), start, steps * group * count, state, mask, real)
-            if pending_group > 0 and not writing:
-                write_normalized_row(call, step, piece, pending, buffer, real)
+        # Only now: a row that is gathered or scattered goes through the buffer that held those above.
+        for k in range(together if pending_group > 0 and not writing else 0):
+            step, piece = locate(call, row + k * far)
+            write_normalized_row(call, step, piece, pending, buffer, real)
         row = first + ROWS * far if row + 1 == first + far else row + 1
 
 
