@@ -77,7 +77,8 @@ PLAN = [
     ("groups", _WORD),
     ("slab", _WORD),  # rows that are written together
     ("slabs", _WORD),
-    ("stream", _WORD),  # 1: write out past the caches
+    ("stream", _WORD),  # 1: what writes one tile while it looks at another writes past the caches
+    ("stream_copies", _WORD),  # 1: so does what only writes
 ]
 
 CALL = np.dtype(ADDRESSES + PLAN)

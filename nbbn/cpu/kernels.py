@@ -12,6 +12,8 @@ from nbbn.compiler import kernel, loop, out_of_line
 from nbbn.cpu.call import read
 from nbbn.cpu.simd import (
     LANES,
+    STREAM_BYTES,
+    address,
     after,
     at_most,
     choose,
@@ -24,6 +26,7 @@ from nbbn.cpu.simd import (
     splat,
     store,
     store_first,
+    stream,
     widen,
 )
 from nbbn.cpu.tiles import (
@@ -31,20 +34,17 @@ from nbbn.cpu.tiles import (
     ROWS,
     SHARED_COLUMNS,
     exact,
-    extent,
     fill,
-    locate,
     look_down,
     multiply_down,
     position,
     row_address,
-    row_of,
-    scatter,
-    spread,
     square_down,
+    table_room,
+    tile_of,
     to_channels,
     to_columns,
-    write_gradient,
+    write_gradient_row,
     write_normalized_row,
 )
 from nbbn.formulas import (
@@ -62,6 +62,7 @@ from nbbn.formulas import (
 )
 
 ROW_BUFFERS = ROWS * ROOM
+TABLES_ROOM = 5 * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
 LARGEST = float(np.finfo(np.float64).max)
@@ -98,6 +99,13 @@ def chunk_rows(call, chunk):
 
 
 @loop
+def no_tile(any, tables):
+    """Return a tile without channels, from any integer: literal zeros would compile everything twice."""
+    none = any - any
+    return none, none, tables, none, none
+
+
+@loop
 def one_channel(call):
     """Whether tiles are one channel wide, because of the shape and not of the schedule."""
     return call.fold == 1 and (call.channels == 1 or call.inner > SHARED_COLUMNS)
@@ -118,12 +126,12 @@ def trusted(count, squares, offset, real):
 
 
 @loop
-def chunk_stats(call, chunk, channel, group, pending, real):
+def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     """Statistics of one chunk of one tile into its place among the partials.
 
     Each block is looked at once: x is summed exactly, and (x - guess)² along with it, the guess being
     the mean of what came before. Where that guess was too far off for a channel, and only there, the
-    squares are taken again around the block's own mean. Meanwhile the tile `pending` is written.
+    squares are taken again around the block's own mean. Meanwhile `tile`, another one, is written.
     """
     # Where the shape says that all columns are of one channel, they are summed into LANES of them.
     single = one_channel(call)
@@ -133,7 +141,6 @@ def chunk_stats(call, chunk, channel, group, pending, real):
     means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     rests = after(means, call.channels)
     m2s = after(rests, call.channels)
-    buffer = scratch(ROW_BUFFERS, real)
     guesses = scratch(ROOM, real)  # of columns
     guess_of = scratch(ROOM, real)  # of channels
     sums = scratch(ROOM, np.float64)
@@ -146,20 +153,25 @@ def chunk_stats(call, chunk, channel, group, pending, real):
 
     begin, end = chunk_rows(call, chunk)
     fill(guess_of, group, real(0.0))
-    none = begin - begin  # not the literal 0, which would compile everything twice
-    nothing = none, none, pending[2], pending[3], pending[4], pending[5]
-    pilot = True  # the first rows are looked at twice: first for a guess only
+    nothing = no_tile(begin, tile[2])
+    pilot = True  # a few values are looked at twice: first for a guess only
     first = begin
     last = min(end, begin + 1 + (PILOT_VALUES - 1) // (call.fold * min(call.width, call.inner)))
     while first < end:
-        count = float(position(call, last) - position(call, first))
+        values = position(call, last) - position(call, first)
+        most = values
+        if pilot and single:
+            most = min(LANES, values)
+            values = most
+        count = float(values)
         fill(sums, span, 0.0)
         fill(squares, span, 0.0)
         fill(lost, span, 0.0)
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
-        state = column_guesses, sums, lost, squares, squares_lost, call.one
-        look_down(call, first, last, channel, group, buffer, state, mask, nothing if pilot else pending, real)
+        state = column_guesses, (sums, lost), (squares, squares_lost), call.one
+        other = nothing if pilot else tile
+        look_down(call, first, last, most, channel, group, buffer, state, mask, other, real)
         to_channels(call, group, width, sums, lost, real)
         if not pilot:
             to_channels(call, group, width, squares, squares_lost, real)
@@ -183,7 +195,7 @@ def chunk_stats(call, chunk, channel, group, pending, real):
         if bad:
             fill(again, span, 0.0)
             fill(squares_lost, span, 0.0)
-            state = to_columns(call, group, width, sums, columns), again, squares_lost
+            state = to_columns(call, group, width, sums, columns), (again, squares_lost)
             square_down(call, first, last, channel, group, buffer, state, mask, real)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
@@ -247,12 +259,6 @@ def pool_chunks(call, first, last):
 
 
 @loop
-def table_room(channels):
-    """Return how far apart two tables are: whole cache lines, and a vector more to read beyond."""
-    return (channels // LANES + 2) * LANES
-
-
-@loop
 def set_tables(call, c, mean, rest, invstd, real):
     """What `normalize` needs of channel c."""
     tables = pointer(call.tables, real)
@@ -292,42 +298,25 @@ def update_channels(call):
             set_parameter(call.var, c, running(parameter(call.var, c, 0.0), var, call.momentum))
 
 
-@loop
-def tile_tables(call, channel, group, means, scales, shifts, real):
-    """Return a tile: its first channel, how many it has, and its tables, spread over its columns."""
-    width = min(call.width, call.inner)
-    tables = after(pointer(call.tables, real), channel)
-    room = table_room(call.channels)
-    means, mask = spread(call, group, width, tables, means)
-    scales, mask = spread(call, group, width, after(tables, room), scales)
-    shifts, mask = spread(call, group, width, after(tables, 2 * room), shifts)
-    return channel, group, means, scales, shifts, mask
-
-
 @kernel
 def forward(first, last, address, real):
     """Training forward, resident. Tasks: groups of channels.
 
-    While the statistics of a group are taken, the group before is written: the memory is read and
-    written at once.
+    While the statistics of a group are taken, the group before is written.
     """
     call = read(address)
+    tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, real)
-    means = scratch(ROOM, real)
-    scales = scratch(ROOM, real)
-    shifts = scratch(ROOM, real)
-    none = first - first  # not the literal 0, which would compile everything twice
-    tile = none, none, means, scales, shifts, none
+    tile = no_tile(first, tables)
     for task in range(first, last):
         channel = task * call.group
         group = min(call.group, call.channels - channel)
         for chunk in range(call.chunks):
-            chunk_stats(call, chunk, channel, group, tile, real)
+            chunk_stats(call, chunk, channel, group, tile, buffer, real)
         finish_channels(call, channel, channel + group, real)
-        tile = tile_tables(call, channel, group, means, scales, shifts, real)
+        tile = tile_of(call, channel, group, 3, tables, real)
     for row in range(call.rows):
-        step, piece = locate(call, row)
-        write_normalized_row(call, step, piece, tile, buffer, real)
+        write_normalized_row(call, row, tile, call.stream, buffer, real)
     if call.stream == 1:
         fence()
     if call.updates == 1:
@@ -338,13 +327,11 @@ def forward(first, last, address, real):
 def collect_stats(first, last, address, real):
     """Statistics of tiles into the partials. Tasks: chunks × groups."""
     call = read(address)
-    means = scratch(LANES, real)
+    buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        none = first - first
-        tile = none, none, means, means, means, none
-        chunk_stats(call, task // call.groups, channel, group, tile, real)
+        chunk_stats(call, task // call.groups, channel, group, no_tile(first, buffer), buffer, real)
 
 
 @kernel
@@ -367,47 +354,87 @@ def use_running_stats(first, last, address, real):
 def normalize(first, last, address, real):
     """Tasks: slabs of rows × groups, in the order of memory."""
     call = read(address)
+    tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, real)
-    means = scratch(ROOM, real)
-    scales = scratch(ROOM, real)
-    shifts = scratch(ROOM, real)
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        tile = tile_tables(call, channel, group, means, scales, shifts, real)
-        row = task // call.groups * call.slab
-        for r in range(row, min(call.rows, row + call.slab)):
-            step, piece = locate(call, r)
-            write_normalized_row(call, step, piece, tile, buffer, real)
-    if call.stream == 1:
+        tile = tile_of(call, channel, group, 3, tables, real)
+        slab = task // call.groups * call.slab
+        for row in range(slab, min(call.rows, slab + call.slab)):
+            write_normalized_row(call, row, tile, call.stream_copies, buffer, real)
+    if call.stream_copies == 1:
         fence()
 
 
-@kernel
-def normalize_steps(first, last, address, real):
-    """The same for short channels that lie side by side. Tasks: rows, of all channels each.
+@loop
+def normalize_run(call, channel, last, x, out, real):
+    """Normalize and write the channels channel … last - 1 of one outer step, which lie side by side.
 
-    A row is written from its first channel to its last, as it lies in memory: tables spread over the
-    columns of a tile would be read more often than x.
+    They are written as one run of whole lines; a vector that several channels share is normalized with
+    the numbers of each.
     """
-    call = read(address)
     tables = pointer(call.tables, real)
     room = table_room(call.channels)
-    for row in range(first, last):
-        x = pointer(row_address(call, call.x, call.at_x, row, 0, 0), real)
-        out = pointer(row_address(call, call.out, call.at_out, row, 0, 0), real)
-        for channel in range(call.channels):
-            mean = splat(tables[channel])
-            scale = splat(tables[room + channel])
-            shift = splat(tables[2 * room + channel])
-            begin = channel * call.inner
-            end = begin + call.inner
-            for j in range(begin, end - LANES + 1, LANES):
+    mean, scale, shift = (
+        splat(tables[channel]),
+        splat(tables[room + channel]),
+        splat(tables[2 * room + channel]),
+    )
+    j = channel * call.inner
+    end = last * call.inner
+    border = j + call.inner  # where the next channel begins
+    size = 8 if exact(real) else 4
+    ahead = -(address(out) + j * size) % STREAM_BYTES
+    aligned = ahead % size == 0
+    streaming = call.stream_copies == 1 and aligned
+    here = min(end - j, ahead // size if aligned and ahead > 0 else LANES)
+    while j < end:
+        if here < LANES or j + LANES > border:
+            values = load_first(x, j, here)
+            value = normalized(values, mean, scale, shift)
+            while border < j + here:
+                channel += 1
+                mean, scale = splat(tables[channel]), splat(tables[room + channel])
+                shift = splat(tables[2 * room + channel])
+                value = choose((1 << (border - j)) - 1, value, normalized(values, mean, scale, shift))
+                border += call.inner
+            if here < LANES:
+                store_first(out, j, value, here)
+            elif streaming:
+                stream(out, j, value)
+            else:
+                store(out, j, value)
+            j += here
+        if streaming:
+            while j + LANES <= border:
+                stream(out, j, normalized(load(x, j), mean, scale, shift))
+                j += LANES
+        else:
+            while j + LANES <= border:
                 store(out, j, normalized(load(x, j), mean, scale, shift))
-            rest = call.inner % LANES
-            if rest > 0:
-                value = normalized(load_first(x, end - rest, rest), mean, scale, shift)
-                store_first(out, end - rest, value, rest)
+                j += LANES
+        here = min(end - j, LANES)
+
+
+@kernel
+def normalize_planes(first, last, address, real):
+    """The same where all channels of an outer step lie side by side. Tasks: channels of outer steps.
+
+    So it is written in the order of memory, and no tables are spread over columns.
+    """
+    call = read(address)
+    plane = first
+    while plane < last:
+        step = plane // call.channels
+        channel = plane % call.channels
+        until = min(call.channels, channel + last - plane)
+        x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), real)
+        out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), real)
+        normalize_run(call, channel, until, x, out, real)
+        plane += until - channel
+    if call.stream_copies == 1:
+        fence()
 
 
 @kernel
@@ -420,15 +447,17 @@ def update_running_stats(first, last, address, real):
 
 
 @loop
-def chunk_gradients(call, chunk, channel, group, real):
-    """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials."""
+def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
+    """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials.
+
+    Meanwhile `tile`, another one, is written.
+    """
     single = one_channel(call)
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width
     bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     weight_sums = after(bias_sums, call.channels)
-    buffer = scratch(ROW_BUFFERS, real)
     mean_of_channel = scratch(ROOM, np.float64)
     sums = scratch(ROOM, np.float64)
     lost = scratch(ROOM, np.float64)
@@ -442,8 +471,8 @@ def chunk_gradients(call, chunk, channel, group, real):
     fill(lost, span, 0.0)
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
-    state = means, sums, lost, products, products_lost, call.one
-    multiply_down(call, begin, end, channel, group, buffer, state, mask, real)
+    state = means, (sums, lost), (products, products_lost), call.one
+    multiply_down(call, begin, end, call.inner * call.fold, channel, group, buffer, state, mask, tile, real)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
@@ -492,44 +521,22 @@ def finish_gradients(call, first, last, real):
         tables[4 * pad + c] = real(unit)
 
 
-@loop
-def apply_rows(call, first, last, channel, group, real):
-    """Write grad_x into the rows first … last - 1 of one tile, in the order of memory."""
-    width = min(call.width, call.inner)
-    buffer = scratch(ROW_BUFFERS, real)
-    tables = after(pointer(call.tables, real), channel)
-    pad = table_room(call.channels)
-    means, mask = spread(call, group, width, tables, scratch(ROOM, real))
-    scales, mask = spread(call, group, width, after(tables, pad), scratch(ROOM, real))
-    slopes, mask = spread(call, group, width, after(tables, 2 * pad), scratch(ROOM, real))
-    offsets, mask = spread(call, group, width, after(tables, 3 * pad), scratch(ROOM, real))
-    units, mask = spread(call, group, width, after(tables, 4 * pad), scratch(ROOM, real))
-    for row in range(first, last):
-        step, piece = locate(call, row)
-        steps, count = extent(call, step, piece)
-        dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, buffer, real)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, after(buffer, ROOM), real)
-        out = after(buffer, 2 * ROOM)
-        if call.at_out.gather == 0:
-            out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
-        streaming = call.at_out.gather == 0 and call.stream == 1
-        state = dy, x, means, units, scales, slopes, offsets, mask
-        write_gradient(out, steps * group * count, streaming, state, real)
-        if call.at_out.gather == 1:
-            scatter(call, step, piece, channel, group, out, real)
-
-
 @kernel
 def backward(first, last, address, real):
-    """Training backward, resident. Tasks: groups of channels."""
+    """Training backward, resident. Tasks: groups of channels, written as in `forward`."""
     call = read(address)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = scratch(ROW_BUFFERS, real)
+    tile = no_tile(first, tables)
     for task in range(first, last):
         channel = task * call.group
         group = min(call.group, call.channels - channel)
         for chunk in range(call.chunks):
-            chunk_gradients(call, chunk, channel, group, real)
+            chunk_gradients(call, chunk, channel, group, tile, buffer, real)
         finish_gradients(call, channel, channel + group, real)
-        apply_rows(call, 0, call.rows, channel, group, real)
+        tile = tile_of(call, channel, group, 5, tables, real)
+    for row in range(call.rows):
+        write_gradient_row(call, row, tile, call.stream, buffer, real)
     if call.stream == 1:
         fence()
 
@@ -538,10 +545,11 @@ def backward(first, last, address, real):
 def backward_reduce(first, last, address, real):
     """Tasks: chunks × groups."""
     call = read(address)
+    buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        chunk_gradients(call, task // call.groups, channel, group, real)
+        chunk_gradients(call, task // call.groups, channel, group, no_tile(first, buffer), buffer, real)
 
 
 @kernel
@@ -555,10 +563,14 @@ def finish_backward(first, last, address, real):
 def backward_apply(first, last, address, real):
     """Tasks: slabs of rows × groups, in the order of memory."""
     call = read(address)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        row = task // call.groups * call.slab
-        apply_rows(call, row, min(call.rows, row + call.slab), channel, group, real)
-    if call.stream == 1:
+        tile = tile_of(call, channel, group, 5, tables, real)
+        slab = task // call.groups * call.slab
+        for row in range(slab, min(call.rows, slab + call.slab)):
+            write_gradient_row(call, row, tile, call.stream_copies, buffer, real)
+    if call.stream_copies == 1:
         fence()

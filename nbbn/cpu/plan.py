@@ -1,7 +1,7 @@
 """How a problem is cut up and scheduled: what the kernels are told of it, computed once per problem."""
 
 import math
-import os
+import pathlib
 import struct
 from dataclasses import dataclass
 
@@ -20,17 +20,26 @@ SLAB_ROWS = 16  # written together
 SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
 
 
-def _cache_bytes(level: str, otherwise: int) -> int:
-    try:
-        return os.sysconf(f"SC_LEVEL{level}_CACHE_SIZE") or otherwise
-    except (ValueError, OSError, AttributeError):
-        return otherwise
+def _cache_bytes(level: int, otherwise: int) -> int:
+    """Return the size of the cache of that level that a core sees, or a guess where the system is silent."""
+    for index in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if (
+                int((index / "level").read_text()) == level
+                and "Instruction" not in (index / "type").read_text()
+            ):
+                return int((index / "size").read_text().strip().removesuffix("K")) << 10
+        except (OSError, ValueError):
+            continue
+    return otherwise
 
 
-L2_BYTES = _cache_bytes("2", 1 << 20)
-L3_BYTES = _cache_bytes("3", 8 << 20)
-# An output from here on is written past the caches; x and a smaller one fit in L3 together.
-STREAM_BYTES = min(32 << 20, L3_BYTES * 5 // 8)
+L2_BYTES = _cache_bytes(2, 1 << 20)
+L3_BYTES = _cache_bytes(3, 8 << 20)
+# An output from here on is written past the caches: where one tile is written while the next is read,
+# the sooner the better; what only reads and writes once finds x and out in the cache again.
+STREAM_BYTES = L3_BYTES // 4
+STREAM_COPIES_BYTES = L3_BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -129,14 +138,14 @@ class Plan:
         )  # the record holds its addresses: kept alive with the plan
         at = self._strides.ctypes.data
         out_bytes = size * self.count * self.channels
-        # Short channels side by side are written step by step, see kernels.normalize_steps.
-        self.by_steps = (
-            1 < geometry.inner <= SHARED_COLUMNS
-            and tiling.fold == 1
+        self.planes = tiling.outer * self.channels
+        # Whether evaluation goes over them in the order of memory, see kernels.normalize_planes.
+        self.by_planes = (
+            geometry.inner > 1
+            and (threads == 1 or self.planes >= 8 * threads)
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
         )
-        self.rows = tiling.rows
         fields: list[int] = []
         for k, layout in enumerate((x, grad_out, out), start=1):
             joined = _joined(layout, geometry, size) or (
@@ -163,6 +172,7 @@ class Plan:
             slab,
             self.slabs,
             int(out_bytes >= STREAM_BYTES),
+            int(out_bytes >= STREAM_COPIES_BYTES),
         ]
         self.record = struct.pack(f"{len(fields)}q", *fields)
         assert len(self.record) == np.dtype(PLAN).itemsize

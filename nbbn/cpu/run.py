@@ -27,7 +27,7 @@ _KERNELS = {
         kernels.normalize,
         kernels.update_running_stats,
     ),
-    "evaluation": (kernels.use_running_stats, kernels.normalize, kernels.normalize_steps),
+    "evaluation": (kernels.use_running_stats, kernels.normalize, kernels.normalize_planes),
     "backward": (
         kernels.backward,
         kernels.backward_reduce,
@@ -182,8 +182,8 @@ class Run:
         """Evaluation: normalize with the running statistics."""
         call = _Call(self.plan, x, 0, out, 0, weight, bias, mean, var, eps)
         kernel, tasks = kernels.normalize, self._slabs
-        if self.plan.by_steps:
-            kernel, tasks = kernels.normalize_steps, self.plan.rows
+        if self.plan.by_planes:
+            kernel, tasks = kernels.normalize_planes, self.plan.planes
         self._compile(kernels.use_running_stats, kernel)
         call(kernels.use_running_stats, self._blocks, self._finishers)
         call(kernel, tasks)

@@ -242,19 +242,21 @@ def stream(typingctx, pointer, index, vector):
 
 
 @intrinsic
-def prefetch(typingctx, pointer, index):
-    """Ask for the line at pointer[index] to be brought into cache; any address will do."""
+def prefetch(typingctx, pointer, index, ahead):
+    """Ask for what lies `ahead` bytes after a vector to be brought into L2; any address will do."""
 
     def codegen(context, builder, signature, args):
         byte = ir.IntType(8).as_pointer()
-        where = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        start = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
         kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, everywhere, data = (ir.Constant(_INDEX, k) for k in (0, 3, 1))
-        builder.call(function, [where, read, everywhere, data])
+        read, level2, data = (ir.Constant(_INDEX, k) for k in (0, 2, 1))
+        for line in range(0, LANES * pointer.dtype.bitwidth // 8, STREAM_BYTES):
+            where = builder.gep(start, [builder.add(args[2], ir.Constant(args[2].type, line))])
+            builder.call(function, [where, read, level2, data])
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64), codegen
+    return types.void(pointer, types.int64, types.int64), codegen
 
 
 @intrinsic

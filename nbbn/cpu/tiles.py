@@ -34,7 +34,8 @@ COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
 ROWS = 8  # that are read at a time
-AHEAD = 4 * LANES  # how far ahead of a row's column its memory is asked for
+SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
+AHEAD = 4096  # bytes: how far ahead of a row's column its memory is asked for
 
 
 def exact(real):
@@ -149,134 +150,74 @@ def plus(total, lost, x, one, real):
 
 
 @loop
-def add_to(sums, lost, j, x, rest):
-    """sums[j : j + LANES] += x + rest, with what the sums lost."""
-    total, more = two_sum(load(sums, j), x)
-    store(sums, j, total)
-    store(lost, j, load(lost, j) + (more + rest))
+def load_sums(sums, j):
+    """Return a sum, and what it lost, of each of the columns j …"""
+    return load(sums[0], j), load(sums[1], j)
 
 
 @loop
-def add_up(sums, lost, j, x, rest, real):
+def store_sums(sums, j, total):
+    store(sums[0], j, total[0])
+    store(sums[1], j, total[1])
+
+
+@loop
+def add_to(total, x, rest):
+    """Return total + x + rest, with what the sums lost."""
+    high, more = two_sum(total[0], x)
+    return high, total[1] + (more + rest)
+
+
+@loop
+def add_up(total, x, rest, real):
     """The same where float32 needs no compensation: sums whose tolerance is that of x's type."""
     if exact(real):
-        add_to(sums, lost, j, x, rest)
-    else:
-        store(sums, j, load(sums, j) + x)
+        return add_to(total, x, rest)
+    return total[0] + x, total[1]
 
 
 @loop
-def write_column(written, j, count, streaming, real):
-    """Normalize and write column j of ROWS rows of another tile, past the caches or not."""
-    rows, outs, means, scales, shifts, mask = written
-    c = j & mask
-    mean = load(means, c)
-    scale = load(scales, c)
-    shift = load(shifts, c)
-    for k in range(ROWS):
-        out = pointer(outs[k], real)
-        value = normalized(some(pointer(rows[k], real), j, count), mean, scale, shift)
-        if j + LANES > count:
-            store_first(out, j, value, count - j)
-        elif streaming:
-            stream(out, j, value)
-        else:
-            store(out, j, value)
+def look_at_rows(rows, number, first, last, state, mask, real):
+    """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
-
-@loop
-def look_at_rows(rows, count, state, writing, streaming, written, real):
-    """Add up x of ROWS rows, in float64, and (x - guess)², those of ROWS rows in x's type first.
-
-    If `writing`, ROWS rows of another tile are written along with it, column by column, so that the
-    memory is read and written at once, as a copy does.
+    The sums stay in registers for as long as the columns are those of one channel.
     """
-    guesses, sums, lost, squares, squares_lost, one = state
-    for j in range(0, count, LANES):
-        guess = load(guesses, j)
+    guesses, sums, squares, one = state
+    c = first & mask
+    guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c), load_sums(squares, c)
+    for j in range(first, last, LANES):
+        if c != j & mask:
+            store_sums(sums, c, sum_x)
+            store_sums(squares, c, sum_squares)
+            c = j & mask
+            guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c), load_sums(squares, c)
         total = splat(0.0)
         rest = splat(0.0)
         square = splat(real(0.0))
-        for k in range(ROWS):
-            prefetch(pointer(rows[k], real), j + AHEAD)
-            x = some(pointer(rows[k], real), j, count)
+        for k in range(number):
+            row = pointer(rows[k], real)
+            prefetch(row, j, AHEAD)
+            x = some(row, j, last)
             total, rest = plus(total, rest, x, one, real)
             square = square + squared_deviation(x, guess)
-        if j + LANES > count:
-            square = keep_first(square, count - j)
-        add_to(sums, lost, j, total, rest)
-        add_up(squares, squares_lost, j, widen(square), splat(0.0), real)
-        if writing:
-            write_column(written, j, count, streaming, real)
-
-
-@loop
-def look_at_channel(rows, count, state, writing, streaming, written, real):
-    """The same for rows of one channel, whose sums stay in registers."""
-    guesses, sums, lost, squares, squares_lost, one = state
-    guess = load(guesses, 0)
-    total = load(sums, 0)
-    rest = load(lost, 0)
-    total_square = load(squares, 0)
-    square_rest = load(squares_lost, 0)
-    for j in range(0, count, LANES):
-        even = splat(0.0)
-        odd = splat(0.0)
-        small = splat(0.0)
-        square = splat(real(0.0))
-        for k in range(0, ROWS, 2):
-            prefetch(pointer(rows[k], real), j + AHEAD)
-            prefetch(pointer(rows[k + 1], real), j + AHEAD)
-            x = some(pointer(rows[k], real), j, count)
-            even, small = plus(even, small, x, one, real)
-            square = square + squared_deviation(x, guess)
-            x = some(pointer(rows[k + 1], real), j, count)
-            odd, small = plus(odd, small, x, one, real)
-            square = square + squared_deviation(x, guess)
-        if j + LANES > count:
-            square = keep_first(square, count - j)
-        if exact(real):
-            odd, more = two_sum(even, odd)
-            small = small + more
-            total_square, more = two_sum(total_square, widen(square))
-            square_rest = square_rest + more
-        else:
-            odd = even + odd
-            total_square = total_square + widen(square)
-        total, more = two_sum(total, odd)
-        rest = rest + (more + small)
-        if writing:
-            write_column(written, j, count, streaming, real)
-    store(sums, 0, total)
-    store(lost, 0, rest)
-    store(squares, 0, total_square)
-    store(squares_lost, 0, square_rest)
-
-
-@loop
-def look_at_row(row, first, count, state, mask, real):
-    """The same for one row from column `first` on, squared in float64."""
-    guesses, sums, lost, squares, squares_lost, _ = state
-    for j in range(first, count, LANES):
-        c = j & mask
-        x = widen(some(row, j, count))
-        square = squared_deviation(x, widen(load(guesses, c)))
-        if j + LANES > count:
-            square = keep_first(square, count - j)
-        add_to(sums, lost, c, x, splat(0.0))
-        add_up(squares, squares_lost, c, square, splat(0.0), real)
+        if j + LANES > last:
+            square = keep_first(square, last - j)
+        sum_x = add_to(sum_x, total, rest)
+        sum_squares = add_up(sum_squares, widen(square), splat(0.0), real)
+    store_sums(sums, c, sum_x)
+    store_sums(squares, c, sum_squares)
 
 
 @loop
 def square_row(row, count, state, mask, real):
     """Add up (x - mean)², in float64."""
-    means, squares, squares_lost = state
+    means, squares = state
     for j in range(0, count, LANES):
         c = j & mask
         square = squared_deviation(widen(some(row, j, count)), load(means, c))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        add_up(squares, squares_lost, c, square, splat(0.0), real)
+        store_sums(squares, c, add_up(load_sums(squares, c), square, splat(0.0), real))
 
 
 @loop
@@ -312,59 +253,35 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
-def multiply_rows(rows, number, first, count, state, mask, real):
-    """Add up dy and dy · (x - mean), in float64, of so many rows of dy and x in turn."""
-    means, sums, lost, products, products_lost, one = state
-    for j in range(first, count, LANES):
-        c = j & mask
-        mean = load(means, c)
+def multiply_rows(rows, number, first, last, state, mask, real):
+    """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn."""
+    means, sums, products, one = state
+    c = first & mask
+    mean, sum_dy, sum_products = load(means, c), load_sums(sums, c), load_sums(products, c)
+    for j in range(first, last, LANES):
+        if c != j & mask:
+            store_sums(sums, c, sum_dy)
+            store_sums(products, c, sum_products)
+            c = j & mask
+            mean, sum_dy, sum_products = load(means, c), load_sums(sums, c), load_sums(products, c)
         total = splat(0.0)
         rest = splat(0.0)
         product = splat(0.0)
         product_rest = splat(0.0)
         for k in range(0, 2 * number, 2):
-            dy = some(pointer(rows[k], real), j, count)
-            deviation = widen(some(pointer(rows[k + 1], real), j, count)) - mean
-            if j + LANES > count:
-                deviation = keep_first(deviation, count - j)
+            row = pointer(rows[k], real), pointer(rows[k + 1], real)
+            prefetch(row[0], j, AHEAD)
+            prefetch(row[1], j, AHEAD)
+            dy = some(row[0], j, last)
+            deviation = widen(some(row[1], j, last)) - mean
+            if j + LANES > last:
+                deviation = keep_first(deviation, last - j)
             total, rest = plus(total, rest, dy, one, real)
             product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
-        add_up(sums, lost, c, total, rest, real)
-        add_up(products, products_lost, c, product, product_rest, real)
-
-
-@loop
-def multiply_down(call, first, last, channel, group, buffer, state, mask, real):
-    """Multiply the rows first … last - 1 of grad_out and x, some of each at a time."""
-    rows = scratch(ROWS, np.int64)
-    far = apart(call, first, last, ROWS // 2)
-    row = first
-    while row < last:
-        together = ROWS // 2 if row < first + far else 1
-        shared = COLUMNS
-        longest = row - row
-        for k in range(together):
-            step, piece = locate(call, row + k * far)
-            steps, count = extent(call, step, piece)
-            shared = min(shared, steps * group * count)
-            longest = max(longest, steps * group * count)
-            room = after(buffer, 2 * k * ROOM)
-            rows[2 * k] = address(
-                row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
-            )
-            room = after(room, ROOM)
-            rows[2 * k + 1] = address(
-                row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
-            )
-        start = row - row
-        if together > 1:
-            multiply_rows(rows, ROWS // 2, start, shared, state, mask, real)
-            start = shared
-        for k in range(0 if start == longest else together):
-            step, piece = locate(call, row + k * far)
-            steps, count = extent(call, step, piece)
-            multiply_rows(after(rows, 2 * k), 1, start, steps * group * count, state, mask, real)
-        row = first + ROWS // 2 * far if row + 1 == first + far else row + 1
+        sum_dy = add_up(sum_dy, total, rest, real)
+        sum_products = add_up(sum_products, product, product_rest, real)
+    store_sums(sums, c, sum_dy)
+    store_sums(products, c, sum_products)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -420,69 +337,120 @@ def to_columns(call, group, width, values, columns):
 
 
 @loop
-def spread(call, group, width, values, columns):
-    """The same as `to_columns`, but where all columns are of one channel, LANES of them do.
-
-    Return the buffer, and what to mask a column's index with.
-    """
-    if group == 1 and call.fold == 1:
-        fill(columns, LANES, values[0])
-        return columns, 0
-    return to_columns(call, group, width, values, columns), -1
+def table_room(channels):
+    """Return how far apart two tables are: whole cache lines, and a vector more to read beyond."""
+    return (channels // LANES + 2) * LANES
 
 
 # --- writing ---------------------------------------------------------------------------------------
 
 
 @loop
-def normalized_at(state, j, count):
-    x, means, scales, shifts, mask = state
-    t = j & mask
-    return normalized(some(x, j, count), load(means, t), load(scales, t), load(shifts, t))
+def tile_of(call, channel, group, number, spread, real):
+    """Return a tile that is ready to be written.
+
+    That is its first channel, how many it has, and the tables of what its columns are written with:
+    their address, how far apart they lie, and what a column's index is masked with. They are spread
+    over the columns, into `spread`; where all columns are of one channel, over LANES of them.
+    """
+    tables = after(pointer(call.tables, real), channel)
+    room = table_room(call.channels)
+    width = min(call.width, call.inner)
+    if width == 1 and call.fold == 1:
+        return channel, group, tables, room, -1
+    single = group == 1 and call.fold == 1
+    for k in range(number):
+        to = after(spread, k * ROOM)
+        if single:
+            fill(to, LANES, tables[k * room])
+        else:
+            to_columns(call, group, width, after(tables, k * room), to)
+    return channel, group, spread, ROOM, 0 if single else -1
 
 
 @loop
-def gradient_at(state, j, count):
-    dy, x, means, units, scales, slopes, offsets, mask = state
-    t = j & mask
+def normalized_at(row, j, end, tile):
+    """The normalized columns j … of a row of x, of which there are `end`."""
+    _, _, tables, room, mask = tile
+    table = after(tables, j & mask)
+    x = some(row[1], j, end)
+    return normalized(x, load(table, 0), load(table, room), load(table, 2 * room))
+
+
+@loop
+def gradient_at(row, j, end, tile):
+    """The columns j … of grad_x, of a row of dy and of x."""
+    _, _, tables, room, mask = tile
+    table = after(tables, j & mask)
     return gradient(
-        some(dy, j, count),
-        some(x, j, count),
-        load(means, t),
-        load(units, t),
-        load(scales, t),
-        load(slopes, t),
-        load(offsets, t),
+        some(row[0], j, end),
+        some(row[1], j, end),
+        load(table, 0),
+        load(table, 4 * room),
+        load(table, room),
+        load(table, 2 * room),
+        load(table, 3 * room),
     )
 
 
-def _write(value):
-    """Return a loop that writes value(state, column) into a row."""
+def _write_part(value):
+    """Return a loop that writes a part of a row with what value(row, column, end, tile) returns."""
 
     @loop
-    def write_row(row, count, streaming, state, real):
-        j = 0
+    def write_part(out, row, first, last, count, streaming, tile, real):
+        """Write the columns first … last - 1 of `count`.
+
+        Where lines are streamed, both ends are moved on to where the next line begins.
+        """
+        j = first
+        end = min(last, count)
         size = 8 if exact(real) else 4
-        ahead = -address(row) % STREAM_BYTES
+        ahead = -address(out) % STREAM_BYTES
         if streaming and ahead % size == 0:
-            head = min(count, ahead // size)
-            for j in range(0, head, LANES):
-                store_first(row, j, value(state, j, head), head - j)
-            j = head
-            while j + LANES <= count:
-                stream(row, j, value(state, j, count))
+            j = min(first + ahead // size, count)
+            if first == 0 and j > 0:
+                store_first(out, first, value(row, first, j, tile), j)
+            if last < count:
+                end = min(last + ahead // size, count)
+            while j + LANES <= end:
+                prefetch(row[1], j, 512)
+                stream(out, j, value(row, j, j + LANES, tile))
                 j += LANES
-        while j + LANES <= count:
-            store(row, j, value(state, j, count))
+        while j + LANES <= end:
+            store(out, j, value(row, j, j + LANES, tile))
             j += LANES
-        if j < count:
-            store_first(row, j, value(state, j, count), count - j)
+        if j < end:
+            store_first(out, j, value(row, j, end, tile), end - j)
+
+    return write_part
+
+
+def _write_row(reads, write_part):
+    """Return a loop that writes a row of a tile, wherever its columns lie."""
+
+    @loop
+    def write_row(call, number, tile, stream, buffer, real):
+        out_of_line()
+        channel = tile[0]
+        group = tile[1]
+        step, piece = locate(call, number)
+        steps, count = extent(call, step, piece)
+        count *= steps * group
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+        dy = x
+        if reads > 1:
+            room = after(buffer, ROOM)
+            dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
+        direct = call.at_out.gather == 0
+        out = after(buffer, 2 * ROOM)
+        if direct:
+            out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
+        streaming = direct and stream == 1
+        write_part(out, (dy, x), count - count, count, count, streaming, tile, real)
+        if not direct:
+            scatter(call, step, piece, channel, group, out, real)
 
     return write_row
-
-
-write_normalized = _write(normalized_at)
-write_gradient = _write(gradient_at)
 
 
 @loop
@@ -504,67 +472,84 @@ def scatter(call, step, piece, channel, group, buffer, real):
 # --- looking at one tile while another is written ----------------------------------------------------
 
 
-@loop
-def look_down(call, first, last, channel, group, buffer, state, mask, pending, real):
-    """Look at the rows first … last - 1 of a tile, and write those of the tile `pending`.
+def _down(reads, look, write_part, write_row):
+    """Return a loop over the rows of a tile that looks at them, and writes those of another one."""
+    at_once = ROWS // reads
 
-    `pending` is the first channel of that tile, how many it has (0: none), and its tables.
-    """
-    pending_channel, pending_group, means, scales, shifts, table_mask = pending
-    rows = scratch(ROWS, np.int64)
-    pending_rows = scratch(ROWS, np.int64)
-    outs = scratch(ROWS, np.int64)
-    written = pending_rows, outs, means, scales, shifts, table_mask
-    streaming = call.stream == 1
-    direct = call.at_x.gather == 0 and call.at_out.gather == 0
-    far = apart(call, first, last, ROWS)
-    row = first
-    while row < last:
-        together = ROWS if row < first + far else 1
-        shared = COLUMNS
-        longest = row - row
-        misaligned = row - row
-        writing = together == ROWS and direct and pending_group == group
-        for k in range(together):
-            step, piece = locate(call, row + k * far)
-            steps, count = extent(call, step, piece)
-            shared = min(shared, steps * group * count)
-            longest = max(longest, steps * group * count)
-            room = after(buffer, k * ROOM)
-            rows[k] = address(row_of(call, call.x, call.at_x, step, piece, channel, group, room, real))
-            if writing:
-                pending_rows[k] = row_address(call, call.x, call.at_x, step, piece, pending_channel)
-                outs[k] = row_address(call, call.out, call.at_out, step, piece, pending_channel)
-                misaligned |= outs[k]
-        writing = writing and shared == longest and (not streaming or misaligned % STREAM_BYTES == 0)
-        start = row - row
-        if together == ROWS:
-            if mask == 0:
-                look_at_channel(rows, shared, state, writing, streaming, written, real)
-            else:
-                look_at_rows(rows, shared, state, writing, streaming, written, real)
-            start = shared
-        for k in range(0 if start == longest else together):
-            step, piece = locate(call, row + k * far)
-            steps, count = extent(call, step, piece)
-            look_at_row(pointer(rows[k], real), start, steps * group * count, state, mask, real)
-        # Only now: a row that is gathered or scattered goes through the buffer that held those above.
-        for k in range(together if pending_group > 0 and not writing else 0):
-            step, piece = locate(call, row + k * far)
-            write_normalized_row(call, step, piece, pending, buffer, real)
-        row = first + ROWS * far if row + 1 == first + far else row + 1
+    @loop
+    def down(call, first, last, most, channel, group, buffer, state, mask, tile, real):
+        """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels.
+
+        Of a row, at most the first `most` elements of a channel are looked at.
+
+        A few columns of some rows of the one, then of the other: so memory is read and written at
+        once, as a copy does.
+        """
+        rows = scratch(ROWS, np.int64)
+        outs = scratch(ROWS, np.int64)
+        widths = scratch(ROWS, np.int64)
+        writing = tile[1] > 0
+        gathers = call.at_x.gather | call.at_out.gather | (call.at_grad_out.gather if reads > 1 else 0)
+        direct = writing and gathers == 0
+        span = SPAN if direct else COLUMNS
+        to_x = (tile[0] - channel) * call.at_x.channel
+        to_dy = (tile[0] - channel) * call.at_grad_out.channel
+        far = apart(call, first, last, at_once)
+        row = first
+        while row < last:
+            many = row < first + far
+            number = at_once if many else min(at_once, last - row)
+            pitch = far if many else 1
+            shared = COLUMNS
+            longest = 0
+            for k in range(number):
+                step, piece = locate(call, row + k * pitch)
+                steps, count = extent(call, step, piece)
+                width = min(steps * count, most)
+                shared = min(shared, width * group)
+                longest = max(longest, width)
+                widths[k] = width
+                room = after(buffer, reads * k * ROOM)
+                x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
+                rows[reads * k + reads - 1] = address(x)
+                if reads > 1:
+                    room = after(room, ROOM)
+                    dy = row_of(
+                        call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real
+                    )
+                    rows[reads * k] = address(dy)
+                if direct:
+                    outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
+            columns = max(shared, longest * tile[1]) if direct else shared
+            parts = -(-columns // span)
+            ragged = number if longest * group > shared else 0
+            for part in range(parts + ragged):
+                begin = part * span
+                if part < parts:
+                    look(rows, number, begin, min(begin + span, shared), state, mask, real)
+                else:
+                    k = part - parts
+                    look(after(rows, reads * k), 1, shared, widths[k] * group, state, mask, real)
+                for k in range(number if direct and part < parts else 0):
+                    out = pointer(outs[k], real)
+                    x = pointer(rows[reads * k + reads - 1] + to_x, real)
+                    dy = pointer(rows[reads * k] + to_dy, real)
+                    write_part(
+                        out, (dy, x), begin, begin + span, widths[k] * tile[1], call.stream == 1, tile, real
+                    )
+            # Only now: what is gathered or scattered goes through the buffer that held the rows above.
+            for k in range(number if writing and not direct else 0):
+                write_row(call, row + k * pitch, tile, call.stream, buffer, real)
+            row += 1 if many else number
+            if many and row == first + far:
+                row = first + at_once * far
+
+    return down
 
 
-@loop
-def write_normalized_row(call, step, piece, tile, buffer, real):
-    """Normalize and write one row of a tile."""
-    channel, group, means, scales, shifts, mask = tile
-    steps, count = extent(call, step, piece)
-    x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
-    out = after(buffer, ROOM)
-    if call.at_out.gather == 0:
-        out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
-    streaming = call.at_out.gather == 0 and call.stream == 1
-    write_normalized(out, steps * group * count, streaming, (x, means, scales, shifts, mask), real)
-    if call.at_out.gather == 1:
-        scatter(call, step, piece, channel, group, out, real)
+_write_normalized = _write_part(normalized_at)
+_write_gradient = _write_part(gradient_at)
+write_normalized_row = _write_row(1, _write_normalized)
+write_gradient_row = _write_row(2, _write_gradient)
+look_down = _down(1, look_at_rows, _write_normalized, write_normalized_row)
+multiply_down = _down(2, multiply_rows, _write_gradient, write_gradient_row)
