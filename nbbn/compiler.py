@@ -96,6 +96,20 @@ loop = numba.njit(**_HELPER)
 """Decorates a part of a CPU kernel."""
 
 
+def variant(name: str) -> Callable[[FunctionType], Any]:
+    """Decorate a part of a CPU kernel of which there are several by the same name.
+
+    A kernel from the cache brings the names of its parts along, which another process made up: one
+    kernel's part could be taken for another's of the same name and types.
+    """
+
+    def decorate(function: FunctionType) -> Any:
+        function.__qualname__ = f"{function.__name__}_{name}"
+        return loop(function)
+
+    return decorate
+
+
 @intrinsic
 def fma(typingctx, a, b, c):
     """Return a · b + c, rounded once. Numbers or vectors, a and c of one type."""

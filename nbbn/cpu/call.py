@@ -77,8 +77,9 @@ PLAN = [
     ("groups", _WORD),
     ("slab", _WORD),  # rows that are written together
     ("slabs", _WORD),
-    ("stream", _WORD),  # 1: what writes one tile while it looks at another writes past the caches
-    ("stream_copies", _WORD),  # 1: so does what only writes
+    ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for
+    ("stream", _WORD),  # 1: write out past the caches
+    ("stream_planes", _WORD),  # 1: so does `normalize_planes`
 ]
 
 CALL = np.dtype(ADDRESSES + PLAN)

@@ -18,6 +18,7 @@ from nbbn.cpu.simd import (
     at_most,
     choose,
     fence,
+    larger,
     load,
     load_first,
     narrow,
@@ -36,6 +37,7 @@ from nbbn.cpu.tiles import (
     exact,
     fill,
     look_down,
+    look_down_both,
     multiply_down,
     position,
     row_address,
@@ -44,8 +46,8 @@ from nbbn.cpu.tiles import (
     tile_of,
     to_channels,
     to_columns,
-    write_gradient_row,
-    write_normalized_row,
+    write_gradient_rows,
+    write_normalized_rows,
 )
 from nbbn.formulas import (
     gradient_parameters,
@@ -65,6 +67,8 @@ ROW_BUFFERS = ROWS * ROOM
 TABLES_ROOM = 5 * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
+# A product of float32 loses bits below 2⁻¹²⁶: fewer than count here, of one as large as this.
+SMALLEST_PRODUCT = 2.0**-90
 LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -169,7 +173,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
         fill(lost, span, 0.0)
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
-        state = column_guesses, (sums, lost), (squares, squares_lost), call.one
+        state = column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead
         other = nothing if pilot else tile
         look_down(call, first, last, most, channel, group, buffer, state, mask, other, real)
         to_channels(call, group, width, sums, lost, real)
@@ -315,8 +319,7 @@ def forward(first, last, address, real):
             chunk_stats(call, chunk, channel, group, tile, buffer, real)
         finish_channels(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 3, tables, real)
-    for row in range(call.rows):
-        write_normalized_row(call, row, tile, call.stream, buffer, real)
+    write_normalized_rows(call, 0, call.rows, tile, call.stream, buffer, real)
     if call.stream == 1:
         fence()
     if call.updates == 1:
@@ -361,9 +364,9 @@ def normalize(first, last, address, real):
         group = min(call.group, call.channels - channel)
         tile = tile_of(call, channel, group, 3, tables, real)
         slab = task // call.groups * call.slab
-        for row in range(slab, min(call.rows, slab + call.slab)):
-            write_normalized_row(call, row, tile, call.stream_copies, buffer, real)
-    if call.stream_copies == 1:
+        until = min(call.rows, slab + call.slab)
+        write_normalized_rows(call, slab, until, tile, call.stream, buffer, real)
+    if call.stream == 1:
         fence()
 
 
@@ -387,7 +390,7 @@ def normalize_run(call, channel, last, x, out, real):
     size = 8 if exact(real) else 4
     ahead = -(address(out) + j * size) % STREAM_BYTES
     aligned = ahead % size == 0
-    streaming = call.stream_copies == 1 and aligned
+    streaming = call.stream_planes == 1 and aligned
     here = min(end - j, ahead // size if aligned and ahead > 0 else LANES)
     while j < end:
         if here < LANES or j + LANES > border:
@@ -433,7 +436,7 @@ def normalize_planes(first, last, address, real):
         out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), real)
         normalize_run(call, channel, until, x, out, real)
         plane += until - channel
-    if call.stream_copies == 1:
+    if call.stream_planes == 1:
         fence()
 
 
@@ -444,6 +447,32 @@ def update_running_stats(first, last, address, real):
 
 
 # --- backward --------------------------------------------------------------------------------------
+
+
+@loop
+def doubtful(group, span, width, call, sums, products, largest, doubts, real):
+    """Set doubts[channel] to more than 0 where sums that began in x's type left its range.
+
+    That is where they are not finite, or where the largest of the products, a few of them added up, is
+    so small that others may have vanished. Return whether any is. `largest` is 0 afterwards.
+    """
+    out_of_line()
+    none = splat(0.0)
+    for j in range(0, span, LANES):
+        total = larger(none, load(sums, j))
+        finite = at_most(load(sums, j) - load(sums, j), none) & at_most(
+            load(products, j) - load(products, j), none
+        )
+        size = load(largest, j)
+        fine = at_most(splat(SMALLEST_PRODUCT), size) | at_most(size, none) & at_most(total, none)
+        store(doubts, j, choose(finite & fine, none, splat(1.0)))
+        store(largest, j, none)
+    to_channels(call, group, width, doubts, largest, real)
+    fill(largest, span, 0.0)
+    any = False
+    for g in range(group):
+        any = any or doubts[g] > 0.0
+    return any
 
 
 @loop
@@ -459,26 +488,63 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
     bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     weight_sums = after(bias_sums, call.channels)
     mean_of_channel = scratch(ROOM, np.float64)
+    rounded = scratch(ROOM, real)
     sums = scratch(ROOM, np.float64)
     lost = scratch(ROOM, np.float64)
     products = scratch(ROOM, np.float64)
     products_lost = scratch(ROOM, np.float64)
     for g in range(group):
         mean_of_channel[g] = parameter(call.mean, channel + g, 0.0)
-    means = to_columns(call, group, width, mean_of_channel, scratch(ROOM, np.float64))
+        rounded[g] = real(mean_of_channel[g])
+    means = to_columns(call, group, width, rounded, scratch(ROOM, real))
     begin, end = chunk_rows(call, chunk)
     fill(sums, span, 0.0)
     fill(lost, span, 0.0)
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
-    state = means, (sums, lost), (products, products_lost), call.one
-    multiply_down(call, begin, end, call.inner * call.fold, channel, group, buffer, state, mask, tile, real)
+    state = means, (sums, lost), (products, products_lost), call.ahead
+    look_down_both(call, begin, end, call.inner * call.fold, channel, group, buffer, state, mask, tile, real)
+    doubts = scratch(ROOM, np.float64)
+    if exact(real):
+        bad = False
+    else:
+        bad = doubtful(group, span, width, call, sums, products, products_lost, doubts, real)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
+        total = load(sums, g) + load(lost, g)
+        product = load(products, g) + load(products_lost, g)
+        if not exact(real):
+            # So far those with x - rounded; x - mean is that less what the rounding lost.
+            product = product - total * (load(mean_of_channel, g) - widen(load(rounded, g)))
+        store(sums, g, total)
+        store(products, g, product)
+    if bad:
+        again = scratch(ROOM, np.float64)
+        again_lost = scratch(ROOM, np.float64)
+        products_again = scratch(ROOM, np.float64)
+        columns = scratch(ROOM, np.float64)
+        fill(again, span, 0.0)
+        fill(again_lost, span, 0.0)
+        fill(products_again, span, 0.0)
+        fill(products_lost, span, 0.0)
+        state = (
+            to_columns(call, group, width, mean_of_channel, columns),
+            (again, again_lost),
+            (products_again, products_lost),
+        )
+        multiply_down(call, begin, end, channel, group, buffer, state, mask, real)
+        to_channels(call, group, width, again, again_lost, real)
+        to_channels(call, group, width, products_again, products_lost, real)
+        for g in range(0, group, LANES):
+            good = at_most(load(doubts, g), splat(0.0))
+            store(sums, g, choose(good, load(sums, g), load(again, g) + load(again_lost, g)))
+            anew = load(products_again, g) + load(products_lost, g)
+            store(products, g, choose(good, load(products, g), anew))
+    for g in range(0, group, LANES):
         here = min(LANES, group - g)
-        store_first(bias_sums, g, load(sums, g) + load(lost, g), here)
-        store_first(weight_sums, g, load(products, g) + load(products_lost, g), here)
+        store_first(bias_sums, g, load(sums, g), here)
+        store_first(weight_sums, g, load(products, g), here)
 
 
 @loop
@@ -535,8 +601,7 @@ def backward(first, last, address, real):
             chunk_gradients(call, chunk, channel, group, tile, buffer, real)
         finish_gradients(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 5, tables, real)
-    for row in range(call.rows):
-        write_gradient_row(call, row, tile, call.stream, buffer, real)
+    write_gradient_rows(call, 0, call.rows, tile, call.stream, buffer, real)
     if call.stream == 1:
         fence()
 
@@ -570,7 +635,7 @@ def backward_apply(first, last, address, real):
         group = min(call.group, call.channels - channel)
         tile = tile_of(call, channel, group, 5, tables, real)
         slab = task // call.groups * call.slab
-        for row in range(slab, min(call.rows, slab + call.slab)):
-            write_gradient_row(call, row, tile, call.stream_copies, buffer, real)
-    if call.stream_copies == 1:
+        until = min(call.rows, slab + call.slab)
+        write_gradient_rows(call, slab, until, tile, call.stream, buffer, real)
+    if call.stream == 1:
         fence()

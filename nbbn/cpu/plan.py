@@ -17,6 +17,7 @@ MAX_CHUNKS = 256
 PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to half a megabyte
 SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SLAB_ROWS = 16  # written together
+AHEAD = 4096  # bytes that are asked for before they are looked at
 SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
 
 
@@ -36,10 +37,10 @@ def _cache_bytes(level: int, otherwise: int) -> int:
 
 L2_BYTES = _cache_bytes(2, 1 << 20)
 L3_BYTES = _cache_bytes(3, 8 << 20)
-# An output from here on is written past the caches: where one tile is written while the next is read,
-# the sooner the better; what only reads and writes once finds x and out in the cache again.
+# An output from here on is written past the caches: the sooner the better where memory is read again or
+# written meanwhile; `normalize_planes` alone may find both x and out in the cache.
 STREAM_BYTES = L3_BYTES // 4
-STREAM_COPIES_BYTES = L3_BYTES // 2
+STREAM_PLANES_BYTES = L3_BYTES // 2
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,9 @@ class Plan:
             self.groups,
             slab,
             self.slabs,
+            self._ahead(geometry, size),
             int(out_bytes >= STREAM_BYTES),
-            int(out_bytes >= STREAM_COPIES_BYTES),
+            int(out_bytes >= STREAM_PLANES_BYTES),
         ]
         self.record = struct.pack(f"{len(fields)}q", *fields)
         assert len(self.record) == np.dtype(PLAN).itemsize
@@ -195,13 +197,22 @@ class Plan:
         shared = max(1, min(widest, channels // (2 * self.threads)))
         cached = min(shared, L2_BYTES // 2 // slice_bytes)
         cached = cached // whole * whole or cached
-        if widest == 1 and slice_bytes * self.threads <= L3_BYTES // 2:
-            cached = 1  # read from memory once all the same: the second look finds it in L3
-        # Rows shorter than this are read at a fraction of the memory's speed.
+        if widest == 1 and 2 * slice_bytes * self.threads <= L3_BYTES * 3 // 4:
+            cached = 1  # read from memory once all the same: it is found in L3 when it is written
+        # Rows shorter than this are read at a fraction of the memory's speed. (Larger groups do not
+        # stay in L3 either: a power of two of channels puts their rows into a few of its sets.)
         shortest = -(-SHORTEST_ROW // (geometry.inner * element))
         if cached >= min(shortest, channels) and -(-channels // cached) >= self.threads:
             return cached, True
         return min(widest, channels), False
+
+    def _ahead(self, geometry: Geometry, size: int) -> int:
+        """Return how far ahead memory is asked for; from row to row where rows are short and far apart."""
+        x = geometry.layouts[0]
+        row = self.group * geometry.inner * size
+        if geometry.inner == 1 and self.group < self.channels and len(geometry.sizes) == 1:
+            return x.outer[0] * -(-AHEAD // 2 // row)
+        return AHEAD
 
     def _slab(self, geometry: Geometry, tiling: Tiling) -> int:
         """Return how many rows are written together."""

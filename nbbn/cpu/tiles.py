@@ -9,7 +9,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-from nbbn.compiler import fma, loop, out_of_line
+from nbbn.compiler import fma, loop, out_of_line, variant
 from nbbn.cpu.simd import (
     LANES,
     STREAM_BYTES,
@@ -17,6 +17,7 @@ from nbbn.cpu.simd import (
     after,
     fold,
     keep_first,
+    larger,
     load,
     load_first,
     pointer,
@@ -33,9 +34,8 @@ from nbbn.formulas import gradient, normalized, squared_deviation, two_sum
 COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
-ROWS = 8  # that are read at a time
+ROWS = 16  # that are read at a time; half as many where they are long rows of one channel
 SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
-AHEAD = 4096  # bytes: how far ahead of a row's column its memory is asked for
 
 
 def exact(real):
@@ -81,11 +81,17 @@ def extent(call, step, piece):
 @loop
 def row_address(call, base, operand, step, piece, channel):
     """Return the address of the first element of a row in a tile that begins at `channel`."""
-    out_of_line()
     at = base + channel * operand.channel + piece * call.width * operand.inner
-    strides = pointer(operand.strides, np.int64)
     if call.dims == 1:
-        return at + step * strides[0]
+        return at + step * pointer(operand.strides, np.int64)[0]
+    return step_address(call, at, operand, step)
+
+
+@loop
+def step_address(call, at, operand, step):
+    """Return the address `step` steps after `at`, over several outer dimensions."""
+    out_of_line()
+    strides = pointer(operand.strides, np.int64)
     sizes = pointer(call.sizes, np.int64)
     for d in range(call.dims - 1, -1, -1):
         at += step % sizes[d] * strides[d]
@@ -150,15 +156,16 @@ def plus(total, lost, x, one, real):
 
 
 @loop
-def load_sums(sums, j):
-    """Return a sum, and what it lost, of each of the columns j …"""
-    return load(sums[0], j), load(sums[1], j)
+def load_sums(sums, j, both):
+    """Return a sum of each of the columns j … and, if there is `both`, what it lost."""
+    return load(sums[0], j), load(sums[1], j) if both else splat(0.0)
 
 
 @loop
-def store_sums(sums, j, total):
+def store_sums(sums, j, total, both):
     store(sums[0], j, total[0])
-    store(sums[1], j, total[1])
+    if both:
+        store(sums[1], j, total[1])
 
 
 @loop
@@ -177,35 +184,49 @@ def add_up(total, x, rest, real):
 
 
 @loop
+def plus_square(sums, x, guess, one, real):
+    """Return Σ x, what it lost, and Σ (x - guess)² in x's type, with one more x."""
+    total, rest, square = sums
+    total, rest = plus(total, rest, x, one, real)
+    return total, rest, square + squared_deviation(x, guess)
+
+
+@loop
 def look_at_rows(rows, number, first, last, state, mask, real):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
-    The sums stay in registers for as long as the columns are those of one channel.
+    Every other row goes into other sums: half the roundings, half as long a chain. The sums stay in
+    registers for as long as the columns are those of one channel.
     """
-    guesses, sums, squares, one = state
+    guesses, sums, squares, one, ahead = state
+    both = exact(real)
     c = first & mask
-    guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c), load_sums(squares, c)
+    guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, True), load_sums(squares, c, both)
     for j in range(first, last, LANES):
         if c != j & mask:
-            store_sums(sums, c, sum_x)
-            store_sums(squares, c, sum_squares)
+            store_sums(sums, c, sum_x, True)
+            store_sums(squares, c, sum_squares, both)
             c = j & mask
-            guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c), load_sums(squares, c)
-        total = splat(0.0)
-        rest = splat(0.0)
-        square = splat(real(0.0))
-        for k in range(number):
+            guess, sum_x = load(guesses, c), load_sums(sums, c, True)
+            sum_squares = load_sums(squares, c, both)
+        even = splat(0.0), splat(0.0), splat(real(0.0))
+        odd = even
+        for k in range(0, number, 2):
             row = pointer(rows[k], real)
-            prefetch(row, j, AHEAD)
-            x = some(row, j, last)
-            total, rest = plus(total, rest, x, one, real)
-            square = square + squared_deviation(x, guess)
+            prefetch(row, j, ahead)
+            even = plus_square(even, some(row, j, last), guess, one, real)
+            if k + 1 < number:
+                row = pointer(rows[k + 1], real)
+                prefetch(row, j, ahead)
+                odd = plus_square(odd, some(row, j, last), guess, one, real)
+        total, rest = plus(even[0], even[1] + odd[1], odd[0], one, real)
+        square = even[2] + odd[2]
         if j + LANES > last:
             square = keep_first(square, last - j)
         sum_x = add_to(sum_x, total, rest)
         sum_squares = add_up(sum_squares, widen(square), splat(0.0), real)
-    store_sums(sums, c, sum_x)
-    store_sums(squares, c, sum_squares)
+    store_sums(sums, c, sum_x, True)
+    store_sums(squares, c, sum_squares, both)
 
 
 @loop
@@ -217,7 +238,7 @@ def square_row(row, count, state, mask, real):
         square = squared_deviation(widen(some(row, j, count)), load(means, c))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        store_sums(squares, c, add_up(load_sums(squares, c), square, splat(0.0), real))
+        store_sums(squares, c, add_to(load_sums(squares, c, True), square, splat(0.0)), True)
 
 
 @loop
@@ -243,45 +264,97 @@ def square_down(call, first, last, channel, group, buffer, state, mask, real):
 
 
 @loop
-def plus_product(total, lost, a, b, real):
-    """Return total + a · b in float64, and what the sums lost."""
+def plus_few(total, rest, x, real):
+    """Return total + x, and what the sums lost; of float32, in x's own type."""
     if exact(real):
-        product = a * b
-        total, more = two_sum(total, product)
-        return total, lost + (more + fma(a, b, -product))
-    return fma(a, b, total), lost
+        total, more = two_sum(total, x)
+        return total, rest + widen(more)
+    return total + x, rest
+
+
+@loop
+def plus_product(sums, dy, deviation, real):
+    """Return Σ dy and Σ dy · deviation, and what each lost, with one more value of each.
+
+    Of float32 a few values are added up as they are, each to no more than its own rounding.
+    """
+    total, rest, product, product_rest = sums
+    total, rest = plus_few(total, rest, dy, real)
+    if exact(real):
+        term = dy * deviation
+        product, lost = two_sum(product, term)
+        lost = lost + fma(dy, deviation, -term)
+        return total, rest, product, product_rest + widen(lost)
+    return total, rest, product + dy * deviation, product_rest
+
+
+@loop
+def add_product(total, x, rest, real):
+    """Return total + x + rest, with what the sums lost; of float32, with the largest x there was."""
+    if exact(real):
+        return add_to(total, x, rest)
+    return total[0] + x, larger(total[1], x)
 
 
 @loop
 def multiply_rows(rows, number, first, last, state, mask, real):
-    """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn."""
-    means, sums, products, one = state
+    """Add up dy and dy · (x - mean), in float64, those of the rows in x's type first.
+
+    The rows are `number` of dy and x in turn. The sums stay in registers for as long as the columns
+    are those of one channel.
+    """
+    means, sums, products, ahead = state
+    both = exact(real)
     c = first & mask
-    mean, sum_dy, sum_products = load(means, c), load_sums(sums, c), load_sums(products, c)
+    mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, True)
     for j in range(first, last, LANES):
         if c != j & mask:
-            store_sums(sums, c, sum_dy)
-            store_sums(products, c, sum_products)
+            store_sums(sums, c, sum_dy, both)
+            store_sums(products, c, sum_products, True)
             c = j & mask
-            mean, sum_dy, sum_products = load(means, c), load_sums(sums, c), load_sums(products, c)
-        total = splat(0.0)
-        rest = splat(0.0)
-        product = splat(0.0)
-        product_rest = splat(0.0)
-        for k in range(0, 2 * number, 2):
-            row = pointer(rows[k], real), pointer(rows[k + 1], real)
-            prefetch(row[0], j, AHEAD)
-            prefetch(row[1], j, AHEAD)
-            dy = some(row[0], j, last)
-            deviation = widen(some(row[1], j, last)) - mean
-            if j + LANES > last:
-                deviation = keep_first(deviation, last - j)
-            total, rest = plus(total, rest, dy, one, real)
-            product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
-        sum_dy = add_up(sum_dy, total, rest, real)
-        sum_products = add_up(sum_products, product, product_rest, real)
-    store_sums(sums, c, sum_dy)
-    store_sums(products, c, sum_products)
+            mean, sum_dy = load(means, c), load_sums(sums, c, both)
+            sum_products = load_sums(products, c, True)
+        even = splat(real(0.0)), splat(0.0), splat(real(0.0)), splat(0.0)
+        odd = even
+        for k in range(0, 2 * number, 4):
+            dy, x = pointer(rows[k], real), pointer(rows[k + 1], real)
+            prefetch(dy, j, ahead)
+            prefetch(x, j, ahead)
+            even = plus_product(even, some(dy, j, last), some(x, j, last) - mean, real)
+            if k + 2 < 2 * number:
+                dy, x = pointer(rows[k + 2], real), pointer(rows[k + 3], real)
+                prefetch(dy, j, ahead)
+                prefetch(x, j, ahead)
+                odd = plus_product(odd, some(dy, j, last), some(x, j, last) - mean, real)
+        total, rest = plus_few(even[0], even[1] + odd[1], odd[0], real)
+        product, product_rest = plus_few(even[2], even[3] + odd[3], odd[2], real)
+        if j + LANES > last:
+            product = keep_first(product, last - j)
+            product_rest = keep_first(product_rest, last - j)
+        sum_dy = add_up(sum_dy, widen(total), rest, real)
+        sum_products = add_product(sum_products, widen(product), product_rest, real)
+    store_sums(sums, c, sum_dy, both)
+    store_sums(products, c, sum_products, True)
+
+
+@loop
+def multiply_down(call, first, last, channel, group, buffer, state, mask, real):
+    """The same for the rows first … last - 1 of a tile, each value in float64, around float64 means."""
+    means, sums, products = state
+    for row in range(first, last):
+        step, piece = locate(call, row)
+        steps, count = extent(call, step, piece)
+        count *= steps * group
+        dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, buffer, real)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, after(buffer, ROOM), real)
+        for j in range(0, count, LANES):
+            c = j & mask
+            value = widen(some(dy, j, count))
+            term = value * (widen(some(x, j, count)) - load(means, c))
+            if j + LANES > count:
+                term = keep_first(term, count - j)
+            store_sums(sums, c, add_to(load_sums(sums, c, True), value, splat(0.0)), True)
+            store_sums(products, c, add_to(load_sums(products, c, True), term, splat(0.0)), True)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -393,10 +466,10 @@ def gradient_at(row, j, end, tile):
     )
 
 
-def _write_part(value):
+def _write_part(name, value):
     """Return a loop that writes a part of a row with what value(row, column, end, tile) returns."""
 
-    @loop
+    @variant(name)
     def write_part(out, row, first, last, count, streaming, tile, real):
         """Write the columns first … last - 1 of `count`.
 
@@ -425,32 +498,33 @@ def _write_part(value):
     return write_part
 
 
-def _write_row(reads, write_part):
-    """Return a loop that writes a row of a tile, wherever its columns lie."""
+def _write_rows(name, reads, write_part):
+    """Return a loop that writes rows of a tile, wherever their columns lie."""
 
-    @loop
-    def write_row(call, number, tile, stream, buffer, real):
+    @variant(name)
+    def write_rows(call, first, last, tile, stream, buffer, real):
         out_of_line()
         channel = tile[0]
         group = tile[1]
-        step, piece = locate(call, number)
-        steps, count = extent(call, step, piece)
-        count *= steps * group
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
-        dy = x
-        if reads > 1:
-            room = after(buffer, ROOM)
-            dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
         direct = call.at_out.gather == 0
-        out = after(buffer, 2 * ROOM)
-        if direct:
-            out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
         streaming = direct and stream == 1
-        write_part(out, (dy, x), count - count, count, count, streaming, tile, real)
-        if not direct:
-            scatter(call, step, piece, channel, group, out, real)
+        for row in range(first, last):
+            step, piece = locate(call, row)
+            steps, count = extent(call, step, piece)
+            count *= steps * group
+            x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+            dy = x
+            if reads > 1:
+                room = after(buffer, ROOM)
+                dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
+            out = after(buffer, 2 * ROOM)
+            if direct:
+                out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
+            write_part(out, (dy, x), count - count, count, count, streaming, tile, real)
+            if not direct:
+                scatter(call, step, piece, channel, group, out, real)
 
-    return write_row
+    return write_rows
 
 
 @loop
@@ -472,11 +546,11 @@ def scatter(call, step, piece, channel, group, buffer, real):
 # --- looking at one tile while another is written ----------------------------------------------------
 
 
-def _down(reads, look, write_part, write_row):
+def _down(name, reads, look, write_part, write_rows):
     """Return a loop over the rows of a tile that looks at them, and writes those of another one."""
-    at_once = ROWS // reads
+    most_at_once = ROWS // 2
 
-    @loop
+    @variant(name)
     def down(call, first, last, most, channel, group, buffer, state, mask, tile, real):
         """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels.
 
@@ -494,6 +568,7 @@ def _down(reads, look, write_part, write_row):
         span = SPAN if direct else COLUMNS
         to_x = (tile[0] - channel) * call.at_x.channel
         to_dy = (tile[0] - channel) * call.at_grad_out.channel
+        at_once = most_at_once if reads == 1 or mask != 0 else most_at_once // 2
         far = apart(call, first, last, at_once)
         row = first
         while row < last:
@@ -539,7 +614,7 @@ def _down(reads, look, write_part, write_row):
                     )
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
-                write_row(call, row + k * pitch, tile, call.stream, buffer, real)
+                write_rows(call, row + k * pitch, row + k * pitch + 1, tile, call.stream, buffer, real)
             row += 1 if many else number
             if many and row == first + far:
                 row = first + at_once * far
@@ -547,9 +622,9 @@ def _down(reads, look, write_part, write_row):
     return down
 
 
-_write_normalized = _write_part(normalized_at)
-_write_gradient = _write_part(gradient_at)
-write_normalized_row = _write_row(1, _write_normalized)
-write_gradient_row = _write_row(2, _write_gradient)
-look_down = _down(1, look_at_rows, _write_normalized, write_normalized_row)
-multiply_down = _down(2, multiply_rows, _write_gradient, write_gradient_row)
+_write_normalized = _write_part("normalized", normalized_at)
+_write_gradient = _write_part("gradient", gradient_at)
+write_normalized_rows = _write_rows("normalized", 1, _write_normalized)
+write_gradient_rows = _write_rows("gradient", 2, _write_gradient)
+look_down = _down("forward", 1, look_at_rows, _write_normalized, write_normalized_rows)
+look_down_both = _down("backward", 2, multiply_rows, _write_gradient, write_gradient_rows)
