@@ -1,6 +1,5 @@
 """The machine's own limit: a copy and a triad past the caches, on the threads that nbbn uses."""
 
-import ctypes
 
 import numpy as np
 
@@ -55,6 +54,6 @@ class Limit:
         at = self._record.ctypes.data
         threads = pool.threads()
         if threads == 1:
-            self._kernel.run(0, self._tasks, ctypes.string_at(at, CALL.itemsize))
+            self._kernel.run(0, self._tasks, at)
         else:
             pool.run(self._kernel, threads, self._tasks, at)

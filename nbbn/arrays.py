@@ -7,6 +7,7 @@ A framework is recognized by looking at the module that a type comes from, never
 import ctypes
 import math
 import operator
+import sys
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -15,17 +16,34 @@ import numpy as np
 from nbbn.dtypes import NAMES, REALS
 from nbbn.errors import DeviceError
 
-Parameter = tuple[int, int, int]  # address, stride in bytes, whether it is float64; all 0: not given
+Parameter = tuple[int, int, int]  # address, stride and size of an element in bytes; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
 
-def address(array: np.ndarray) -> int:
-    """Return where element 0 of an array lies."""
-    try:
-        # A third of the time of array.ctypes.data, but for writable, contiguous arrays only.
-        return ctypes.addressof(ctypes.c_char.from_buffer(cast(Any, array)))
-    except (TypeError, BufferError, ValueError):
-        return int(array.__array_interface__["data"][0])
+# All memory, as words; and where, after the head of every object, a NumPy array has its data pointer.
+_memory = (ctypes.c_ssize_t * (1 << 45)).from_address(0)
+_DATA = object.__basicsize__
+
+
+def _read_address(array: np.ndarray) -> int:
+    return _memory[(id(array) + _DATA) >> 3]
+
+
+def _ask_address(array: np.ndarray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _reads_addresses() -> bool:
+    """Whether arrays are laid out in this Python as NumPy's C interface has them in CPython."""
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return False
+    probe = np.zeros(3, np.float32)
+    return all(_read_address(array) == _ask_address(array) for array in (probe, probe[1:], probe[::-1]))
+
+
+# Where element 0 of an array lies. Asking for it takes several times as long as reading it does, and a
+# call on a small array needs eight such addresses.
+address = _read_address if _reads_addresses() else _ask_address
 
 
 def checked(name: str, value: Any) -> np.ndarray:
@@ -62,24 +80,24 @@ def channel_axis(x: np.ndarray, axis: Any) -> int:
     return channel % ndim
 
 
-def parameter(name: str, value: Any, channels: int) -> tuple[Parameter, np.ndarray | None]:
-    """Check a number per channel, and return how a kernel finds it and the array, to keep it alive."""
+def parameter(name: str, value: Any, channels: int, updated: bool = False) -> Parameter:
+    """Check a number per channel, one that is to be `updated` in place perhaps; return how to find it.
+
+    It is the caller who keeps it alive.
+    """
     if value is None:
-        return ABSENT, None
-    array = checked(name, value)
-    if array.shape != (channels,):
-        raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {array.shape}")
-    return (address(array), array.strides[0], array.itemsize == 8), array
-
-
-def updatable(name: str, array: np.ndarray | None) -> None:
-    """Check that the running statistics in `array` can be written to."""
-    if array is None:
-        return
-    if not array.flags.writeable:
-        raise ValueError(f"{name} must be writable, since training updates it, got a read-only array")
-    if array.shape[0] > 1 and abs(array.strides[0]) < array.itemsize:
-        raise ValueError(f"{name} must not overlap itself, got stride {array.strides[0]}")
+        return ABSENT
+    if type(value) is not np.ndarray or value.dtype not in REALS:
+        value = checked(name, value)
+    if value.shape != (channels,):
+        raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {value.shape}")
+    stride = value.strides[0]
+    if updated:
+        if not value.flags.writeable:
+            raise ValueError(f"{name} must be writable, since training updates it, got a read-only array")
+        if channels > 1 and abs(stride) < value.itemsize:
+            raise ValueError(f"{name} must not overlap itself, got stride {stride}")
+    return address(value), stride, value.itemsize
 
 
 def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
@@ -90,7 +108,7 @@ def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
 
 
-def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, np.ndarray | None]]) -> None:
+def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, Any]]) -> None:
     """Check that `out` can take a result of x's shape and type; it may be x itself."""
     array = checked("out", out)
     same_kind("out", array, x)

@@ -212,22 +212,27 @@ def _compile(function: Callable[..., None], signature: Any) -> CFunc:
 _lock = threading.RLock()
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that held it when this process was forked is not in it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Entry:
-    """A compiled kernel: `run(first, last, record)` in this thread, `address` for the parallel loop."""
+    """A compiled kernel: `run(first, last, call)` in this thread, `address` for the parallel loop."""
 
     def __init__(self, name: str, real: type) -> None:
         element = types.NumberClass(numba.from_dtype(np.dtype(real)))
         signature = types.void(types.int64, types.int64, types.int64, element)
         self._compiled = _compile(_kernels[name], signature)  # keeps the machine code alive
         self.address: int = self._compiled.address
-        # ctypes gives up the GIL for as long as the kernel runs.
-        self._function = ctypes.CFUNCTYPE(
-            None, ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p
-        )(self.address)
-
-    def run(self, first: int, last: int, record: bytes | ctypes.c_char_p) -> None:
-        """Do the tasks first … last - 1 of the call that `record` describes."""
-        self._function(first, last, record, None)
+        # ctypes gives up the GIL for as long as the kernel runs. `real` carries nothing: left out.
+        function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self.address)
+        self.run: Callable[[int, int, int], None] = function
+        """Does the tasks first … last - 1 of the call described at an address."""
 
 
 _entries: dict[tuple[str, type], Entry] = {}
@@ -300,6 +305,41 @@ class _Pool:
         self.layer = "none"  # until the first parallel call
         self._process = 0
         self._busy = threading.Lock()
+        self._open_gate()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(
+                before=self._close_gate, after_in_parent=self._reopen_gate, after_in_child=self._open_gate
+            )
+
+    # A child that is forked while another thread is inside the parallel loop would wait for threads that
+    # it does not have. So a fork waits until there is none, and lets none in.
+
+    def _open_gate(self) -> None:
+        self._gate = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    def _close_gate(self) -> None:
+        with self._gate:
+            self._closed = True
+            self._gate.wait_for(lambda: self._inside == 0)
+
+    def _reopen_gate(self) -> None:
+        with self._gate:
+            self._closed = False
+            self._gate.notify_all()
+
+    def _enter(self) -> None:
+        with self._gate:
+            while self._closed:
+                self._gate.wait()
+            self._inside += 1
+
+    def _leave(self) -> None:
+        with self._gate:
+            self._inside -= 1
+            if self._closed:
+                self._gate.notify_all()
 
     def start(self) -> None:
         """Start the threads, with tbb where it is installed. Not done at import."""
@@ -330,16 +370,17 @@ class _Pool:
 
     def run(self, kernel: Entry, shares: int, tasks: int, call: int) -> None:
         """Run `tasks` tasks of `kernel` in `shares` parallel shares."""
-        if self.layer != "workqueue":
+        alone = self.layer == "workqueue"
+        if alone and not self._busy.acquire(blocking=False):
+            kernel.run(0, tasks, call)  # workqueue aborts the process when two threads enter it
+            return
+        self._enter()
+        try:
             _parallel_loop()(kernel.address, shares, tasks, call)
-        elif self._busy.acquire(blocking=False):
-            try:
-                _parallel_loop()(kernel.address, shares, tasks, call)
-            finally:
+        finally:
+            self._leave()
+            if alone:
                 self._busy.release()
-        else:
-            # workqueue aborts the process when two threads enter it.
-            kernel.run(0, tasks, ctypes.cast(call, ctypes.c_char_p))
 
 
 pool = _Pool()

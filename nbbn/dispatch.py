@@ -8,17 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn.arrays import Parameter
 from nbbn.geometry import Strides
-
-
-class Update(NamedTuple):
-    """The running statistics that a training step updates, and how."""
-
-    mean: Parameter
-    var: Parameter
-    momentum: float
-    correction: float
 
 
 class Problem(NamedTuple):
@@ -59,7 +49,7 @@ def _cpu(problem: Problem) -> Any:
 IMPLEMENTATIONS = [_cpu]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def find(
     shape: tuple[int, ...],
     axis: int,

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn import arrays, memory
-from nbbn.arrays import Parameter, address
+from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import pool
-from nbbn.dispatch import Update, find
+from nbbn.dispatch import find
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
@@ -57,15 +57,9 @@ class BatchNormGradients(NamedTuple):
     bias: np.ndarray
 
 
-def _run(x: np.ndarray, axis: int, *others: np.ndarray) -> Any:
-    """Return what runs the stages on x and other arrays of its shape."""
-    threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
-    return find(x.shape, axis, (x.strides, *[other.strides for other in others]), x.dtype, threads)
-
-
-def _count(x: np.ndarray, axis: int) -> int:
-    """Return the number of values per channel."""
-    return math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :])
+def _threads(x: np.ndarray) -> int:
+    """Return how many threads may work on x."""
+    return 1 if x.size < SERIAL_ELEMENTS else pool.threads()
 
 
 def batch_stats(x: np.ndarray, *, axis: int = 1) -> BatchStats:
@@ -103,8 +97,8 @@ def batch_stats(x: np.ndarray, *, axis: int = 1) -> BatchStats:
     if x.size == 0:
         return BatchStats(0, np.zeros(channels), np.zeros(channels))
     stats = np.empty((3, channels))
-    _run(x, axis).stats(address(x), address(stats))
-    return BatchStats(_count(x, axis), stats[0], stats[1])
+    find(x.shape, axis, (x.strides,), x.dtype, _threads(x)).stats(address(x), address(stats))
+    return BatchStats(x.size // channels, stats[0], stats[1])
 
 
 def train(
@@ -126,14 +120,12 @@ def train(
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
-    gamma, weight = arrays.parameter("weight", weight, channels)
-    beta, bias = arrays.parameter("bias", bias, channels)
-    mean, running_mean = arrays.parameter("running_mean", running_mean, channels)
-    var, running_var = arrays.parameter("running_var", running_var, channels)
-    arrays.updatable("running_mean", running_mean)
-    arrays.updatable("running_var", running_var)
+    gamma = arrays.parameter("weight", weight, channels)
+    beta = arrays.parameter("bias", bias, channels)
+    mean = arrays.parameter("running_mean", running_mean, channels, updated=True)
+    var = arrays.parameter("running_var", running_var, channels, updated=True)
     eps = arrays.number("eps", eps, 0.0, math.inf)
-    count = _count(x, axis)
+    count = x.size // channels if x.size else 0
     if x.size and count < 2:
         raise ValueError(
             f"x must have more than one value per channel in training, got shape {x.shape} with axis {axis}"
@@ -157,10 +149,10 @@ def train(
             stats[2] = 1.0 / np.sqrt(np.float64(eps))
         return out, stats, 0
     stats = np.empty((3, channels))
-    update = None
-    if momentum != 0.0 and (running_mean is not None or running_var is not None):
-        update = Update(mean, var, momentum, correction)
-    _run(x, axis, out).forward(address(x), address(out), address(stats), gamma, beta, eps, update)
+    if momentum == 0.0:
+        mean = var = ABSENT  # they keep their bits
+    run = find(x.shape, axis, (x.strides, out.strides), x.dtype, _threads(x))
+    run.forward(address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction)
     return out, stats, count
 
 
@@ -317,10 +309,10 @@ def batch_norm(
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is None:
             raise ValueError(f"{name} must be given in evaluation (training=False), got None")
-    mean, running_mean = arrays.parameter("running_mean", running_mean, channels)
-    var, running_var = arrays.parameter("running_var", running_var, channels)
-    gamma, weight = arrays.parameter("weight", weight, channels)
-    beta, bias = arrays.parameter("bias", bias, channels)
+    mean = arrays.parameter("running_mean", running_mean, channels)
+    var = arrays.parameter("running_var", running_var, channels)
+    gamma = arrays.parameter("weight", weight, channels)
+    beta = arrays.parameter("bias", bias, channels)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
         out = memory.empty_like(x)
@@ -334,7 +326,8 @@ def batch_norm(
         )
         arrays.output(out, x, inputs)
     if x.size:
-        _run(x, axis, out).evaluate(address(x), address(out), gamma, beta, mean, var, eps)
+        run = find(x.shape, axis, (x.strides, out.strides), x.dtype, _threads(x))
+        run.evaluate(address(x), address(out), gamma, beta, mean, var, eps)
     return out
 
 
@@ -416,10 +409,10 @@ def batch_norm_backward(
     channels = x.shape[axis]
     grad_out = arrays.checked("grad_out", grad_out)
     arrays.same_kind("grad_out", grad_out, x)
-    gamma, weight = arrays.parameter("weight", weight, channels)
-    mu, mean = _needed("mean", mean, channels)
-    sigma, invstd = _needed("invstd", invstd, channels)
-    count = _count(x, axis)
+    gamma = arrays.parameter("weight", weight, channels)
+    mu = _needed("mean", mean, channels)
+    sigma = _needed("invstd", invstd, channels)
+    count = x.size // channels if x.size else 0
     if training and x.size and count < 2:
         raise ValueError(
             f"x must have more than one value per channel in training, got shape {x.shape} with axis {axis}"
@@ -432,13 +425,12 @@ def batch_norm_backward(
     if x.size == 0:
         return BatchNormGradients(out, np.zeros(channels), np.zeros(channels))
     gradients = np.empty((2, channels))
-    _run(x, axis, grad_out, out).backward(
-        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training
-    )
+    run = find(x.shape, axis, (x.strides, grad_out.strides, out.strides), x.dtype, _threads(x))
+    run.backward(address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training)
     return BatchNormGradients(out, gradients[0], gradients[1])
 
 
-def _needed(name: str, value: Any, channels: int) -> tuple[Parameter, Any]:
+def _needed(name: str, value: Any, channels: int) -> Parameter:
     if value is None:
         raise ValueError(f"{name} must be given, got None")
     return arrays.parameter(name, value, channels)

@@ -32,10 +32,16 @@ class _Pool:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        # Reentrant: a block can come back from a garbage collection inside the lock.
-        self._lock = threading.RLock()
+        self._renew_lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew_lock)
         self._blocks: collections.deque[np.ndarray] = collections.deque()
         self._bytes = 0
+
+    def _renew_lock(self) -> None:
+        # Reentrant: a block can come back from a garbage collection inside the lock. And a new one in a
+        # child process, where a thread that held it at the fork does not exist.
+        self._lock = threading.RLock()
 
     def take(self, nbytes: int) -> np.ndarray:
         with self._lock:
@@ -123,9 +129,9 @@ def set_recycling(max_bytes: int) -> int:
 
 def empty_like(x: np.ndarray) -> np.ndarray:
     """Return a new array of x's shape, dtype and memory layout (order "K"), not set to anything."""
-    if x.size * x.itemsize < SMALLEST or _pool.limit == 0:
+    nbytes = x.nbytes
+    if nbytes < SMALLEST or _pool.limit == 0:
         return np.empty_like(x, subok=False)
-    nbytes = x.size * x.itemsize
     if x.flags.c_contiguous:
         return np.asarray(_Owner(nbytes, x.shape, x.dtype))
     # The axes from the slowest to the fastest, as NumPy's order "K" has them.

@@ -32,18 +32,16 @@ PARAMETER = np.dtype(
     [
         ("address", _WORD),  # of element 0; 0: not given
         ("stride", _WORD),  # bytes
-        ("double", _WORD),  # 1: float64, 0: float32
+        ("size", _WORD),  # bytes of an element
     ]
 )
 
 # What differs from call to call.
-ADDRESSES = [
-    ("x", _WORD),
+ARGUMENTS = [
+    ("x", _WORD),  # addresses
     ("grad_out", _WORD),
     ("out", _WORD),  # also grad_x
     ("stats", _WORD),  # float64[3, channels]: mean, var, invstd; backward: grad_weight, grad_bias
-    ("partials", _WORD),  # float64[chunks, 3, channels]
-    ("tables", _WORD),  # real[5, channels]: what normalize and backward_apply need of a channel
     ("weight", PARAMETER),
     ("bias", PARAMETER),
     ("mean", PARAMETER),  # backward: the batch mean; otherwise the running mean
@@ -51,13 +49,19 @@ ADDRESSES = [
     ("eps", np.float64),
     ("momentum", np.float64),
     ("correction", np.float64),
-    ("one", np.float64),  # 1.0, unknown to the compiler: see tiles.plus
     ("training", _WORD),
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
 ]
 
+# The memory that it works in.
+ROOMS = [
+    ("partials", _WORD),  # float64[chunks, 3, channels]
+    ("tables", _WORD),  # real[5, channels]: what normalize and backward_apply need of a channel
+]
+
 # What a plan knows ahead.
 PLAN = [
+    ("one", np.float64),  # 1.0, unknown to the compiler: see tiles.plus
     ("at_x", OPERAND),
     ("at_grad_out", OPERAND),
     ("at_out", OPERAND),
@@ -82,7 +86,7 @@ PLAN = [
     ("stream_planes", _WORD),  # 1: so does `normalize_planes`
 ]
 
-CALL = np.dtype(ADDRESSES + PLAN)
+CALL = np.dtype(ARGUMENTS + ROOMS + PLAN)
 _CALL = from_dtype(CALL)
 
 

@@ -18,7 +18,6 @@ from nbbn.cpu.simd import (
     at_most,
     choose,
     fence,
-    larger,
     load,
     load_first,
     narrow,
@@ -35,12 +34,14 @@ from nbbn.cpu.tiles import (
     ROWS,
     SHARED_COLUMNS,
     exact,
+    extent,
     fill,
+    locate,
     look_down,
     look_down_both,
-    multiply_down,
     position,
     row_address,
+    row_of,
     square_down,
     table_room,
     tile_of,
@@ -67,8 +68,6 @@ ROW_BUFFERS = ROWS * ROOM
 TABLES_ROOM = 5 * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
-# A product of float32 loses bits below 2⁻¹²⁶: fewer than count here, of one as large as this.
-SMALLEST_PRODUCT = 2.0**-90
 LARGEST = float(np.finfo(np.float64).max)
 
 
@@ -78,7 +77,7 @@ def parameter(where, index, missing):
     if where.address == 0:
         return missing
     at = where.address + index * where.stride
-    if where.double == 1:
+    if where.size == 8:
         return pointer(at, np.float64)[0]
     return np.float64(pointer(at, np.float32)[0])
 
@@ -86,7 +85,7 @@ def parameter(where, index, missing):
 @loop
 def set_parameter(where, index, value):
     at = where.address + index * where.stride
-    if where.double == 1:
+    if where.size == 8:
         pointer(at, np.float64)[0] = value
     else:
         pointer(at, np.float32)[0] = np.float32(value)
@@ -130,6 +129,35 @@ def trusted(count, squares, offset, real):
 
 
 @loop
+def guess_means(call, first, last, channel, group, buffer, guesses, real):
+    """Set a guess at the mean of each channel of a tile: that of PILOT_VALUES of them, or of a few more."""
+    out_of_line()
+    a_row = call.fold * min(call.width, call.inner)
+    last = min(last, first + 1 + (PILOT_VALUES - 1) // a_row)
+    fill(guesses, group, real(0.0))
+    count = 0
+    for row in range(first, last):
+        step, piece = locate(call, row)
+        steps, width = extent(call, step, piece)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+        if width == 1:
+            for f in range(steps):
+                for g in range(0, group, LANES):
+                    here = load_first(x, f * group + g, group - g)
+                    store(guesses, g, load(guesses, g) + here)
+            count += steps
+        else:
+            values = min(width, PILOT_VALUES)
+            pitch = width // values  # from all over the row: its ends may be a border
+            for g in range(group):
+                for i in range(values):
+                    guesses[g] += x[g * width + i * pitch]
+            count += values
+    for g in range(0, group, LANES):
+        store(guesses, g, load(guesses, g) / real(count))
+
+
+@loop
 def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     """Statistics of one chunk of one tile into its place among the partials.
 
@@ -156,29 +184,19 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     trust = scratch(ROOM, np.int64)
 
     begin, end = chunk_rows(call, chunk)
-    fill(guess_of, group, real(0.0))
-    nothing = no_tile(begin, tile[2])
-    pilot = True  # a few values are looked at twice: first for a guess only
-    first = begin
-    last = min(end, begin + 1 + (PILOT_VALUES - 1) // (call.fold * min(call.width, call.inner)))
-    while first < end:
-        values = position(call, last) - position(call, first)
-        most = values
-        if pilot and single:
-            most = min(LANES, values)
-            values = most
-        count = float(values)
+    guess_means(call, begin, end, channel, group, buffer, guess_of, real)
+    for first in range(begin, end, call.block):
+        last = min(end, first + call.block)
+        count = float(position(call, last) - position(call, first))
         fill(sums, span, 0.0)
         fill(squares, span, 0.0)
         fill(lost, span, 0.0)
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
         state = column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead
-        other = nothing if pilot else tile
-        look_down(call, first, last, most, channel, group, buffer, state, mask, other, real)
+        look_down(call, first, last, channel, group, buffer, state, mask, tile, real)
         to_channels(call, group, width, sums, lost, real)
-        if not pilot:
-            to_channels(call, group, width, squares, squares_lost, real)
+        to_channels(call, group, width, squares, squares_lost, real)
         bad = False
         for g in range(0, group, LANES):
             mean, rest = mean_of(load(sums, g), load(lost, g), count)
@@ -190,12 +208,6 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
             store(sums, g, mean)
             store(lost, g, rest)
             store(squares, g, load(squares, g) - offset + load(squares_lost, g))
-            if pilot:
-                store(guess_of, g, narrow(mean, real))
-        if pilot:
-            pilot = False
-            last = min(end, begin + call.block)
-            continue
         if bad:
             fill(again, span, 0.0)
             fill(squares_lost, span, 0.0)
@@ -218,8 +230,6 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
             store_first(rests, g, rest, here)
             store_first(m2s, g, m2, here)
             store(guess_of, g, narrow(mean, real))
-        first = last
-        last = min(end, last + call.block)
 
 
 @loop
@@ -450,32 +460,6 @@ def update_running_stats(first, last, address, real):
 
 
 @loop
-def doubtful(group, span, width, call, sums, products, largest, doubts, real):
-    """Set doubts[channel] to more than 0 where sums that began in x's type left its range.
-
-    That is where they are not finite, or where the largest of the products, a few of them added up, is
-    so small that others may have vanished. Return whether any is. `largest` is 0 afterwards.
-    """
-    out_of_line()
-    none = splat(0.0)
-    for j in range(0, span, LANES):
-        total = larger(none, load(sums, j))
-        finite = at_most(load(sums, j) - load(sums, j), none) & at_most(
-            load(products, j) - load(products, j), none
-        )
-        size = load(largest, j)
-        fine = at_most(splat(SMALLEST_PRODUCT), size) | at_most(size, none) & at_most(total, none)
-        store(doubts, j, choose(finite & fine, none, splat(1.0)))
-        store(largest, j, none)
-    to_channels(call, group, width, doubts, largest, real)
-    fill(largest, span, 0.0)
-    any = False
-    for g in range(group):
-        any = any or doubts[g] > 0.0
-    return any
-
-
-@loop
 def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
     """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials.
 
@@ -488,63 +472,26 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
     bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
     weight_sums = after(bias_sums, call.channels)
     mean_of_channel = scratch(ROOM, np.float64)
-    rounded = scratch(ROOM, real)
     sums = scratch(ROOM, np.float64)
     lost = scratch(ROOM, np.float64)
     products = scratch(ROOM, np.float64)
     products_lost = scratch(ROOM, np.float64)
     for g in range(group):
         mean_of_channel[g] = parameter(call.mean, channel + g, 0.0)
-        rounded[g] = real(mean_of_channel[g])
-    means = to_columns(call, group, width, rounded, scratch(ROOM, real))
+    means = to_columns(call, group, width, mean_of_channel, scratch(ROOM, np.float64))
     begin, end = chunk_rows(call, chunk)
     fill(sums, span, 0.0)
     fill(lost, span, 0.0)
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
-    state = means, (sums, lost), (products, products_lost), call.ahead
-    look_down_both(call, begin, end, call.inner * call.fold, channel, group, buffer, state, mask, tile, real)
-    doubts = scratch(ROOM, np.float64)
-    if exact(real):
-        bad = False
-    else:
-        bad = doubtful(group, span, width, call, sums, products, products_lost, doubts, real)
+    state = means, (sums, lost), (products, products_lost), call.one, call.ahead
+    look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, real)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
-        total = load(sums, g) + load(lost, g)
-        product = load(products, g) + load(products_lost, g)
-        if not exact(real):
-            # So far those with x - rounded; x - mean is that less what the rounding lost.
-            product = product - total * (load(mean_of_channel, g) - widen(load(rounded, g)))
-        store(sums, g, total)
-        store(products, g, product)
-    if bad:
-        again = scratch(ROOM, np.float64)
-        again_lost = scratch(ROOM, np.float64)
-        products_again = scratch(ROOM, np.float64)
-        columns = scratch(ROOM, np.float64)
-        fill(again, span, 0.0)
-        fill(again_lost, span, 0.0)
-        fill(products_again, span, 0.0)
-        fill(products_lost, span, 0.0)
-        state = (
-            to_columns(call, group, width, mean_of_channel, columns),
-            (again, again_lost),
-            (products_again, products_lost),
-        )
-        multiply_down(call, begin, end, channel, group, buffer, state, mask, real)
-        to_channels(call, group, width, again, again_lost, real)
-        to_channels(call, group, width, products_again, products_lost, real)
-        for g in range(0, group, LANES):
-            good = at_most(load(doubts, g), splat(0.0))
-            store(sums, g, choose(good, load(sums, g), load(again, g) + load(again_lost, g)))
-            anew = load(products_again, g) + load(products_lost, g)
-            store(products, g, choose(good, load(products, g), anew))
-    for g in range(0, group, LANES):
         here = min(LANES, group - g)
-        store_first(bias_sums, g, load(sums, g), here)
-        store_first(weight_sums, g, load(products, g), here)
+        store_first(bias_sums, g, load(sums, g) + load(lost, g), here)
+        store_first(weight_sums, g, load(products, g) + load(products_lost, g), here)
 
 
 @loop

@@ -176,7 +176,7 @@ class Plan:
             int(out_bytes >= STREAM_BYTES),
             int(out_bytes >= STREAM_PLANES_BYTES),
         ]
-        self.record = struct.pack(f"{len(fields)}q", *fields)
+        self.record = struct.pack(f"d{len(fields)}q", 1.0, *fields)
         assert len(self.record) == np.dtype(PLAN).itemsize
 
     def _schedule(self, geometry: Geometry, tiling: Tiling, element: int) -> tuple[int, bool]:
@@ -193,8 +193,9 @@ class Plan:
         if self.threads == 1:
             return min(widest, channels), True
         slice_bytes = element * tiling.outer * geometry.inner
-        # Enough groups for every thread to have two, where the channels suffice.
-        shared = max(1, min(widest, channels // (2 * self.threads)))
+        # Enough groups for every thread to have two, where the channels suffice and all is not in L2 anyway.
+        each = 1 if slice_bytes * channels <= L2_BYTES // 2 * self.threads else 2
+        shared = max(1, min(widest, channels // (each * self.threads)))
         cached = min(shared, L2_BYTES // 2 // slice_bytes)
         cached = cached // whole * whole or cached
         if widest == 1 and 2 * slice_bytes * self.threads <= L3_BYTES * 3 // 4:

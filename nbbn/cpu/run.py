@@ -1,8 +1,8 @@
 """The stages of each operation, in order, on the CPU: which kernels run, over how many tasks."""
 
-import ctypes
 import struct
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 
@@ -12,11 +12,12 @@ from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.simd import LANES
-from nbbn.dispatch import Problem, Update
+from nbbn.dispatch import Problem
 from nbbn.geometry import canonical
 
-# See nbbn.cpu.call.ADDRESSES: six addresses, four parameters, four numbers, two flags.
-_RECORD = struct.Struct("6q12q4d2q")
+_ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
+_ROOMS = struct.Struct("2q")
+KEPT_WORDS = 1024  # a call with no more memory than this is kept: few bytes beside its plan's own
 
 
 _KERNELS = {
@@ -46,69 +47,33 @@ def compile_for(real: type, operations: Iterable[str]) -> None:
 
 
 class _Call:
-    """One call: the record that the kernels read, and the memory that it points to."""
+    """The record that the kernels of one call read, and the memory that they work in."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        x: int,
-        grad_out: int = 0,
-        out: int = 0,
-        stats: int = 0,
-        weight: Parameter = ABSENT,
-        bias: Parameter = ABSENT,
-        mean: Parameter = ABSENT,
-        var: Parameter = ABSENT,
-        eps: float = 0.0,
-        momentum: float = 0.0,
-        correction: float = 1.0,
-        training: bool = True,
-        updates: bool = False,
-    ) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._scratch = np.empty(plan.words)
         partials = address(self._scratch)
         tables = partials + 8 * plan.partial_words
-        tables += -tables % 64
-        self.record = (
-            _RECORD.pack(
-                x + plan.offset_x,
-                grad_out + plan.offset_grad_out,
-                out + plan.offset_out,
-                stats,
-                partials,
-                tables,
-                *weight,
-                *bias,
-                *mean,
-                *var,
-                eps,
-                momentum,
-                correction,
-                1.0,
-                training,
-                updates,
-            )
-            + plan.record
-        )
+        record = bytearray(_ARGUMENTS.size) + _ROOMS.pack(partials, tables + -tables % 64) + plan.record
+        self._record = np.frombuffer(record, np.uint8)
+        self._at = address(self._record)
+        self.set = partial(_ARGUMENTS.pack_into, record, 0)
+        """Sets nbbn.cpu.call.ARGUMENTS, all that differs from call to call."""
 
     def normalize_grad_out(self) -> None:
         """From here on, grad_out takes the place of x."""
-        record = np.frombuffer(bytearray(self.record), CALL)
+        record = self._record.view(CALL)
         record["x"] = record["grad_out"]
         record["at_x"] = record["at_grad_out"]
-        self.record = record.tobytes()
 
     def __call__(self, kernel: str, tasks: int, threads: int | None = None) -> None:
         """Run a kernel over its tasks, on as many threads as the plan is for."""
         compiled = entry(kernel, self.plan.real)
         shares = min(self.plan.threads if threads is None else threads, tasks)
         if shares == 1:
-            compiled.run(0, tasks, self.record)
-            return
-        at = ctypes.cast(ctypes.c_char_p(self.record), ctypes.c_void_p).value
-        assert at is not None
-        pool.run(compiled, shares, tasks, at)
+            compiled.run(0, tasks, self._at)
+        else:
+            pool.run(compiled, shares, tasks, self._at)
 
 
 class Run:
@@ -116,13 +81,27 @@ class Run:
 
     def __init__(self, problem: Problem) -> None:
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
-        self.plan = Plan(geometry, problem.dtype.type, problem.threads)
-        self._blocks = -(-self.plan.channels // LANES)
-        self._groups = self.plan.groups
-        self._tiles = self.plan.chunks * self.plan.groups
-        self._slabs = self.plan.slabs * self.plan.groups
+        self.plan = plan = Plan(geometry, problem.dtype.type, problem.threads)
+        self._blocks = -(-plan.channels // LANES)
+        self._groups = plan.groups
+        self._tiles = plan.chunks * plan.groups
+        self._slabs = plan.slabs * plan.groups
         # Few channels are not worth waking the threads for.
-        self._finishers = 1 if self.plan.channels < 512 else self.plan.threads
+        self._finishers = 1 if plan.channels < 512 else plan.threads
+        # One share alone updates the running statistics itself, after all else.
+        self._alone = int(plan.resident and min(plan.threads, plan.groups) == 1)
+        # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
+        self._idle: list[_Call] = []
+
+    def _take(self) -> _Call:
+        try:
+            return self._idle.pop()  # no other thread gets the same one
+        except IndexError:
+            return _Call(self.plan)
+
+    def _give_back(self, call: _Call) -> None:
+        if self.plan.words <= KEPT_WORDS:
+            self._idle.append(call)
 
     def _compile(self, *names: str) -> None:
         """Compile all that a call will run before any of it runs: what raises has changed nothing."""
@@ -131,10 +110,13 @@ class Run:
 
     def stats(self, x: int, stats: int) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
-        call = _Call(self.plan, x, stats=stats)
         self._compile(kernels.collect_stats, kernels.finish_stats)
+        call = self._take()
+        x += self.plan.offset_x
+        call.set(x, 0, 0, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 1, 0)
         call(kernels.collect_stats, self._tiles)
         call(kernels.finish_stats, self._blocks, self._finishers)
+        self._give_back(call)
 
     def forward(
         self,
@@ -143,22 +125,27 @@ class Run:
         stats: int,
         weight: Parameter,
         bias: Parameter,
+        mean: Parameter,
+        var: Parameter,
         eps: float,
-        update: Update | None = None,
+        momentum: float,
+        correction: float,
     ) -> None:
-        """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`."""
+        """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`.
+
+        Then update the running statistics, those that there are.
+        """
         plan = self.plan
-        # One share alone updates the running statistics itself, after all else.
-        alone = plan.resident and min(plan.threads, self._groups) == 1
-        if update is None:
-            call = _Call(plan, x, 0, out, stats, weight, bias, eps=eps)
-        else:
-            mean, var, momentum, correction = update
-            call = _Call(
-                plan, x, 0, out, stats, weight, bias, mean, var, eps, momentum, correction, updates=alone
-            )
-            if not alone:
-                self._compile(kernels.update_running_stats)
+        x += plan.offset_x
+        out += plan.offset_out
+        alone = self._alone
+        updates = mean is not ABSENT or var is not ABSENT
+        if updates and not alone:
+            self._compile(kernels.update_running_stats)
+        call = self._take()
+        call.set(
+            x, 0, out, stats, *weight, *bias, *mean, *var, eps, momentum, correction, 1, updates and alone
+        )  # fmt: skip
         if plan.resident:
             call(kernels.forward, self._groups)
         else:
@@ -166,8 +153,9 @@ class Run:
             call(kernels.collect_stats, self._tiles)
             call(kernels.finish_stats, self._blocks, self._finishers)
             call(kernels.normalize, self._slabs)
-        if update is not None and not alone:
+        if updates and not alone:
             call(kernels.update_running_stats, 1)
+        self._give_back(call)
 
     def evaluate(
         self,
@@ -180,13 +168,18 @@ class Run:
         eps: float,
     ) -> None:
         """Evaluation: normalize with the running statistics."""
-        call = _Call(self.plan, x, 0, out, 0, weight, bias, mean, var, eps)
+        plan = self.plan
         kernel, tasks = kernels.normalize, self._slabs
-        if self.plan.by_planes:
-            kernel, tasks = kernels.normalize_planes, self.plan.planes
+        if plan.by_planes:
+            kernel, tasks = kernels.normalize_planes, plan.planes
         self._compile(kernels.use_running_stats, kernel)
+        call = self._take()
+        x += plan.offset_x
+        out += plan.offset_out
+        call.set(x, 0, out, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, 0, 0)
         call(kernels.use_running_stats, self._blocks, self._finishers)
         call(kernel, tasks)
+        self._give_back(call)
 
     def backward(
         self,
@@ -201,9 +194,16 @@ class Run:
     ) -> None:
         """grad_x, and grad_weight and grad_bias into float64[2, C] at `gradients`."""
         plan = self.plan
-        call = _Call(plan, x, grad_out, grad_x, gradients, weight, mean=mean, var=invstd, training=training)
+        x += plan.offset_x
+        grad_out += plan.offset_grad_out
+        grad_x += plan.offset_out
+        call = self._take()
+        call.set(
+            x, grad_out, grad_x, gradients, *weight, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, training, 0
+        )  # fmt: skip
         if plan.resident and training:
             call(kernels.backward, self._groups)
+            self._give_back(call)
             return
         last = kernels.backward_apply if training else kernels.normalize
         self._compile(kernels.backward_reduce, kernels.finish_backward, last)
@@ -212,3 +212,5 @@ class Run:
         if not training:
             call.normalize_grad_out()
         call(last, self._slabs)
+        if training:
+            self._give_back(call)

@@ -365,22 +365,6 @@ def at_most(typingctx, a, b):
 
 
 @intrinsic
-def larger(typingctx, a, b):
-    """Return the lanes of a, or those of b without their sign where they are larger; never a NaN of b."""
-
-    def codegen(context, builder, signature, args):
-        kind = args[0].type
-        bits = 64 if a.element == types.float64 else 32
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(kind, [kind]), f"llvm.fabs.v{LANES}f{bits}"
-        )
-        size = builder.call(function, [args[1]])
-        return builder.select(builder.fcmp_ordered(">", size, args[0]), size, args[0])
-
-    return a(a, b), codegen
-
-
-@intrinsic
 def choose(typingctx, bits, a, b):
     """Return the lanes of a where the bit is set, those of b elsewhere."""
 

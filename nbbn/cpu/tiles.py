@@ -17,7 +17,6 @@ from nbbn.cpu.simd import (
     after,
     fold,
     keep_first,
-    larger,
     load,
     load_first,
     pointer,
@@ -184,19 +183,10 @@ def add_up(total, x, rest, real):
 
 
 @loop
-def plus_square(sums, x, guess, one, real):
-    """Return Σ x, what it lost, and Σ (x - guess)² in x's type, with one more x."""
-    total, rest, square = sums
-    total, rest = plus(total, rest, x, one, real)
-    return total, rest, square + squared_deviation(x, guess)
-
-
-@loop
 def look_at_rows(rows, number, first, last, state, mask, real):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
-    Every other row goes into other sums: half the roundings, half as long a chain. The sums stay in
-    registers for as long as the columns are those of one channel.
+    The sums stay in registers for as long as the columns are those of one channel.
     """
     guesses, sums, squares, one, ahead = state
     both = exact(real)
@@ -209,18 +199,15 @@ def look_at_rows(rows, number, first, last, state, mask, real):
             c = j & mask
             guess, sum_x = load(guesses, c), load_sums(sums, c, True)
             sum_squares = load_sums(squares, c, both)
-        even = splat(0.0), splat(0.0), splat(real(0.0))
-        odd = even
-        for k in range(0, number, 2):
+        total = splat(0.0)
+        rest = splat(0.0)
+        square = splat(real(0.0))
+        for k in range(number):
             row = pointer(rows[k], real)
             prefetch(row, j, ahead)
-            even = plus_square(even, some(row, j, last), guess, one, real)
-            if k + 1 < number:
-                row = pointer(rows[k + 1], real)
-                prefetch(row, j, ahead)
-                odd = plus_square(odd, some(row, j, last), guess, one, real)
-        total, rest = plus(even[0], even[1] + odd[1], odd[0], one, real)
-        square = even[2] + odd[2]
+            x = some(row, j, last)
+            total, rest = plus(total, rest, x, one, real)
+            square = square + squared_deviation(x, guess)
         if j + LANES > last:
             square = keep_first(square, last - j)
         sum_x = add_to(sum_x, total, rest)
@@ -264,97 +251,51 @@ def square_down(call, first, last, channel, group, buffer, state, mask, real):
 
 
 @loop
-def plus_few(total, rest, x, real):
-    """Return total + x, and what the sums lost; of float32, in x's own type."""
+def plus_product(total, lost, a, b, real):
+    """Return total + a · b in float64, and what the sums lost."""
     if exact(real):
-        total, more = two_sum(total, x)
-        return total, rest + widen(more)
-    return total + x, rest
-
-
-@loop
-def plus_product(sums, dy, deviation, real):
-    """Return Σ dy and Σ dy · deviation, and what each lost, with one more value of each.
-
-    Of float32 a few values are added up as they are, each to no more than its own rounding.
-    """
-    total, rest, product, product_rest = sums
-    total, rest = plus_few(total, rest, dy, real)
-    if exact(real):
-        term = dy * deviation
-        product, lost = two_sum(product, term)
-        lost = lost + fma(dy, deviation, -term)
-        return total, rest, product, product_rest + widen(lost)
-    return total, rest, product + dy * deviation, product_rest
-
-
-@loop
-def add_product(total, x, rest, real):
-    """Return total + x + rest, with what the sums lost; of float32, with the largest x there was."""
-    if exact(real):
-        return add_to(total, x, rest)
-    return total[0] + x, larger(total[1], x)
+        product = a * b
+        total, more = two_sum(total, product)
+        return total, lost + (more + fma(a, b, -product))
+    return fma(a, b, total), lost
 
 
 @loop
 def multiply_rows(rows, number, first, last, state, mask, real):
-    """Add up dy and dy · (x - mean), in float64, those of the rows in x's type first.
+    """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
-    The rows are `number` of dy and x in turn. The sums stay in registers for as long as the columns
-    are those of one channel.
+    The sums stay in registers for as long as the columns are those of one channel.
     """
-    means, sums, products, ahead = state
+    means, sums, products, one, ahead = state
     both = exact(real)
     c = first & mask
-    mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, True)
+    mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
     for j in range(first, last, LANES):
         if c != j & mask:
             store_sums(sums, c, sum_dy, both)
-            store_sums(products, c, sum_products, True)
+            store_sums(products, c, sum_products, both)
             c = j & mask
             mean, sum_dy = load(means, c), load_sums(sums, c, both)
-            sum_products = load_sums(products, c, True)
-        even = splat(real(0.0)), splat(0.0), splat(real(0.0)), splat(0.0)
-        odd = even
-        for k in range(0, 2 * number, 4):
-            dy, x = pointer(rows[k], real), pointer(rows[k + 1], real)
-            prefetch(dy, j, ahead)
-            prefetch(x, j, ahead)
-            even = plus_product(even, some(dy, j, last), some(x, j, last) - mean, real)
-            if k + 2 < 2 * number:
-                dy, x = pointer(rows[k + 2], real), pointer(rows[k + 3], real)
-                prefetch(dy, j, ahead)
-                prefetch(x, j, ahead)
-                odd = plus_product(odd, some(dy, j, last), some(x, j, last) - mean, real)
-        total, rest = plus_few(even[0], even[1] + odd[1], odd[0], real)
-        product, product_rest = plus_few(even[2], even[3] + odd[3], odd[2], real)
+            sum_products = load_sums(products, c, both)
+        total = splat(0.0)
+        rest = splat(0.0)
+        product = splat(0.0)
+        product_rest = splat(0.0)
+        for k in range(0, 2 * number, 2):
+            row = pointer(rows[k], real), pointer(rows[k + 1], real)
+            prefetch(row[0], j, ahead)
+            prefetch(row[1], j, ahead)
+            dy = some(row[0], j, last)
+            deviation = widen(some(row[1], j, last)) - mean
+            total, rest = plus(total, rest, dy, one, real)
+            product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
         if j + LANES > last:
             product = keep_first(product, last - j)
             product_rest = keep_first(product_rest, last - j)
-        sum_dy = add_up(sum_dy, widen(total), rest, real)
-        sum_products = add_product(sum_products, widen(product), product_rest, real)
+        sum_dy = add_up(sum_dy, total, rest, real)
+        sum_products = add_up(sum_products, product, product_rest, real)
     store_sums(sums, c, sum_dy, both)
-    store_sums(products, c, sum_products, True)
-
-
-@loop
-def multiply_down(call, first, last, channel, group, buffer, state, mask, real):
-    """The same for the rows first … last - 1 of a tile, each value in float64, around float64 means."""
-    means, sums, products = state
-    for row in range(first, last):
-        step, piece = locate(call, row)
-        steps, count = extent(call, step, piece)
-        count *= steps * group
-        dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, buffer, real)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, after(buffer, ROOM), real)
-        for j in range(0, count, LANES):
-            c = j & mask
-            value = widen(some(dy, j, count))
-            term = value * (widen(some(x, j, count)) - load(means, c))
-            if j + LANES > count:
-                term = keep_first(term, count - j)
-            store_sums(sums, c, add_to(load_sums(sums, c, True), value, splat(0.0)), True)
-            store_sums(products, c, add_to(load_sums(products, c, True), term, splat(0.0)), True)
+    store_sums(products, c, sum_products, both)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -551,10 +492,8 @@ def _down(name, reads, look, write_part, write_rows):
     most_at_once = ROWS // 2
 
     @variant(name)
-    def down(call, first, last, most, channel, group, buffer, state, mask, tile, real):
+    def down(call, first, last, channel, group, buffer, state, mask, tile, real):
         """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels.
-
-        Of a row, at most the first `most` elements of a channel are looked at.
 
         A few columns of some rows of the one, then of the other: so memory is read and written at
         once, as a copy does.
@@ -580,7 +519,7 @@ def _down(name, reads, look, write_part, write_rows):
             for k in range(number):
                 step, piece = locate(call, row + k * pitch)
                 steps, count = extent(call, step, piece)
-                width = min(steps * count, most)
+                width = steps * count
                 shared = min(shared, width * group)
                 longest = max(longest, width)
                 widths[k] = width
