@@ -10,9 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numba
 import pytest
 
 import nbbn
+from nbbn import formulas
+from nbbn.cpu import kernels, tiles
 
 PACKAGE = Path(nbbn.__file__).parent
 LAYERS = ["tbb", "omp", "workqueue"]
@@ -330,6 +333,44 @@ def test_second_process_loads_from_the_cache(python, compiled):
     assert any(name.endswith(".nbc") for name in files)
     assert python(EVALUATE, package=package, NUMBA_CACHE_DIR=str(cache)) == first
     assert files_of(cache) == files
+
+
+PHASES = """
+import numpy as np, nbbn
+from nbbn import functional
+functional.SERIAL_ELEMENTS = 1  # threads: the operations that take several kernels
+rng = np.random.default_rng(0)
+x, dy = rng.normal(3, 2, (2, 300, 8))
+deviation = x - x.mean(0)
+invstd = 1 / np.sqrt(x.var(0))
+x_hat = deviation * invstd
+for name in "{order}".split():
+    if name == "evaluation":
+        out = nbbn.batch_norm(x, x.mean(0), x.var(0), eps=0.0)
+        assert abs(out - x_hat).max() < 1e-12, name
+    if name == "forward":
+        assert abs(nbbn.batch_norm_forward(x, eps=0.0).out - x_hat).max() < 1e-12, name
+    if name == "backward":
+        got = nbbn.batch_norm_backward(dy, x, mean=x.mean(0), invstd=invstd).x
+        expected = invstd * (dy - dy.mean(0) - x_hat * (dy * x_hat).mean(0))
+        assert abs(got - expected).max() < 1e-12, name
+"""
+
+
+def test_kernels_of_several_processes_do_not_mix(python, tmp_path):
+    """What one process compiled and another loads is not taken for what that one compiles itself."""
+    orders = ["evaluation", "evaluation backward", "backward evaluation forward", "forward backward"]
+    for order in orders:
+        python(PHASES.format(order=order), NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_parts_of_kernels_have_names_of_their_own():
+    """Two of one name and the same types could be taken for each other: see nbbn.compiler.variant."""
+    parts = [part for module in (tiles, kernels, formulas) for part in vars(module).values()]
+    dispatchers = {id(part): part for part in parts if isinstance(part, numba.core.dispatcher.Dispatcher)}
+    names = [part.py_func.__qualname__ for part in dispatchers.values()]
+    assert len(names) > 40
+    assert sorted(set(names)) == sorted(names)
 
 
 def test_edited_helper_is_compiled_anew(python, compiled, tmp_path):

@@ -53,9 +53,11 @@ ARGUMENTS = [
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
 ]
 
+PARTIALS = 4  # numbers of a channel that a chunk leaves behind
+
 # The memory that it works in.
 ROOMS = [
-    ("partials", _WORD),  # float64[chunks, 3, channels]
+    ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, its rest, m2; Σ dy, its rest, Σ dy · …
     ("tables", _WORD),  # real[5, channels]: what normalize and backward_apply need of a channel
 ]
 
@@ -77,6 +79,8 @@ PLAN = [
     ("block", _WORD),  # rows
     ("chunk", _WORD),  # rows
     ("chunks", _WORD),
+    ("single", _WORD),  # 1: the shape, and not the schedule, has all columns of a tile in one channel
+    ("room", _WORD),  # elements from a table to the next
     ("group", _WORD),  # channels of a tile
     ("groups", _WORD),
     ("slab", _WORD),  # rows that are written together

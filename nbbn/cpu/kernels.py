@@ -9,7 +9,7 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 import numpy as np
 
 from nbbn.compiler import kernel, loop, out_of_line
-from nbbn.cpu.call import read
+from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.simd import (
     LANES,
     STREAM_BYTES,
@@ -21,6 +21,7 @@ from nbbn.cpu.simd import (
     load,
     load_first,
     narrow,
+    plain,
     pointer,
     scratch,
     splat,
@@ -32,7 +33,6 @@ from nbbn.cpu.simd import (
 from nbbn.cpu.tiles import (
     ROOM,
     ROWS,
-    SHARED_COLUMNS,
     exact,
     extent,
     fill,
@@ -43,7 +43,6 @@ from nbbn.cpu.tiles import (
     row_address,
     row_of,
     square_down,
-    table_room,
     tile_of,
     to_channels,
     to_columns,
@@ -102,16 +101,9 @@ def chunk_rows(call, chunk):
 
 
 @loop
-def no_tile(any, tables):
-    """Return a tile without channels, from any integer: literal zeros would compile everything twice."""
-    none = any - any
-    return none, none, tables, none, none
-
-
-@loop
-def one_channel(call):
-    """Whether tiles are one channel wide, because of the shape and not of the schedule."""
-    return call.fold == 1 and (call.channels == 1 or call.inner > SHARED_COLUMNS)
+def no_tile(tables):
+    """Return a tile without channels."""
+    return plain(0), plain(0), tables, plain(0), plain(0)
 
 
 @loop
@@ -166,11 +158,11 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     squares are taken again around the block's own mean. Meanwhile `tile`, another one, is written.
     """
     # Where the shape says that all columns are of one channel, they are summed into LANES of them.
-    single = one_channel(call)
+    single = call.single == 1
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width
-    means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
+    means = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
     rests = after(means, call.channels)
     m2s = after(rests, call.channels)
     guesses = scratch(ROOM, real)  # of columns
@@ -251,7 +243,7 @@ def pool_chunks(call, first, last):
         for chunk in range(call.chunks):
             begin, end = chunk_rows(call, chunk)
             more = float(position(call, end) - position(call, begin))
-            means = after(pointer(call.partials, np.float64), chunk * 3 * call.channels)
+            means = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels)
             rests = after(means, call.channels)
             m2s = after(rests, call.channels)
             new_mean = load_first(means, c, here)
@@ -276,7 +268,7 @@ def pool_chunks(call, first, last):
 def set_tables(call, c, mean, rest, invstd, real):
     """What `normalize` needs of channel c."""
     tables = pointer(call.tables, real)
-    pad = table_room(call.channels)
+    pad = call.room
     scale = parameter(call.weight, c, 1.0) * invstd
     rounded = real(mean)
     lost = (mean - np.float64(rounded)) + rest
@@ -321,7 +313,7 @@ def forward(first, last, address, real):
     call = read(address)
     tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, real)
-    tile = no_tile(first, tables)
+    tile = no_tile(tables)
     for task in range(first, last):
         channel = task * call.group
         group = min(call.group, call.channels - channel)
@@ -329,7 +321,7 @@ def forward(first, last, address, real):
             chunk_stats(call, chunk, channel, group, tile, buffer, real)
         finish_channels(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 3, tables, real)
-    write_normalized_rows(call, 0, call.rows, tile, call.stream, buffer, real)
+    write_normalized_rows(call, plain(0), call.rows, tile, call.stream, buffer, real)
     if call.stream == 1:
         fence()
     if call.updates == 1:
@@ -344,7 +336,7 @@ def collect_stats(first, last, address, real):
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        chunk_stats(call, task // call.groups, channel, group, no_tile(first, buffer), buffer, real)
+        chunk_stats(call, task // call.groups, channel, group, no_tile(buffer), buffer, real)
 
 
 @kernel
@@ -388,7 +380,7 @@ def normalize_run(call, channel, last, x, out, real):
     the numbers of each.
     """
     tables = pointer(call.tables, real)
-    room = table_room(call.channels)
+    room = call.room
     mean, scale, shift = (
         splat(tables[channel]),
         splat(tables[room + channel]),
@@ -465,12 +457,11 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
 
     Meanwhile `tile`, another one, is written.
     """
-    single = one_channel(call)
+    single = call.single == 1
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width
-    bias_sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + channel)
-    weight_sums = after(bias_sums, call.channels)
+    partials = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
     mean_of_channel = scratch(ROOM, np.float64)
     sums = scratch(ROOM, np.float64)
     lost = scratch(ROOM, np.float64)
@@ -490,8 +481,10 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
     to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
         here = min(LANES, group - g)
-        store_first(bias_sums, g, load(sums, g) + load(lost, g), here)
-        store_first(weight_sums, g, load(products, g) + load(products_lost, g), here)
+        store_first(partials, g, load(sums, g), here)
+        store_first(partials, call.channels + g, load(lost, g), here)
+        store_first(partials, 2 * call.channels + g, load(products, g), here)
+        store_first(partials, 3 * call.channels + g, load(products_lost, g), here)
 
 
 @loop
@@ -499,7 +492,7 @@ def finish_gradients(call, first, last, real):
     """From partials to grad_weight, grad_bias and the tables of grad_x."""
     stats = pointer(call.stats, np.float64)
     tables = pointer(call.tables, real)
-    pad = table_room(call.channels)
+    pad = call.room
     count = float(call.outer * call.inner)
     for c in range(first, last):
         grad_bias = 0.0
@@ -507,11 +500,11 @@ def finish_gradients(call, first, last, real):
         product = 0.0
         product_lost = 0.0
         for chunk in range(call.chunks):
-            sums = after(pointer(call.partials, np.float64), chunk * 3 * call.channels + c)
+            sums = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + c)
             grad_bias, more = two_sum(grad_bias, sums[0])
-            bias_lost += more
-            product, more = two_sum(product, sums[call.channels])
-            product_lost += more
+            bias_lost += sums[call.channels] + more
+            product, more = two_sum(product, sums[2 * call.channels])
+            product_lost += sums[3 * call.channels] + more
         grad_bias += bias_lost
         mean = parameter(call.mean, c, 0.0)
         invstd = parameter(call.var, c, 1.0)
@@ -540,7 +533,7 @@ def backward(first, last, address, real):
     call = read(address)
     tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, real)
-    tile = no_tile(first, tables)
+    tile = no_tile(tables)
     for task in range(first, last):
         channel = task * call.group
         group = min(call.group, call.channels - channel)
@@ -548,7 +541,7 @@ def backward(first, last, address, real):
             chunk_gradients(call, chunk, channel, group, tile, buffer, real)
         finish_gradients(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 5, tables, real)
-    write_gradient_rows(call, 0, call.rows, tile, call.stream, buffer, real)
+    write_gradient_rows(call, plain(0), call.rows, tile, call.stream, buffer, real)
     if call.stream == 1:
         fence()
 
@@ -561,7 +554,7 @@ def backward_reduce(first, last, address, real):
     for task in range(first, last):
         channel = task % call.groups * call.group
         group = min(call.group, call.channels - channel)
-        chunk_gradients(call, task // call.groups, channel, group, no_tile(first, buffer), buffer, real)
+        chunk_gradients(call, task // call.groups, channel, group, no_tile(buffer), buffer, real)
 
 
 @kernel

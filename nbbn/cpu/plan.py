@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nbbn.cpu.call import PLAN
+from nbbn.cpu.call import PARTIALS, PLAN
 from nbbn.cpu.simd import LANES
 from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS
 from nbbn.geometry import Geometry, Layout
 
 BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
 MAX_CHUNKS = 256
-PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to half a megabyte
+PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to two thirds of a megabyte
 SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SLAB_ROWS = 16  # written together
 AHEAD = 4096  # bytes that are asked for before they are looked at
@@ -124,8 +124,9 @@ class Plan:
         slab = self._slab(geometry, tiling)
         self.slabs = -(-tiling.rows // slab)
         self.chunks = tiling.chunks
-        self.partial_words = 3 * self.channels * tiling.chunks
-        self.words = self.partial_words + 5 * (self.channels + 2 * LANES) + LANES
+        self.partial_words = PARTIALS * self.channels * tiling.chunks
+        room = (self.channels // LANES + 2) * LANES  # of a table: whole lines, a vector more to read beyond
+        self.words = self.partial_words + 5 * room + LANES
         x, grad_out, out = (
             geometry.layouts[0],
             geometry.layouts[len(geometry.layouts) // 2],
@@ -168,6 +169,8 @@ class Plan:
             tiling.block,
             tiling.chunk,
             tiling.chunks,
+            int(tiling.fold == 1 and (geometry.channels == 1 or geometry.inner > SHARED_COLUMNS)),
+            room,
             self.group,
             self.groups,
             slab,

@@ -118,6 +118,17 @@ def pointer(typingctx, address, real):
 
 
 @intrinsic
+def plain(typingctx, value):
+    """Return a value, but not as a literal: Numba compiles what takes one for each literal anew."""
+    kind = types.unliteral(value)
+
+    def codegen(context, builder, signature, args):
+        return args[0]
+
+    return kind(kind), codegen
+
+
+@intrinsic
 def address(typingctx, pointer):
     """Return where a pointer points, as an integer."""
 

@@ -19,6 +19,7 @@ from nbbn.cpu.simd import (
     keep_first,
     load,
     load_first,
+    plain,
     pointer,
     prefetch,
     scratch,
@@ -34,6 +35,7 @@ COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
 ROWS = 16  # that are read at a time; half as many where they are long rows of one channel
+AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
 SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
 
 
@@ -189,15 +191,15 @@ def look_at_rows(rows, number, first, last, state, mask, real):
     The sums stay in registers for as long as the columns are those of one channel.
     """
     guesses, sums, squares, one, ahead = state
-    both = exact(real)
+    both, always = plain(exact(real)), plain(True)
     c = first & mask
-    guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, True), load_sums(squares, c, both)
+    guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, always), load_sums(squares, c, both)
     for j in range(first, last, LANES):
         if c != j & mask:
-            store_sums(sums, c, sum_x, True)
+            store_sums(sums, c, sum_x, always)
             store_sums(squares, c, sum_squares, both)
             c = j & mask
-            guess, sum_x = load(guesses, c), load_sums(sums, c, True)
+            guess, sum_x = load(guesses, c), load_sums(sums, c, always)
             sum_squares = load_sums(squares, c, both)
         total = splat(0.0)
         rest = splat(0.0)
@@ -212,7 +214,7 @@ def look_at_rows(rows, number, first, last, state, mask, real):
             square = keep_first(square, last - j)
         sum_x = add_to(sum_x, total, rest)
         sum_squares = add_up(sum_squares, widen(square), splat(0.0), real)
-    store_sums(sums, c, sum_x, True)
+    store_sums(sums, c, sum_x, always)
     store_sums(squares, c, sum_squares, both)
 
 
@@ -225,7 +227,8 @@ def square_row(row, count, state, mask, real):
         square = squared_deviation(widen(some(row, j, count)), load(means, c))
         if j + LANES > count:
             square = keep_first(square, count - j)
-        store_sums(squares, c, add_to(load_sums(squares, c, True), square, splat(0.0)), True)
+        both = plain(True)
+        store_sums(squares, c, add_to(load_sums(squares, c, both), square, splat(0.0)), both)
 
 
 @loop
@@ -267,7 +270,7 @@ def multiply_rows(rows, number, first, last, state, mask, real):
     The sums stay in registers for as long as the columns are those of one channel.
     """
     means, sums, products, one, ahead = state
-    both = exact(real)
+    both = plain(exact(real))
     c = first & mask
     mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
     for j in range(first, last, LANES):
@@ -350,12 +353,6 @@ def to_columns(call, group, width, values, columns):
     return columns
 
 
-@loop
-def table_room(channels):
-    """Return how far apart two tables are: whole cache lines, and a vector more to read beyond."""
-    return (channels // LANES + 2) * LANES
-
-
 # --- writing ---------------------------------------------------------------------------------------
 
 
@@ -368,7 +365,7 @@ def tile_of(call, channel, group, number, spread, real):
     over the columns, into `spread`; where all columns are of one channel, over LANES of them.
     """
     tables = after(pointer(call.tables, real), channel)
-    room = table_room(call.channels)
+    room = call.room
     width = min(call.width, call.inner)
     if width == 1 and call.fold == 1:
         return channel, group, tables, room, -1
@@ -376,7 +373,7 @@ def tile_of(call, channel, group, number, spread, real):
     for k in range(number):
         to = after(spread, k * ROOM)
         if single:
-            fill(to, LANES, tables[k * room])
+            fill(to, plain(LANES), tables[k * room])
         else:
             to_columns(call, group, width, after(tables, k * room), to)
     return channel, group, spread, ROOM, 0 if single else -1
@@ -387,6 +384,7 @@ def normalized_at(row, j, end, tile):
     """The normalized columns j … of a row of x, of which there are `end`."""
     _, _, tables, room, mask = tile
     table = after(tables, j & mask)
+    prefetch(row[1], j, AHEAD)
     x = some(row[1], j, end)
     return normalized(x, load(table, 0), load(table, room), load(table, 2 * room))
 
@@ -396,6 +394,8 @@ def gradient_at(row, j, end, tile):
     """The columns j … of grad_x, of a row of dy and of x."""
     _, _, tables, room, mask = tile
     table = after(tables, j & mask)
+    prefetch(row[0], j, AHEAD)
+    prefetch(row[1], j, AHEAD)
     return gradient(
         some(row[0], j, end),
         some(row[1], j, end),
@@ -427,7 +427,6 @@ def _write_part(name, value):
             if last < count:
                 end = min(last + ahead // size, count)
             while j + LANES <= end:
-                prefetch(row[1], j, 512)
                 stream(out, j, value(row, j, j + LANES, tile))
                 j += LANES
         while j + LANES <= end:
@@ -461,7 +460,7 @@ def _write_rows(name, reads, write_part):
             out = after(buffer, 2 * ROOM)
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
-            write_part(out, (dy, x), count - count, count, count, streaming, tile, real)
+            write_part(out, (dy, x), plain(0), count, count, streaming, tile, real)
             if not direct:
                 scatter(call, step, piece, channel, group, out, real)
 
@@ -539,11 +538,16 @@ def _down(name, reads, look, write_part, write_rows):
             ragged = number if longest * group > shared else 0
             for part in range(parts + ragged):
                 begin = part * span
-                if part < parts:
-                    look(rows, number, begin, min(begin + span, shared), state, mask, real)
-                else:
+                end = min(begin + span, shared)
+                at = rows
+                here = number
+                if part >= parts:  # a row that is longer than all
                     k = part - parts
-                    look(after(rows, reads * k), 1, shared, widths[k] * group, state, mask, real)
+                    at = after(rows, reads * k)
+                    here = 1
+                    begin = shared
+                    end = widths[k] * group
+                look(at, here, begin, end, state, mask, real)
                 for k in range(number if direct and part < parts else 0):
                     out = pointer(outs[k], real)
                     x = pointer(rows[reads * k + reads - 1] + to_x, real)
