@@ -380,60 +380,73 @@ def tile_of(call, channel, group, number, spread, real):
 
 
 @loop
-def normalized_at(row, j, end, tile):
-    """The normalized columns j … of a row of x, of which there are `end`."""
-    _, _, tables, room, mask = tile
-    table = after(tables, j & mask)
-    prefetch(row[1], j, AHEAD)
-    x = some(row[1], j, end)
-    return normalized(x, load(table, 0), load(table, room), load(table, 2 * room))
+def tables_of_x(tables, c, room):
+    """What the columns c … are normalized with: mean, scale and shift."""
+    return load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
 
 
 @loop
-def gradient_at(row, j, end, tile):
+def normalized_at(row, j, end, numbers):
+    """The normalized columns j … of a row of x, of which there are `end`."""
+    mean, scale, shift = numbers
+    prefetch(row[1], j, AHEAD)
+    return normalized(some(row[1], j, end), mean, scale, shift)
+
+
+@loop
+def tables_of_gradient(tables, c, room):
+    """What the columns c … of grad_x are computed with: mean, scale, slope, offset and unit."""
+    mean, scale, slope = tables_of_x(tables, c, room)
+    return mean, scale, slope, load(tables, c + 3 * room), load(tables, c + 4 * room)
+
+
+@loop
+def gradient_at(row, j, end, numbers):
     """The columns j … of grad_x, of a row of dy and of x."""
-    _, _, tables, room, mask = tile
-    table = after(tables, j & mask)
+    mean, scale, slope, offset, unit = numbers
     prefetch(row[0], j, AHEAD)
     prefetch(row[1], j, AHEAD)
-    return gradient(
-        some(row[0], j, end),
-        some(row[1], j, end),
-        load(table, 0),
-        load(table, 4 * room),
-        load(table, room),
-        load(table, 2 * room),
-        load(table, 3 * room),
-    )
+    return gradient(some(row[0], j, end), some(row[1], j, end), mean, unit, scale, slope, offset)
 
 
-def _write_part(name, value):
-    """Return a loop that writes a part of a row with what value(row, column, end, tile) returns."""
+def _write_part(name, numbers_at, value):
+    """Return a loop that writes a part of a row with what value(row, column, end, numbers) returns."""
 
     @variant(name)
     def write_part(out, row, first, last, count, streaming, tile, real):
         """Write the columns first … last - 1 of `count`.
 
-        Where lines are streamed, both ends are moved on to where the next line begins.
+        Where lines are streamed, both ends are moved on to where the next line begins. The numbers stay
+        in registers for as long as the columns are those of one channel.
         """
+        _, _, tables, room, mask = tile
         j = first
         end = min(last, count)
+        c = j & mask
+        numbers = numbers_at(tables, c, room)
         size = 8 if exact(real) else 4
         ahead = -address(out) % STREAM_BYTES
         if streaming and ahead % size == 0:
             j = min(first + ahead // size, count)
             if first == 0 and j > 0:
-                store_first(out, first, value(row, first, j, tile), j)
+                store_first(out, first, value(row, first, j, numbers), j)
             if last < count:
                 end = min(last + ahead // size, count)
             while j + LANES <= end:
-                stream(out, j, value(row, j, j + LANES, tile))
+                if c != j & mask:
+                    c = j & mask
+                    numbers = numbers_at(tables, c, room)
+                stream(out, j, value(row, j, j + LANES, numbers))
                 j += LANES
-        while j + LANES <= end:
-            store(out, j, value(row, j, j + LANES, tile))
+        while j < end:
+            if c != j & mask:
+                c = j & mask
+                numbers = numbers_at(tables, c, room)
+            if j + LANES > end:
+                store_first(out, j, value(row, j, end, numbers), end - j)
+            else:
+                store(out, j, value(row, j, j + LANES, numbers))
             j += LANES
-        if j < end:
-            store_first(out, j, value(row, j, end, tile), end - j)
 
     return write_part
 
@@ -565,8 +578,8 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-_write_normalized = _write_part("normalized", normalized_at)
-_write_gradient = _write_part("gradient", gradient_at)
+_write_normalized = _write_part("normalized", tables_of_x, normalized_at)
+_write_gradient = _write_part("gradient", tables_of_gradient, gradient_at)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized)
 write_gradient_rows = _write_rows("gradient", 2, _write_gradient)
 look_down = _down("forward", 1, look_at_rows, _write_normalized, write_normalized_rows)
