@@ -1,12 +1,21 @@
-"""The machine's own limit: a copy and a triad past the caches, on the threads that nbbn uses."""
+"""The machine's own limit: a copy and a triad past the caches, on the threads that nbbn uses.
 
+    python benchmarks/limits.py
 
+prints how fast the memory is read, written and copied by one thread and by two, and while one reads
+and another writes.
+"""
+
+import statistics
+import time
+
+import numba
 import numpy as np
 
 from nbbn.arrays import address
 from nbbn.compiler import entry, kernel, pool
 from nbbn.cpu.call import CALL, read
-from nbbn.cpu.simd import LANES, STREAM_BYTES, fence, load, pointer, stream
+from nbbn.cpu.simd import LANES, STREAM_BYTES, fence, load, pointer, splat, store, stream
 
 BLOCK = 4096  # elements of a task
 
@@ -36,6 +45,46 @@ def triad(first, last, at, real):
     fence()
 
 
+@kernel
+def read_only(first, last, at, real):
+    """Read x. Tasks: blocks."""
+    call = read(at)
+    x = pointer(call.x, real)
+    a = splat(real(0.0))
+    b = splat(real(0.0))
+    for j in range(first * BLOCK, last * BLOCK, 2 * LANES):
+        a = a + load(x, j)
+        b = b + load(x, j + LANES)
+    store(pointer(call.out, real), first * BLOCK, a + b)  # or nothing would be read
+
+
+@kernel
+def write_only(first, last, at, real):
+    """Write out. Tasks: blocks."""
+    out = pointer(read(at).out, real)
+    one = splat(real(1.0))
+    for j in range(first * BLOCK, last * BLOCK, LANES):
+        stream(out, j, one)
+    fence()
+
+
+@kernel
+def read_beside_write(first, last, at, real):
+    """Read x in the first half of the tasks, write out in the second: a thread each. Tasks: blocks."""
+    call = read(at)
+    x = pointer(call.x, real)
+    out = pointer(call.out, real)
+    total = splat(real(0.0))
+    if first == 0:
+        for j in range(first * BLOCK, last * BLOCK, LANES):
+            total = total + load(x, j)
+        store(out, first * BLOCK, total)
+    else:
+        for j in range(first * BLOCK, last * BLOCK, LANES):
+            stream(out, j, total)
+        fence()
+
+
 class Limit:
     """A call of `copy` or `triad` on arrays of one size, aligned to 64 bytes."""
 
@@ -57,3 +106,29 @@ class Limit:
             self._kernel.run(0, self._tasks, at)
         else:
             pool.run(self._kernel, threads, self._tasks, at)
+
+
+def main(size: int = 25 << 20, rounds: int = 21) -> None:
+    memory = np.ones((2, size + LANES), np.float32)
+    start = -address(memory[1]) % STREAM_BYTES // 4
+    x, out = memory[0, :size], memory[1, start : start + size]
+    calls = {name: Limit(name, out, x) for name in (copy, read_only, write_only, read_beside_write)}
+    pool.start()
+    most = min(2, numba.get_num_threads())
+    cases = [(name, threads) for name in calls for threads in range(1, most + 1)]
+    cases.remove((read_beside_write, 1))
+    times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for _ in range(rounds):
+        for name, threads in cases:
+            numba.set_num_threads(threads)
+            calls[name]()
+            begin = time.perf_counter()
+            calls[name]()
+            times[name, threads].append(time.perf_counter() - begin)
+    for (name, threads), spent in times.items():
+        moved = size * 4 * (2 if name == copy else 1) / statistics.median(spent) / 1e9
+        print(f"{name:20} {threads} thread{'s' * (threads > 1):1}  {moved:5.1f} GB/s read and written")
+
+
+if __name__ == "__main__":
+    main()
