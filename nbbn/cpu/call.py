@@ -79,7 +79,7 @@ PLAN = [
     ("block", _WORD),  # rows
     ("chunk", _WORD),  # rows
     ("chunks", _WORD),
-    ("single", _WORD),  # 1: the shape, and not the schedule, has all columns of a tile in one channel
+    ("single", _WORD),  # 1: channels are summed one by one, each into LANES sums; from the shape alone
     ("room", _WORD),  # elements from a table to the next
     ("group", _WORD),  # channels of a tile
     ("groups", _WORD),

@@ -157,7 +157,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     the mean of what came before. Where that guess was too far off for a channel, and only there, the
     squares are taken again around the block's own mean. Meanwhile `tile`, another one, is written.
     """
-    # Where the shape says that all columns are of one channel, they are summed into LANES of them.
+    # Long channels are summed one by one, each into LANES columns.
     single = call.single == 1
     width = LANES if single else call.inner
     mask = 0 if single else -1

@@ -16,6 +16,7 @@ BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the re
 MAX_CHUNKS = 256
 PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to two thirds of a megabyte
 SHORTEST_ROW = 512  # bytes: of a tile that is read at once
+OWN_COLUMNS = 128  # a channel that is as long as this is summed by itself, into LANES sums
 SLAB_ROWS = 16  # written together
 AHEAD = 4096  # bytes that are asked for before they are looked at
 SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
@@ -169,7 +170,7 @@ class Plan:
             tiling.block,
             tiling.chunk,
             tiling.chunks,
-            int(tiling.fold == 1 and (geometry.channels == 1 or geometry.inner > SHARED_COLUMNS)),
+            int(tiling.fold == 1 and (geometry.channels == 1 or geometry.inner >= OWN_COLUMNS)),
             room,
             self.group,
             self.groups,

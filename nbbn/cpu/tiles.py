@@ -133,6 +133,12 @@ def some(p, j, count):
 
 
 @loop
+def up(count):
+    """Return `count`, rounded up to whole vectors."""
+    return -(-count // LANES) * LANES
+
+
+@loop
 def fill(p, count, value):
     """Set p[0 : count], and up to LANES - 1 elements more."""
     out_of_line()
@@ -185,20 +191,20 @@ def add_up(total, x, rest, real):
 
 
 @loop
-def look_at_rows(rows, number, first, last, state, mask, real):
+def look_at_rows(rows, number, first, last, state, base, mask, real):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
-    The sums stay in registers for as long as the columns are those of one channel.
+    The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
     """
     guesses, sums, squares, one, ahead = state
     both, always = plain(exact(real)), plain(True)
-    c = first & mask
+    c = base + (first & mask)
     guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, always), load_sums(squares, c, both)
     for j in range(first, last, LANES):
-        if c != j & mask:
+        if c != base + (j & mask):
             store_sums(sums, c, sum_x, always)
             store_sums(squares, c, sum_squares, both)
-            c = j & mask
+            c = base + (j & mask)
             guess, sum_x = load(guesses, c), load_sums(sums, c, always)
             sum_squares = load_sums(squares, c, both)
         total = splat(0.0)
@@ -219,11 +225,11 @@ def look_at_rows(rows, number, first, last, state, mask, real):
 
 
 @loop
-def square_row(row, count, state, mask, real):
+def square_row(row, count, state, base, mask, real):
     """Add up (x - mean)², in float64."""
     means, squares = state
     for j in range(0, count, LANES):
-        c = j & mask
+        c = base + (j & mask)
         square = squared_deviation(widen(some(row, j, count)), load(means, c))
         if j + LANES > count:
             square = keep_first(square, count - j)
@@ -250,7 +256,10 @@ def square_down(call, first, last, channel, group, buffer, state, mask, real):
         step, piece = locate(call, row)
         steps, count = extent(call, step, piece)
         x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
-        square_row(x, steps * group * count, state, mask, real)
+        together = 1 if call.single == 1 else group  # channels
+        for g in range(0, group, together):
+            width = steps * together * count
+            square_row(after(x, g * width), width, state, g * LANES, mask, real)
 
 
 @loop
@@ -264,20 +273,20 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
-def multiply_rows(rows, number, first, last, state, mask, real):
+def multiply_rows(rows, number, first, last, state, base, mask, real):
     """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
-    The sums stay in registers for as long as the columns are those of one channel.
+    The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
     """
     means, sums, products, one, ahead = state
     both = plain(exact(real))
-    c = first & mask
+    c = base + (first & mask)
     mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
     for j in range(first, last, LANES):
-        if c != j & mask:
+        if c != base + (j & mask):
             store_sums(sums, c, sum_dy, both)
             store_sums(products, c, sum_products, both)
-            c = j & mask
+            c = base + (j & mask)
             mean, sum_dy = load(means, c), load_sums(sums, c, both)
             sum_products = load_sums(products, c, both)
         total = splat(0.0)
@@ -517,6 +526,9 @@ def _down(name, reads, look, write_part, write_rows):
         gathers = call.at_x.gather | call.at_out.gather | (call.at_grad_out.gather if reads > 1 else 0)
         direct = writing and gathers == 0
         span = SPAN if direct else COLUMNS
+        apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
+        if apiece:
+            span = call.inner
         to_x = (tile[0] - channel) * call.at_x.channel
         to_dy = (tile[0] - channel) * call.at_grad_out.channel
         at_once = most_at_once if reads == 1 or mask != 0 else most_at_once // 2
@@ -560,14 +572,13 @@ def _down(name, reads, look, write_part, write_rows):
                     here = 1
                     begin = shared
                     end = widths[k] * group
-                look(at, here, begin, end, state, mask, real)
+                look(at, here, begin, end, state, part * LANES if apiece else 0, mask, real)
+                start, stop = up(begin), up(begin + span)
                 for k in range(number if direct and part < parts else 0):
                     out = pointer(outs[k], real)
                     x = pointer(rows[reads * k + reads - 1] + to_x, real)
                     dy = pointer(rows[reads * k] + to_dy, real)
-                    write_part(
-                        out, (dy, x), begin, begin + span, widths[k] * tile[1], call.stream == 1, tile, real
-                    )
+                    write_part(out, (dy, x), start, stop, widths[k] * tile[1], call.stream == 1, tile, real)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
                 write_rows(call, row + k * pitch, row + k * pitch + 1, tile, call.stream, buffer, real)
