@@ -17,6 +17,7 @@ from nbbn.geometry import canonical
 
 _ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("2q")
+SERIAL_PARTIALS = 1 << 15
 KEPT_WORDS = 1024  # a call with no more memory than this is kept: few bytes beside its plan's own
 
 
@@ -86,8 +87,9 @@ class Run:
         self._groups = plan.groups
         self._tiles = plan.chunks * plan.groups
         self._slabs = plan.slabs * plan.groups
-        # Few channels are not worth waking the threads for.
-        self._finishers = 1 if plan.channels < 512 else plan.threads
+        # Few partial results are not worth waking the threads for.
+        few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
+        self._finishers = 1 if few else plan.threads
         # One share alone updates the running statistics itself, after all else.
         self._alone = int(plan.resident and min(plan.threads, plan.groups) == 1)
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
