@@ -305,41 +305,19 @@ class _Pool:
         self.layer = "none"  # until the first parallel call
         self._process = 0
         self._busy = threading.Lock()
-        self._open_gate()
+        self._users: set[int] = set()  # the threads that have been in the parallel loop
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(
-                before=self._close_gate, after_in_parent=self._reopen_gate, after_in_child=self._open_gate
-            )
+            os.register_at_fork(after_in_child=self._after_fork)
 
-    # A child that is forked while another thread is inside the parallel loop would wait for threads that
-    # it does not have. So a fork waits until there is none, and lets none in.
+    def _after_fork(self) -> None:
+        """Compute on one thread in a child that was forked from a process where several threads did.
 
-    def _open_gate(self) -> None:
-        self._gate = threading.Condition()
-        self._inside = 0
-        self._closed = False
-
-    def _close_gate(self) -> None:
-        with self._gate:
-            self._closed = True
-            self._gate.wait_for(lambda: self._inside == 0)
-
-    def _reopen_gate(self) -> None:
-        with self._gate:
-            self._closed = False
-            self._gate.notify_all()
-
-    def _enter(self) -> None:
-        with self._gate:
-            while self._closed:
-                self._gate.wait()
-            self._inside += 1
-
-    def _leave(self) -> None:
-        with self._gate:
-            self._inside -= 1
-            if self._closed:
-                self._gate.notify_all()
+        Only where the forking thread was alone can tbb end its workers before the fork. Otherwise the
+        child has what they left behind, their locks too, and not them.
+        """
+        if self._users - {threading.get_ident()}:
+            self.layer = "serial"
+        self._users.clear()
 
     def start(self) -> None:
         """Start the threads, with tbb where it is installed. Not done at import."""
@@ -374,11 +352,10 @@ class _Pool:
         if alone and not self._busy.acquire(blocking=False):
             kernel.run(0, tasks, call)  # workqueue aborts the process when two threads enter it
             return
-        self._enter()
+        self._users.add(threading.get_ident())
         try:
             _parallel_loop()(kernel.address, shares, tasks, call)
         finally:
-            self._leave()
             if alone:
                 self._busy.release()
 
