@@ -21,7 +21,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from limits import Limit, copy, triad
+from limits import Limit, aligned, copy, triad
 from shapes import DENSE, SMALL, resnet50
 
 import nbbn
@@ -34,14 +34,6 @@ LARGE = 50e6  # bytes of an output from which the machine's limit is the yardsti
 SUMMARY = ("torch/nbbn, geometric mean", "torch/nbbn, least", "nbbn/limit, most, from 50 MB")
 
 Contender = Callable[[], Any]
-
-
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an array on a cache line, its pages touched, as PyTorch's allocator would give it."""
-    size = math.prod(shape)
-    memory = np.zeros(size + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + size].reshape(shape)
 
 
 def turn(call: Contender) -> float:

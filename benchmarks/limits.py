@@ -6,6 +6,7 @@ prints how fast the memory is read, written and copied by one thread and by two,
 and another writes.
 """
 
+import math
 import statistics
 import time
 
@@ -18,6 +19,14 @@ from nbbn.cpu.call import CALL, read
 from nbbn.cpu.simd import LANES, STREAM_BYTES, fence, load, pointer, splat, store, stream
 
 BLOCK = 4096  # elements of a task
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array on a cache line, its pages touched, as PyTorch's allocator would give it."""
+    size = math.prod(shape)
+    memory = np.zeros(size + 16, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + size].reshape(shape)
 
 
 @kernel
@@ -109,9 +118,8 @@ class Limit:
 
 
 def main(size: int = 25 << 20, rounds: int = 21) -> None:
-    memory = np.ones((2, size + LANES), np.float32)
-    start = -address(memory[1]) % STREAM_BYTES // 4
-    x, out = memory[0, :size], memory[1, start : start + size]
+    x, out = aligned((size,)), aligned((size,))
+    x[...] = 1
     calls = {name: Limit(name, out, x) for name in (copy, read_only, write_only, read_beside_write)}
     pool.start()
     most = min(2, numba.get_num_threads())

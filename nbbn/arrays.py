@@ -8,7 +8,6 @@ import ctypes
 import math
 import operator
 import sys
-from collections.abc import Iterable
 from typing import Any, cast
 
 import numpy as np
@@ -108,7 +107,7 @@ def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
         raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
 
 
-def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, Any]]) -> None:
+def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
     """Check that `out` can take a result of x's shape and type; it may be x itself."""
     array = checked("out", out)
     same_kind("out", array, x)
@@ -116,7 +115,7 @@ def output(out: Any, x: np.ndarray, inputs: Iterable[tuple[str, Any]]) -> None:
         raise ValueError("out must be writable, got a read-only array")
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
-    for name, other in inputs:
+    for name, other in {"x": x, **inputs}.items():
         if other is None or not _overlap(array, other):
             continue
         if name == "x" and array.strides == x.strides and address(array) == address(x):

@@ -15,6 +15,7 @@ from nbbn import arrays, memory
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import pool
 from nbbn.dispatch import find
+from nbbn.geometry import Strides
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
@@ -57,9 +58,10 @@ class BatchNormGradients(NamedTuple):
     bias: np.ndarray
 
 
-def _threads(x: np.ndarray) -> int:
-    """Return how many threads may work on x."""
-    return 1 if x.size < SERIAL_ELEMENTS else pool.threads()
+def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...]) -> Any:
+    """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
+    threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
+    return find(x.shape, axis, strides, x.dtype, threads)
 
 
 def batch_stats(x: np.ndarray, *, axis: int = 1) -> BatchStats:
@@ -97,7 +99,7 @@ def batch_stats(x: np.ndarray, *, axis: int = 1) -> BatchStats:
     if x.size == 0:
         return BatchStats(0, np.zeros(channels), np.zeros(channels))
     stats = np.empty((3, channels))
-    find(x.shape, axis, (x.strides,), x.dtype, _threads(x)).stats(address(x), address(stats))
+    _run(x, axis, (x.strides,)).stats(address(x), address(stats))
     return BatchStats(x.size // channels, stats[0], stats[1])
 
 
@@ -135,14 +137,7 @@ def train(
     if out is None:
         out = memory.empty_like(x)
     else:
-        inputs = (
-            ("x", x),
-            ("weight", weight),
-            ("bias", bias),
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-        )
-        arrays.output(out, x, inputs)
+        arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if x.size == 0:
         stats = np.zeros((3, channels))
         with np.errstate(divide="ignore"):
@@ -151,7 +146,7 @@ def train(
     stats = np.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
-    run = find(x.shape, axis, (x.strides, out.strides), x.dtype, _threads(x))
+    run = _run(x, axis, (x.strides, out.strides))
     run.forward(address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction)
     return out, stats, count
 
@@ -317,16 +312,9 @@ def batch_norm(
     if out is None:
         out = memory.empty_like(x)
     else:
-        inputs = (
-            ("x", x),
-            ("weight", weight),
-            ("bias", bias),
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-        )
-        arrays.output(out, x, inputs)
+        arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if x.size:
-        run = find(x.shape, axis, (x.strides, out.strides), x.dtype, _threads(x))
+        run = _run(x, axis, (x.strides, out.strides))
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps)
     return out
 
@@ -420,12 +408,11 @@ def batch_norm_backward(
     if out is None:
         out = memory.empty_like(x)
     else:
-        inputs = (("x", x), ("grad_out", grad_out), ("weight", weight), ("mean", mean), ("invstd", invstd))
-        arrays.output(out, x, inputs)
+        arrays.output(out, x, grad_out=grad_out, weight=weight, mean=mean, invstd=invstd)
     if x.size == 0:
         return BatchNormGradients(out, np.zeros(channels), np.zeros(channels))
     gradients = np.empty((2, channels))
-    run = find(x.shape, axis, (x.strides, grad_out.strides, out.strides), x.dtype, _threads(x))
+    run = _run(x, axis, (x.strides, grad_out.strides, out.strides))
     run.backward(address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training)
     return BatchNormGradients(out, gradients[0], gradients[1])
 

@@ -97,6 +97,19 @@ def chunk_rows(call, chunk):
     return begin, min(call.rows, begin + call.chunk)
 
 
+@loop
+def group_of(call, number):
+    """Return the first channel of a group, and how many it has."""
+    channel = number * call.group
+    return channel, min(call.group, call.channels - channel)
+
+
+@loop
+def partials_of(call, chunk, channel):
+    """Return where a chunk leaves what it knows of a channel; PARTIALS numbers, `channels` apart."""
+    return after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
+
+
 # --- forward ---------------------------------------------------------------------------------------
 
 
@@ -162,7 +175,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width
-    means = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
+    means = partials_of(call, chunk, channel)
     rests = after(means, call.channels)
     m2s = after(rests, call.channels)
     guesses = scratch(ROOM, real)  # of columns
@@ -243,17 +256,17 @@ def pool_chunks(call, first, last):
         for chunk in range(call.chunks):
             begin, end = chunk_rows(call, chunk)
             more = float(position(call, end) - position(call, begin))
-            means = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels)
+            means = partials_of(call, chunk, c)
             rests = after(means, call.channels)
             m2s = after(rests, call.channels)
-            new_mean = load_first(means, c, here)
-            new_rest = load_first(rests, c, here)
+            new_mean = load_first(means, 0, here)
+            new_rest = load_first(rests, 0, here)
             between = nothing
             if chunk == 0:
                 mean, rest = new_mean, new_rest
             else:
                 mean, rest, between = merge(count, mean, rest, nothing, more, new_mean, new_rest, nothing)
-            m2, small = two_sum(m2, load_first(m2s, c, here))
+            m2, small = two_sum(m2, load_first(m2s, 0, here))
             lost = lost + small
             m2, small = two_sum(m2, between)
             lost = lost + small
@@ -315,13 +328,12 @@ def forward(first, last, address, real):
     buffer = scratch(ROW_BUFFERS, real)
     tile = no_tile(tables)
     for task in range(first, last):
-        channel = task * call.group
-        group = min(call.group, call.channels - channel)
+        channel, group = group_of(call, task)
         for chunk in range(call.chunks):
             chunk_stats(call, chunk, channel, group, tile, buffer, real)
         finish_channels(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 3, tables, real)
-    write_normalized_rows(call, plain(0), call.rows, tile, call.stream, buffer, real)
+    write_normalized_rows(call, plain(0), call.rows, tile, buffer, real)
     if call.stream == 1:
         fence()
     if call.updates == 1:
@@ -334,8 +346,7 @@ def collect_stats(first, last, address, real):
     call = read(address)
     buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
-        channel = task % call.groups * call.group
-        group = min(call.group, call.channels - channel)
+        channel, group = group_of(call, task % call.groups)
         chunk_stats(call, task // call.groups, channel, group, no_tile(buffer), buffer, real)
 
 
@@ -362,14 +373,19 @@ def normalize(first, last, address, real):
     tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
-        channel = task % call.groups * call.group
-        group = min(call.group, call.channels - channel)
+        channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, 3, tables, real)
         slab = task // call.groups * call.slab
         until = min(call.rows, slab + call.slab)
-        write_normalized_rows(call, slab, until, tile, call.stream, buffer, real)
+        write_normalized_rows(call, slab, until, tile, buffer, real)
     if call.stream == 1:
         fence()
+
+
+@loop
+def splat_tables(tables, channel, room):
+    """What one channel is normalized with, in every lane."""
+    return splat(tables[channel]), splat(tables[room + channel]), splat(tables[2 * room + channel])
 
 
 @loop
@@ -381,11 +397,7 @@ def normalize_run(call, channel, last, x, out, real):
     """
     tables = pointer(call.tables, real)
     room = call.room
-    mean, scale, shift = (
-        splat(tables[channel]),
-        splat(tables[room + channel]),
-        splat(tables[2 * room + channel]),
-    )
+    mean, scale, shift = splat_tables(tables, channel, room)
     j = channel * call.inner
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
@@ -400,8 +412,7 @@ def normalize_run(call, channel, last, x, out, real):
             value = normalized(values, mean, scale, shift)
             while border < j + here:
                 channel += 1
-                mean, scale = splat(tables[channel]), splat(tables[room + channel])
-                shift = splat(tables[2 * room + channel])
+                mean, scale, shift = splat_tables(tables, channel, room)
                 value = choose((1 << (border - j)) - 1, value, normalized(values, mean, scale, shift))
                 border += call.inner
             if here < LANES:
@@ -461,7 +472,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
     width = LANES if single else call.inner
     mask = 0 if single else -1
     span = call.fold * group * width
-    partials = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
+    partials = partials_of(call, chunk, channel)
     mean_of_channel = scratch(ROOM, np.float64)
     sums = scratch(ROOM, np.float64)
     lost = scratch(ROOM, np.float64)
@@ -500,7 +511,7 @@ def finish_gradients(call, first, last, real):
         product = 0.0
         product_lost = 0.0
         for chunk in range(call.chunks):
-            sums = after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + c)
+            sums = partials_of(call, chunk, c)
             grad_bias, more = two_sum(grad_bias, sums[0])
             bias_lost += sums[call.channels] + more
             product, more = two_sum(product, sums[2 * call.channels])
@@ -535,13 +546,12 @@ def backward(first, last, address, real):
     buffer = scratch(ROW_BUFFERS, real)
     tile = no_tile(tables)
     for task in range(first, last):
-        channel = task * call.group
-        group = min(call.group, call.channels - channel)
+        channel, group = group_of(call, task)
         for chunk in range(call.chunks):
             chunk_gradients(call, chunk, channel, group, tile, buffer, real)
         finish_gradients(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 5, tables, real)
-    write_gradient_rows(call, plain(0), call.rows, tile, call.stream, buffer, real)
+    write_gradient_rows(call, plain(0), call.rows, tile, buffer, real)
     if call.stream == 1:
         fence()
 
@@ -552,8 +562,7 @@ def backward_reduce(first, last, address, real):
     call = read(address)
     buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
-        channel = task % call.groups * call.group
-        group = min(call.group, call.channels - channel)
+        channel, group = group_of(call, task % call.groups)
         chunk_gradients(call, task // call.groups, channel, group, no_tile(buffer), buffer, real)
 
 
@@ -571,11 +580,10 @@ def backward_apply(first, last, address, real):
     tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, real)
     for task in range(first, last):
-        channel = task % call.groups * call.group
-        group = min(call.group, call.channels - channel)
+        channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, 5, tables, real)
         slab = task // call.groups * call.slab
         until = min(call.rows, slab + call.slab)
-        write_gradient_rows(call, slab, until, tile, call.stream, buffer, real)
+        write_gradient_rows(call, slab, until, tile, buffer, real)
     if call.stream == 1:
         fence()

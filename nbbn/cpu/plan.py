@@ -19,7 +19,6 @@ SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 OWN_COLUMNS = 128  # a channel that is as long as this is summed by itself, into LANES sums
 SLAB_ROWS = 16  # written together
 AHEAD = 4096  # bytes that are asked for before they are looked at
-SERIAL_ELEMENTS = 1 << 15  # below, waking the threads costs more than they save
 
 
 def _cache_bytes(level: int, otherwise: int) -> int:

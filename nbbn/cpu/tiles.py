@@ -34,7 +34,7 @@ from nbbn.formulas import gradient, normalized, squared_deviation, two_sum
 COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
-ROWS = 16  # that are read at a time; half as many where they are long rows of one channel
+ROWS = 16  # of all operands, that are read at a time at most
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
 SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
 
@@ -243,7 +243,7 @@ def apart(call, first, last, wanted):
 
     Rows that follow each other in memory would be `wanted` short streams. So the rows are read from
     that many places of the block at once; what is left over, and a last row that is not full, is read
-    a row at a time.
+    in the order of memory.
     """
     full = last if call.pieces > 1 else min(last, call.outer // call.fold)
     return max(0, full - first) // wanted
@@ -435,24 +435,21 @@ def _write_part(name, numbers_at, value):
         numbers = numbers_at(tables, c, room)
         size = 8 if exact(real) else 4
         ahead = -address(out) % STREAM_BYTES
-        if streaming and ahead % size == 0:
+        streaming = streaming and ahead % size == 0
+        if streaming:
             j = min(first + ahead // size, count)
             if first == 0 and j > 0:
                 store_first(out, first, value(row, first, j, numbers), j)
             if last < count:
                 end = min(last + ahead // size, count)
-            while j + LANES <= end:
-                if c != j & mask:
-                    c = j & mask
-                    numbers = numbers_at(tables, c, room)
-                stream(out, j, value(row, j, j + LANES, numbers))
-                j += LANES
         while j < end:
             if c != j & mask:
                 c = j & mask
                 numbers = numbers_at(tables, c, room)
             if j + LANES > end:
                 store_first(out, j, value(row, j, end, numbers), end - j)
+            elif streaming:
+                stream(out, j, value(row, j, j + LANES, numbers))
             else:
                 store(out, j, value(row, j, j + LANES, numbers))
             j += LANES
@@ -464,12 +461,12 @@ def _write_rows(name, reads, write_part):
     """Return a loop that writes rows of a tile, wherever their columns lie."""
 
     @variant(name)
-    def write_rows(call, first, last, tile, stream, buffer, real):
+    def write_rows(call, first, last, tile, buffer, real):
         out_of_line()
         channel = tile[0]
         group = tile[1]
         direct = call.at_out.gather == 0
-        streaming = direct and stream == 1
+        streaming = direct and call.stream == 1
         for row in range(first, last):
             step, piece = locate(call, row)
             steps, count = extent(call, step, piece)
@@ -523,7 +520,7 @@ def _down(name, reads, look, write_part, write_rows):
         outs = scratch(ROWS, np.int64)
         widths = scratch(ROWS, np.int64)
         writing = tile[1] > 0
-        gathers = call.at_x.gather | call.at_out.gather | (call.at_grad_out.gather if reads > 1 else 0)
+        gathers = call.at_x.gather | call.at_grad_out.gather | call.at_out.gather
         direct = writing and gathers == 0
         span = SPAN if direct else COLUMNS
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
@@ -581,7 +578,7 @@ def _down(name, reads, look, write_part, write_rows):
                     write_part(out, (dy, x), start, stop, widths[k] * tile[1], call.stream == 1, tile, real)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
-                write_rows(call, row + k * pitch, row + k * pitch + 1, tile, call.stream, buffer, real)
+                write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, real)
             row += 1 if many else number
             if many and row == first + far:
                 row = first + at_once * far
