@@ -6,8 +6,10 @@ its first use, once for each type, to a C function `(first, last, call)`. That o
 ways of running it: called as it is, and from the one parallel loop of this module.
 """
 
+import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -15,7 +17,7 @@ import os
 import pathlib
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any, cast
 
@@ -46,10 +48,7 @@ def _no_executable(library, function, environment):
 
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _HelperLowering(NativeLowering):
-    """Lowering without machine code: of a helper, only the LLVM code is wanted, to be inlined.
-
-    It is a quarter of the time that the first call takes.
-    """
+    """Lowering without machine code: of a helper, only its own LLVM code is wanted, to be inlined."""
 
     _name = "nbbn_helper_lowering"
 
@@ -58,12 +57,14 @@ class _HelperLowering(NativeLowering):
         library = state.library = target.codegen().create_library(state.func_id.func_qualname)
 
         def finalize_without_code():
-            library._finalize_dynamic_globals()
+            for function in library._final_module.functions:
+                if not function.is_declaration:
+                    function.linkage = "linkonce_odr"
+            library._shared_module = library._final_module
             library._finalized = True
 
-        library._finalize_final_module = finalize_without_code
+        library.finalize = finalize_without_code
         library._optimize_functions = lambda module: None
-        library._optimize_final_module = lambda: None
         target.get_executable = _no_executable
         try:
             return super().run_pass(state)
@@ -71,14 +72,77 @@ class _HelperLowering(NativeLowering):
             del target.get_executable
 
 
-class _HelperCompiler(CompilerBase):
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _KernelLowering(NativeLowering):
+    """Lowering of a kernel, which links all the helpers that it calls, and those that they call."""
+
+    _name = "nbbn_kernel_lowering"
+
+    def run_pass(self, state):
+        library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
+        library.enable_object_caching()
+        linked = set()
+
+        def link(part):
+            if part in linked:
+                return
+            linked.add(part)
+            part._ensure_finalized()
+            # The caller first: of linkonce_odr functions, only those that are called are linked in.
+            library._linking_libraries.append(part)
+            for called in part._linking_libraries:
+                link(called)
+
+        library.add_linking_library = link
+        return super().run_pass(state)
+
+
+# What Numba does to a function that helpers have no use for: they contain no closures, no array
+# expressions, no exceptions, and nothing that is decided by a literal.
+_NOT_FOR_HELPERS = frozenset(
+    {
+        "WithLifting",
+        "InlineClosureLikes",
+        "RewriteSemanticConstants",
+        "DeadBranchPrune",
+        "RewriteDynamicRaises",
+        "MakeFunctionToJitFunction",
+        "InlineInlinables",
+        "FindLiterallyCalls",
+        "LiteralUnroll",
+        "LiteralPropagationSubPipelinePass",
+        "InlineOverloads",
+        "NopythonRewrites",
+        "NoPythonSupportedFeatureValidation",
+        "DumpParforDiagnostics",
+    }
+)
+
+
+class _Compiler(CompilerBase):
+    """Numba's own pipeline with another lowering, and without what is not wanted."""
+
+    lowering: type
+    unwanted: frozenset[str] = frozenset()
+
     def define_pipelines(self):
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
         passes.passes = [
-            (_HelperLowering if step is NativeLowering else step, text) for step, text in passes.passes
+            (self.lowering if step is NativeLowering else step, text)
+            for step, text in passes.passes
+            if step.__name__ not in self.unwanted
         ]
         passes.finalize()
         return [passes]
+
+
+class _HelperCompiler(_Compiler):
+    lowering = _HelperLowering
+    unwanted = _NOT_FOR_HELPERS
+
+
+class _KernelCompiler(_Compiler):
+    lowering = _KernelLowering
 
 
 # Helpers are only ever called from compiled code: they need no way in from Python or C.
@@ -192,9 +256,23 @@ class _Cache(FunctionCache):
         return (*super()._index_key(signature, codegen), sources_version())
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Compiling makes millions of objects, and going through them all, time and again, costs a tenth."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_no_garbage_collection()
 def _compile(function: Callable[..., None], signature: Any) -> CFunc:
     """Compile a kernel to a C function, or load it from the cache."""
-    compiled = CFunc(function, (signature.args, signature.return_type), {}, dict(_OPTIONS))
+    types_of_it = signature.args, signature.return_type
+    compiled = CFunc(function, types_of_it, {}, dict(_OPTIONS), pipeline_class=_KernelCompiler)
     try:
         compiled._cache = _Cache(function)
     except (OSError, RuntimeError) as error:  # Numba's RuntimeError: no directory can be written to
@@ -271,6 +349,7 @@ def _share(address, shares, tasks, call):
 
 
 @functools.cache
+@_no_garbage_collection()
 def _parallel_loop() -> Callable[[int, int, int, int], None]:
     signature = types.void(*[types.int64] * 4)
     try:
