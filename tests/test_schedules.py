@@ -17,14 +17,15 @@ from nbbn.cpu import plan
 # Only when and where something is computed: the same bits as ever.
 SCHEDULES = {
     "threads": {"functional.SERIAL_ELEMENTS": 0},
-    "streaming": {"plan.STREAM_BYTES": 0},
-    "no_streaming": {"plan.STREAM_BYTES": 1 << 62},
+    "streaming": {"plan.STREAM_BYTES": 0, "plan.STREAM_PLANES_BYTES": 0},
+    "no_streaming": {"plan.STREAM_BYTES": 1 << 62, "plan.STREAM_PLANES_BYTES": 1 << 62},
     "no_cache": {"functional.SERIAL_ELEMENTS": 0, "plan.L2_BYTES": 0, "plan.L3_BYTES": 0},
     "endless_cache": {"functional.SERIAL_ELEMENTS": 0, "plan.L2_BYTES": 1 << 62, "plan.L3_BYTES": 1 << 62},
     "short_slabs": {"functional.SERIAL_ELEMENTS": 0, "plan.SLAB_ROWS": 1},
     "streaming_without_cache": {
         "functional.SERIAL_ELEMENTS": 0,
         "plan.STREAM_BYTES": 0,
+        "plan.STREAM_PLANES_BYTES": 0,
         "plan.L2_BYTES": 0,
         "plan.L3_BYTES": 0,
         "plan.SLAB_ROWS": 3,

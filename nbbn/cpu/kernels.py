@@ -33,6 +33,7 @@ from nbbn.cpu.simd import (
 from nbbn.cpu.tiles import (
     ROOM,
     ROWS,
+    add_to,
     exact,
     extent,
     fill,
@@ -47,7 +48,9 @@ from nbbn.cpu.tiles import (
     to_channels,
     to_columns,
     write_gradient_rows,
+    write_gradient_run,
     write_normalized_rows,
+    write_normalized_run,
 )
 from nbbn.formulas import (
     gradient_parameters,
@@ -453,6 +456,32 @@ def normalize_planes(first, last, address, real):
         fence()
 
 
+@loop
+def repeated_tables(call, number, repeated, real):
+    """Return tables that begin again after call.period columns, ROOM apart, a vector more to read beyond."""
+    out_of_line()
+    tables = pointer(call.tables, real)
+    for k in range(number):
+        c = 0
+        for column in range(call.period + LANES):
+            repeated[k * ROOM + column] = tables[k * call.room + c]
+            c = 0 if c + 1 == call.channels else c + 1
+    return repeated
+
+
+@kernel
+def normalize_columns(first, last, address, real):
+    """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
+    call = read(address)
+    tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
+    x = pointer(call.x, real)
+    streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
+    begin, end = first * call.channels, last * call.channels
+    write_normalized_run(pointer(call.out, real), (x, x), begin, end, tables, call.period, streaming, real)
+    if streaming:
+        fence()
+
+
 @kernel
 def update_running_stats(first, last, address, real):
     """One task, after all that reads a running statistic or writes what may lie over one."""
@@ -499,31 +528,42 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
 
 
 @loop
+def pool_gradients(call, first, last):
+    """Add up the partials of the channels first … last - 1, in the order of the chunks.
+
+    Σ dy goes to grad_bias's place, Σ dy · (x - mean) to grad_weight's for the time being.
+    """
+    stats = pointer(call.stats, np.float64)
+    for c in range(first, last, LANES):
+        here = min(LANES, last - c)
+        total = splat(0.0), splat(0.0)
+        product = splat(0.0), splat(0.0)
+        for chunk in range(call.chunks):
+            sums = partials_of(call, chunk, c)
+            lost = load_first(sums, call.channels, here)
+            total = add_to(total, load_first(sums, 0, here), lost)
+            lost = load_first(sums, 3 * call.channels, here)
+            product = add_to(product, load_first(sums, 2 * call.channels, here), lost)
+        store_first(stats, c, product[0] + product[1], here)
+        store_first(stats, call.channels + c, total[0] + total[1], here)
+
+
+@loop
 def finish_gradients(call, first, last, real):
     """From partials to grad_weight, grad_bias and the tables of grad_x."""
+    pool_gradients(call, first, last)
     stats = pointer(call.stats, np.float64)
     tables = pointer(call.tables, real)
     pad = call.room
     count = float(call.outer * call.inner)
     for c in range(first, last):
-        grad_bias = 0.0
-        bias_lost = 0.0
-        product = 0.0
-        product_lost = 0.0
-        for chunk in range(call.chunks):
-            sums = partials_of(call, chunk, c)
-            grad_bias, more = two_sum(grad_bias, sums[0])
-            bias_lost += sums[call.channels] + more
-            product, more = two_sum(product, sums[2 * call.channels])
-            product_lost += sums[3 * call.channels] + more
-        grad_bias += bias_lost
         mean = parameter(call.mean, c, 0.0)
         invstd = parameter(call.var, c, 1.0)
         rounded = real(mean)
         lost = mean - np.float64(rounded)
-        grad_weight = (product + product_lost) * invstd
+        grad_bias = stats[call.channels + c]
+        grad_weight = stats[c] * invstd
         stats[c] = grad_weight
-        stats[call.channels + c] = grad_bias
         scale = parameter(call.weight, c, 1.0) * invstd
         unit = power_of_two(invstd)
         slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count)
@@ -586,4 +626,17 @@ def backward_apply(first, last, address, real):
         until = min(call.rows, slab + call.slab)
         write_gradient_rows(call, slab, until, tile, buffer, real)
     if call.stream == 1:
+        fence()
+
+
+@kernel
+def apply_columns(first, last, address, real):
+    """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
+    call = read(address)
+    tables = repeated_tables(call, 5, scratch(TABLES_ROOM, real), real)
+    row = pointer(call.grad_out, real), pointer(call.x, real)
+    streaming = call.stream == 1
+    begin, end = first * call.channels, last * call.channels
+    write_gradient_run(pointer(call.out, real), row, begin, end, tables, call.period, streaming, real)
+    if streaming:
         fence()

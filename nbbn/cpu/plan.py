@@ -148,6 +148,16 @@ class Plan:
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
         )
+        row = self.channels * size
+        period = self.channels * (LANES // math.gcd(LANES, self.channels))
+        self.by_columns = (
+            geometry.inner == 1
+            and dims == 1
+            and period <= COLUMNS
+            and (threads == 1 or tiling.outer >= 8 * threads)
+            and all(_joined(a, geometry, size) and a.outer[0] == row for a in (x, grad_out, out))
+        )
+        self.outer = tiling.outer
         fields: list[int] = []
         for k, layout in enumerate((x, grad_out, out), start=1):
             joined = _joined(layout, geometry, size) or (
@@ -178,6 +188,7 @@ class Plan:
             self._ahead(geometry, size),
             int(out_bytes >= STREAM_BYTES),
             int(out_bytes >= STREAM_PLANES_BYTES),
+            period,
         ]
         self.record = struct.pack(f"d{len(fields)}q", 1.0, *fields)
         assert len(self.record) == np.dtype(PLAN).itemsize

@@ -18,7 +18,8 @@ from nbbn.geometry import canonical
 _ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("2q")
 SERIAL_PARTIALS = 1 << 15
-KEPT_WORDS = 1024  # a call with no more memory than this is kept: few bytes beside its plan's own
+OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
+KEPT_WORDS = 1 << 17  # what a larger one worked in is kept for others up to here
 
 
 _KERNELS = {
@@ -27,15 +28,23 @@ _KERNELS = {
         kernels.collect_stats,
         kernels.finish_stats,
         kernels.normalize,
+        kernels.normalize_columns,
         kernels.update_running_stats,
     ),
-    "evaluation": (kernels.use_running_stats, kernels.normalize, kernels.normalize_planes),
+    "evaluation": (
+        kernels.use_running_stats,
+        kernels.normalize,
+        kernels.normalize_columns,
+        kernels.normalize_planes,
+    ),
     "backward": (
         kernels.backward,
         kernels.backward_reduce,
         kernels.finish_backward,
         kernels.backward_apply,
+        kernels.apply_columns,
         kernels.normalize,
+        kernels.normalize_columns,
     ),
 }
 
@@ -47,19 +56,48 @@ def compile_for(real: type, operations: Iterable[str]) -> None:
             entry(name, real)
 
 
+class _Room:
+    """Memory that a call works in."""
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+        self._memory = np.empty(words)
+        self.address = address(self._memory)
+
+
+_rooms: list[_Room] = []  # nobody works in; as many as there ever were calls at once
+
+
+def _room(words: int) -> _Room:
+    try:
+        room = _rooms.pop()
+    except IndexError:
+        return _Room(words)
+    return room if room.words >= words else _Room(words)
+
+
 class _Call:
-    """The record that the kernels of one call read, and the memory that they work in."""
+    """The record that the kernels of one call read."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._scratch = np.empty(plan.words)
-        partials = address(self._scratch)
-        tables = partials + 8 * plan.partial_words
-        record = bytearray(_ARGUMENTS.size) + _ROOMS.pack(partials, tables + -tables % 64) + plan.record
-        self._record = np.frombuffer(record, np.uint8)
+        self.room: _Room | None = None
+        self._buffer = bytearray(_ARGUMENTS.size + _ROOMS.size) + plan.record
+        self._record = np.frombuffer(self._buffer, np.uint8)
         self._at = address(self._record)
-        self.set = partial(_ARGUMENTS.pack_into, record, 0)
+        self.set = partial(_ARGUMENTS.pack_into, self._buffer, 0)
         """Sets nbbn.cpu.call.ARGUMENTS, all that differs from call to call."""
+
+    def enter(self, room: _Room) -> None:
+        self.room = room
+        tables = room.address + 8 * self.plan.partial_words
+        _ROOMS.pack_into(self._buffer, _ARGUMENTS.size, room.address, tables + -tables % 64)
+
+    def leave(self) -> None:
+        """Leave the room to the next call."""
+        if self.room is not None and self.room.words <= KEPT_WORDS:
+            _rooms.append(self.room)
+        self.room = None
 
     def normalize_grad_out(self) -> None:
         """From here on, grad_out takes the place of x."""
@@ -87,6 +125,12 @@ class Run:
         self._groups = plan.groups
         self._tiles = plan.chunks * plan.groups
         self._slabs = plan.slabs * plan.groups
+        # What writes the result where nothing stays in cache, and over how many tasks.
+        self._normalizes = kernels.normalize, self._slabs
+        self._applies = kernels.backward_apply, self._slabs
+        if plan.by_columns:
+            self._normalizes = kernels.normalize_columns, plan.outer
+            self._applies = kernels.apply_columns, plan.outer
         # Few partial results are not worth waking the threads for.
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
         self._finishers = 1 if few else plan.threads
@@ -97,13 +141,17 @@ class Run:
 
     def _take(self) -> _Call:
         try:
-            return self._idle.pop()  # no other thread gets the same one
+            call = self._idle.pop()  # no other thread gets the same one
         except IndexError:
-            return _Call(self.plan)
+            call = _Call(self.plan)
+        if call.room is None:
+            call.enter(_room(self.plan.words))
+        return call
 
     def _give_back(self, call: _Call) -> None:
-        if self.plan.words <= KEPT_WORDS:
-            self._idle.append(call)
+        if self.plan.words > OWN_WORDS:
+            call.leave()
+        self._idle.append(call)
 
     def _compile(self, *names: str) -> None:
         """Compile all that a call will run before any of it runs: what raises has changed nothing."""
@@ -151,10 +199,10 @@ class Run:
         if plan.resident:
             call(kernels.forward, self._groups)
         else:
-            self._compile(kernels.collect_stats, kernels.finish_stats, kernels.normalize)
+            self._compile(kernels.collect_stats, kernels.finish_stats, self._normalizes[0])
             call(kernels.collect_stats, self._tiles)
             call(kernels.finish_stats, self._blocks, self._finishers)
-            call(kernels.normalize, self._slabs)
+            call(*self._normalizes)
         if updates and not alone:
             call(kernels.update_running_stats, 1)
         self._give_back(call)
@@ -171,7 +219,7 @@ class Run:
     ) -> None:
         """Evaluation: normalize with the running statistics."""
         plan = self.plan
-        kernel, tasks = kernels.normalize, self._slabs
+        kernel, tasks = self._normalizes
         if plan.by_planes:
             kernel, tasks = kernels.normalize_planes, plan.planes
         self._compile(kernels.use_running_stats, kernel)
@@ -207,12 +255,12 @@ class Run:
             call(kernels.backward, self._groups)
             self._give_back(call)
             return
-        last = kernels.backward_apply if training else kernels.normalize
+        last, tasks = self._applies if training else self._normalizes
         self._compile(kernels.backward_reduce, kernels.finish_backward, last)
         call(kernels.backward_reduce, self._tiles)
         call(kernels.finish_backward, self._blocks, self._finishers)
         if not training:
             call.normalize_grad_out()
-        call(last, self._slabs)
+        call(last, tasks)
         if training:
             self._give_back(call)

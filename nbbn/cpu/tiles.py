@@ -457,6 +457,38 @@ def _write_part(name, numbers_at, value):
     return write_part
 
 
+def _write_run(name, numbers_at, value):
+    """Return a loop that writes many rows that follow each other in memory, as one."""
+
+    @variant(name)
+    def write_run(out, row, first, last, tables, period, streaming, real):
+        """Write the columns first … last - 1 of all; the tables begin again after `period` of them."""
+        size = 8 if exact(real) else 4
+        ahead = -(address(out) + first * size) % STREAM_BYTES
+        streaming = streaming and ahead % size == 0
+        j = first
+        c = 0
+        here = min(last - j, ahead // size if streaming else 0)
+        while j < last:
+            numbers = numbers_at(tables, c, ROOM)
+            if here > 0 or j + LANES > last:
+                here = here if here > 0 else last - j
+                store_first(out, j, value(row, j, j + here, numbers), here)
+                j += here
+                c += here
+                here = 0
+            else:
+                if streaming:
+                    stream(out, j, value(row, j, j + LANES, numbers))
+                else:
+                    store(out, j, value(row, j, j + LANES, numbers))
+                j += LANES
+                c += LANES
+            c = c - period if c >= period else c
+
+    return write_run
+
+
 def _write_rows(name, reads, write_part):
     """Return a loop that writes rows of a tile, wherever their columns lie."""
 
@@ -590,5 +622,7 @@ _write_normalized = _write_part("normalized", tables_of_x, normalized_at)
 _write_gradient = _write_part("gradient", tables_of_gradient, gradient_at)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized)
 write_gradient_rows = _write_rows("gradient", 2, _write_gradient)
+write_normalized_run = _write_run("normalized", tables_of_x, normalized_at)
+write_gradient_run = _write_run("gradient", tables_of_gradient, gradient_at)
 look_down = _down("forward", 1, look_at_rows, _write_normalized, write_normalized_rows)
 look_down_both = _down("backward", 2, multiply_rows, _write_gradient, write_gradient_rows)
