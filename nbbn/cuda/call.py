@@ -1,0 +1,69 @@
+"""What a kernel is told: named tuples of integers, which Numba passes as so many separate parameters."""
+
+from typing import NamedTuple
+
+
+class Operand(NamedTuple):
+    """An array: x, grad_out, or the result."""
+
+    address: int  # of the walk's first element
+    channel: int  # bytes from a channel to the next
+    inner: int  # bytes from an inner element to the next
+    outer: int  # bytes from an outer step to the next, where there is one outer dimension
+    strides: int  # address of int64[dims]: bytes per step of each outer dimension
+
+
+class Parameter(NamedTuple):
+    """A number per channel."""
+
+    address: int  # 0: not given
+    stride: int  # bytes
+    size: int  # bytes of an element
+
+
+class Arrays(NamedTuple):
+    """What differs from call to call."""
+
+    x: Operand
+    grad_out: Operand
+    out: Operand  # also grad_x
+    stats: int  # float64[3, channels]: mean, var, invstd; backward: grad_weight, grad_bias
+    weight: Parameter
+    bias: Parameter
+    mean: Parameter  # backward: the batch mean; otherwise the running mean
+    var: Parameter  # backward: invstd; otherwise the running variance
+    partials: int  # float64[parts, 4, channels]; of teams: float64[2, teams, team, 4]
+    tables: int  # real[5, channels]: what the result is computed with
+    barriers: int  # uint32[teams], 0 at first
+    training: int
+
+    def flat(self) -> tuple[int, ...]:
+        """Return all the integers, in the order in which a kernel takes them."""
+        return (
+            *self.x, *self.grad_out, *self.out, self.stats, *self.weight, *self.bias, *self.mean, *self.var,
+            self.partials, self.tables, self.barriers, self.training,
+        )  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """How the work is cut up: what a plan knows ahead."""
+
+    channels: int
+    inner: int  # elements
+    outer: int  # steps: the product of the outer dimensions
+    dims: int  # outer dimensions
+    sizes: int  # address of int64[dims]
+    part: int  # what a block takes of a channel: elements; of a tile of channels: outer steps
+    parts: int
+    step_outer: int  # from one access of a thread to its next: outer steps,
+    step_inner: int  # and inner elements
+    team: int  # blocks that share a channel, each of which keeps a part of it
+    teams: int
+
+
+class Numbers(NamedTuple):
+    """The numbers that are not integers."""
+
+    eps: float
+    momentum: float
+    correction: float

@@ -1,0 +1,185 @@
+"""The stages of each operation, in order, on a GPU: which kernels run, in how many blocks.
+
+Nothing here waits for the GPU: the work, and the memory that it works in, are put in order on the
+caller's stream.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from nbbn.arrays import ABSENT
+from nbbn.cuda import kernels, target
+from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
+from nbbn.cuda.plan import THREADS, VECTOR_BYTES, Form, Plan
+from nbbn.dispatch import Problem
+from nbbn.geometry import canonical
+
+Kernel = Callable[..., Any]
+Where = tuple[int, int, int]  # a parameter: address, stride and size of an element in bytes
+
+
+class _Call:
+    """The launches of one operation, all of them compiled before the first is launched."""
+
+    def __init__(self, run: "Run", stream: int) -> None:
+        self._run = run
+        self._stream = stream
+        self._memory = target.Memory(run.plan.nbytes, run.plan.barriers, stream)
+        self._launches: list[tuple[target.Launcher, Form, tuple[Any, ...]]] = []
+
+    def arrays(
+        self,
+        operands: tuple[Operand, Operand, Operand],
+        stats: int,
+        weight: Where = ABSENT,
+        bias: Where = ABSENT,
+        mean: Where = ABSENT,
+        var: Where = ABSENT,
+        training: bool = True,
+    ) -> Arrays:
+        """Return what the kernels of this call have to know of its arrays."""
+        memory, plan = self._memory.address, self._run.plan
+        parameters = Parameter(*weight), Parameter(*bias), Parameter(*mean), Parameter(*var)
+        return Arrays(
+            *operands,
+            stats,
+            *parameters,
+            partials=memory + plan.partials,
+            tables=memory + plan.tables,
+            barriers=memory,
+            training=int(training),
+        )
+
+    def add(self, kernel: Kernel, form: Form, arrays: Arrays, *numbers: Numbers) -> None:
+        """Launch a kernel after those that were added before."""
+        arguments = (arrays, form.cut, *numbers)
+        together = arrays.x.address | arrays.grad_out.address | arrays.out.address
+        launcher = self._run.launcher(kernel, form, together % VECTOR_BYTES == 0, arguments)
+        self._launches.append((launcher, form, arguments))
+
+    def launch(self) -> None:
+        """Launch them all."""
+        for launcher, form, arguments in self._launches:
+            launcher(form.blocks, form.shared, self._stream, *arguments)
+        self._memory.free()
+
+
+class Run:
+    """Runs the operations on one problem. All arrays are given by their addresses on the device."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.device = int(problem.device.partition(":")[2] or 0)
+        geometry = canonical(problem.shape, problem.axis, *problem.strides)
+        with target.current(self.device):
+            self.plan = plan = Plan(geometry, problem.dtype.type, self.device)
+        self._finish = plan.general._replace(threads=plan.finishers, blocks=plan.channels)
+        self._channels = plan.general._replace(threads=THREADS, blocks=-(-plan.channels // THREADS))
+        columns = plan.columns
+        self._collects = kernels.collect_columns if columns else kernels.collect_rows
+        self._normalizes = kernels.normalize_columns if columns else kernels.normalize_rows
+        self._reduces = kernels.reduce_columns if columns else kernels.reduce_rows
+        self._applies = kernels.apply_columns if columns else kernels.apply_rows
+
+        self._launchers: dict[tuple[Any, ...], target.Launcher] = {}
+
+    def launcher(
+        self, kernel: Kernel, form: Form, aligned: bool, arguments: tuple[Any, ...]
+    ) -> target.Launcher:
+        """Return a kernel of this problem, compiled."""
+        key = kernel, form.threads, form.teams > 0, aligned
+        try:
+            return self._launchers[key]
+        except KeyError:
+            names = self.plan.names(form, aligned)
+            found = target.launcher(kernel, names, target.signature(arguments), self.device)
+            self._launchers[key] = found
+            return found
+
+    def stats(self, x: int, stats: int, stream: int = 0) -> None:
+        """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
+        with target.current(self.device):
+            call = _Call(self, stream)
+            arrays = call.arrays(self.plan.operands(x, x, x), stats)
+            call.add(self._collects, self.plan.general, arrays)
+            call.add(kernels.finish_stats, self._finish, arrays, Numbers(0.0, 0.0, 0.0))
+            call.launch()
+
+    def forward(
+        self,
+        x: int,
+        out: int,
+        stats: int,
+        weight: Where,
+        bias: Where,
+        mean: Where,
+        var: Where,
+        eps: float,
+        momentum: float,
+        correction: float,
+        stream: int = 0,
+    ) -> None:
+        """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`.
+
+        The running statistics, those that there are, are updated.
+        """
+        plan = self.plan
+        numbers = Numbers(float(eps), float(momentum), float(correction))
+        with target.current(self.device):
+            call = _Call(self, stream)
+            arrays = call.arrays(plan.operands(x, x, out), stats, weight, bias, mean, var)
+            if plan.resident is not None:
+                call.add(kernels.forward_rows, plan.resident, arrays, numbers)
+            else:
+                call.add(self._collects, plan.general, arrays)
+                call.add(kernels.finish_stats, self._finish, arrays, numbers)
+                call.add(self._normalizes, plan.general, arrays)
+            call.launch()
+
+    def evaluate(
+        self,
+        x: int,
+        out: int,
+        weight: Where,
+        bias: Where,
+        mean: Where,
+        var: Where,
+        eps: float,
+        stream: int = 0,
+    ) -> None:
+        """Evaluation: normalize with the running statistics."""
+        plan = self.plan
+        with target.current(self.device):
+            call = _Call(self, stream)
+            arrays = call.arrays(plan.operands(x, x, out), 0, weight, bias, mean, var)
+            call.add(kernels.use_running_stats, self._channels, arrays, Numbers(float(eps), 0.0, 0.0))
+            call.add(self._normalizes, plan.general, arrays)
+            call.launch()
+
+    def backward(
+        self,
+        x: int,
+        grad_out: int,
+        grad_x: int,
+        gradients: int,
+        weight: Where,
+        mean: Where,
+        invstd: Where,
+        training: bool,
+        stream: int = 0,
+    ) -> None:
+        """grad_x, and grad_weight and grad_bias into float64[2, C] at `gradients`."""
+        plan = self.plan
+        with target.current(self.device):
+            call = _Call(self, stream)
+            operands = plan.operands(x, grad_out, grad_x)
+            arrays = call.arrays(operands, gradients, weight, ABSENT, mean, invstd, training)
+            if plan.resident is not None and training:
+                call.add(kernels.backward_rows, plan.resident, arrays)
+            else:
+                call.add(self._reduces, plan.general, arrays)
+                call.add(kernels.finish_backward, self._finish, arrays)
+                if training:
+                    call.add(self._applies, plan.general, arrays)
+                else:  # grad_x = scale · dy: dy takes the place of x
+                    call.add(self._normalizes, plan.general, arrays._replace(x=arrays.grad_out))
+            call.launch()

@@ -1,0 +1,49 @@
+"""The CUDA kernels without a GPU: in Numba's simulator, and in an emulator whose blocks can wait."""
+
+import ast
+
+import pytest
+
+SIMULATED = (0, 2, 4, 5, 8)  # of the shapes in simulated.py; the emulator, which is fast, takes them all
+
+
+@pytest.fixture
+def simulate(python):
+    """Run a line of Python beside the simulated kernels, and return the value that it prints."""
+
+    def run(line):
+        code = f"import numpy as np, simulated\nfrom simulated import Case, LAYOUTS\n{line}"
+        return ast.literal_eval(python(code, timeout=600, NUMBA_ENABLE_CUDASIM="1"))
+
+    return run
+
+
+@pytest.mark.parametrize("index", SIMULATED)
+def test_against_the_oracle(simulate, seed, index):
+    dtype = ("float32", "float64")[(index + seed) % 2]
+    assert simulate(f"simulated.check_shape({seed}, {index}, {dtype!r})\nprint(True)")
+
+
+@pytest.mark.parametrize("check", ["teams({seed})", "shapes({seed})"])
+def test_interleaved_blocks(simulate, seed, check):
+    pytest.importorskip("greenlet")
+    line = f"simulated.emulate({seed})\nsimulated.check_{check.format(seed=seed)}\nprint(True)"
+    assert simulate(line)
+
+
+def test_the_shapes_go_through_all_forms(simulate):
+    forms = simulate("print(simulated.all_forms())")
+    assert {("columns", "general"), ("rows", "general"), ("rows", "resident")} == {
+        (form[0], form[3]) for form in forms
+    }
+    for way in ("columns", "rows"):
+        of_it = [form for form in forms if form[0] == way]
+        assert {form[1] for form in of_it} == {"vectors", "elements"}
+        assert {form[2] for form in of_it} == {"parts", "one part"}
+
+
+@pytest.mark.parametrize(
+    "check", ["constants()", "offsets({seed})", "isolation({seed})", "bits({seed})", "running({seed})"]
+)
+def test_properties(simulate, seed, check):
+    assert simulate(f"simulated.check_{check.format(seed=seed)}\nprint(True)")
