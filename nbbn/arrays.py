@@ -1,7 +1,7 @@
-"""The array layer: what an argument is, where it lies, and whether it will do.
+"""Whether an argument will do: an array of its shape, type and place in memory, a number of its range.
 
-Everything below the public functions sees NumPy arrays and addresses; nothing above knows of addresses.
-A framework is recognized by looking at the module that a type comes from, never by importing it.
+All arrays are NumPy arrays here, or NumPy's views of other arrays (`nbbn.frameworks`). Of a view of a
+GPU's memory nothing is read but where and how it lies.
 """
 
 import ctypes
@@ -13,19 +13,18 @@ from typing import Any, cast
 import numpy as np
 
 from nbbn.dtypes import NAMES, REALS
-from nbbn.errors import DeviceError
+from nbbn.frameworks import SUPPORTED, all_memory, kind_of, unsupported
 
 Parameter = tuple[int, int, int]  # address, stride and size of an element in bytes; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
 
-# All memory, as words; and where, after the head of every object, a NumPy array has its data pointer.
-_memory = (ctypes.c_ssize_t * (1 << 45)).from_address(0)
+# Where, after the head of every object, a NumPy array has its data pointer.
 _DATA = object.__basicsize__
 
 
 def _read_address(array: np.ndarray) -> int:
-    return _memory[(id(array) + _DATA) >> 3]
+    return all_memory[(id(array) + _DATA) >> 3]
 
 
 def _ask_address(array: np.ndarray) -> int:
@@ -46,26 +45,12 @@ address = _read_address if _reads_addresses() else _ask_address
 
 
 def checked(name: str, value: Any) -> np.ndarray:
-    """Return `value` as a NumPy array of a supported type, without copying, or raise."""
-    if type(value) is not np.ndarray:
-        value = _as_numpy(name, value)
+    """Return an array, if it is one of a supported type, or raise."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be {SUPPORTED}, got {kind_of(value)}")
     if value.dtype not in REALS:
-        raise TypeError(f"{name} must be {NAMES} in native byte order, got dtype {value.dtype}")
-    return value  # type: ignore[no-any-return]
-
-
-def _as_numpy(name: str, value: Any) -> np.ndarray:
-    kind = type(value)
-    if isinstance(value, np.ndarray):
-        if isinstance(value, (np.matrix, np.ma.MaskedArray)):
-            raise TypeError(f"{name} must be a NumPy array, got {kind.__name__}, whose arithmetic differs")
-        return value.view(np.ndarray)
-    if hasattr(value, "__cuda_array_interface__"):
-        raise DeviceError(
-            f"{name} lies on a GPU ({kind.__module__}.{kind.__name__}), where this version of nbbn does "
-            "not compute; it needs a NumPy array"
-        )
-    raise TypeError(f"{name} must be a NumPy array, got {kind.__module__}.{kind.__name__}")
+        raise unsupported(name, value.dtype)
+    return value
 
 
 def channel_axis(x: np.ndarray, axis: Any) -> int:
@@ -86,14 +71,17 @@ def parameter(name: str, value: Any, channels: int, updated: bool = False) -> Pa
     """
     if value is None:
         return ABSENT
-    if type(value) is not np.ndarray or value.dtype not in REALS:
-        value = checked(name, value)
+    if value.dtype not in REALS:
+        raise unsupported(name, value.dtype)
     if value.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {value.shape}")
     stride = value.strides[0]
     if updated:
         if not value.flags.writeable:
-            raise ValueError(f"{name} must be writable, since training updates it, got a read-only array")
+            raise ValueError(
+                f"{name} must be writable, since training updates it, got a read-only array; "
+                "batch_norm_forward writes to nothing"
+            )
         if channels > 1 and abs(stride) < value.itemsize:
             raise ValueError(f"{name} must not overlap itself, got stride {stride}")
     return address(value), stride, value.itemsize

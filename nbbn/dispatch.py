@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbbn.errors import DeviceError
 from nbbn.geometry import Strides
 
 
@@ -27,7 +28,7 @@ class Problem(NamedTuple):
     threads : int
         How many may work on it. Never changes the result.
     device : str
-        Where the arrays lie: "cpu".
+        Where the arrays lie: "cpu" or "cuda:N".
     """
 
     shape: tuple[int, ...]
@@ -46,7 +47,19 @@ def _cpu(problem: Problem) -> Any:
     return Run(problem)
 
 
-IMPLEMENTATIONS = [_cpu]
+def _cuda(problem: Problem) -> Any:
+    if not problem.device.startswith("cuda:"):
+        return None
+    from nbbn.cuda.target import why_not
+
+    if (reason := why_not()) is not None:
+        raise DeviceError(f"arrays on {problem.device} cannot be computed with: {reason}")
+    from nbbn.cuda.run import Run
+
+    return Run(problem)
+
+
+IMPLEMENTATIONS = [_cpu, _cuda]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -58,7 +71,10 @@ def find(
     threads: int,
     device: str = "cpu",
 ) -> Any:
-    """Return what runs the stages of a problem, whose parts these are: see `nbbn.cpu.run.Run`."""
+    """Return what runs the stages of a problem, whose parts these are: see `nbbn.cpu.run.Run`.
+
+    On a GPU its methods have one more argument, the last one: the address of a CUstream.
+    """
     problem = Problem(shape, axis, strides, dtype, threads, device)
     for implementation in IMPLEMENTATIONS:
         if (run := implementation(problem)) is not None:

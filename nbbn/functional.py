@@ -1,5 +1,10 @@
 """Batch normalization as functions on arrays: what is asked, checked, and passed on.
 
+An array is one of NumPy, PyTorch, JAX, CuPy or Numba's CUDA target, or any that has ``__dlpack__`` and
+lies in the memory of the host. It is never copied. All arrays of a call are on one device, and there it is
+computed; on a GPU on the stream that is current for x's library, which the host does not wait for. The
+results are of x's kind; the other arguments may be of other kinds.
+
 The mathematics is that of S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
 Training by Reducing Internal Covariate Shift", arXiv 1502.03167. Every function validates all of its
 arguments before it computes, and computes before it writes any state.
@@ -11,15 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn import arrays, memory
+from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import pool
 from nbbn.dispatch import find
+from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.geometry import Strides
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
 SERIAL_ELEMENTS = 1 << 15
+
+# With these alone there is nothing to find out about a call. Asked in line: a small call takes few µs.
+_Array = np.ndarray
+_OWN = frozenset({np.ndarray, type(None)})
 
 
 class BatchNormForward(NamedTuple):
@@ -27,18 +37,18 @@ class BatchNormForward(NamedTuple):
 
     Attributes
     ----------
-    out : numpy.ndarray
-        The normalized array, of x's shape, dtype and memory layout.
-    mean, var, invstd : numpy.ndarray
-        float64, shape (C,): mean, biased variance, and 1 / sqrt(var + eps).
+    out : array
+        The normalized array, of x's kind, shape, dtype and memory layout.
+    mean, var, invstd : array
+        float64 (in JAX without x64: float32), shape (C,): mean, biased variance, and 1 / sqrt(var + eps).
     count : int
         Values per channel.
     """
 
-    out: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray
-    invstd: np.ndarray
+    out: Array
+    mean: Array
+    var: Array
+    invstd: Array
     count: int  # type: ignore[assignment]  # tuple.count is given up for the usual name
 
 
@@ -47,45 +57,59 @@ class BatchNormGradients(NamedTuple):
 
     Attributes
     ----------
-    x : numpy.ndarray
-        Of x's shape, dtype and memory layout.
-    weight, bias : numpy.ndarray
-        float64, shape (C,).
+    x : array
+        Of x's kind, shape, dtype and memory layout.
+    weight, bias : array
+        float64 (in JAX without x64: float32), shape (C,).
     """
 
-    x: np.ndarray
-    weight: np.ndarray
-    bias: np.ndarray
+    x: Array
+    weight: Array
+    bias: Array
 
 
-def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...]) -> Any:
+def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
+    if here is not HOST and here.device != CPU:
+        return here.on_stream(find(x.shape, axis, strides, x.dtype, 1, here.device))
     threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
     return find(x.shape, axis, strides, x.dtype, threads)
 
 
-def batch_stats(x: np.ndarray, *, axis: int = 1) -> BatchStats:
+def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
+    """Return the length of the channel axis, which may have to be the number of a module's features."""
+    channels: int = x.shape[axis]
+    if features is not None and channels != features:
+        raise ValueError(
+            f"x must have {features} channels (num_features) on axis {axis}, got {channels} (shape {x.shape})"
+        )
+    return channels
+
+
+def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     """Count, mean and biased variance of each channel.
 
     Parameters
     ----------
-    x : numpy.ndarray
-        float32 or float64, at least two dimensions, any strides.
+    x : array
+        Of any kind (see `batch_norm`), float32 or float64, at least two dimensions, any strides.
     axis : int, default 1
         The channel axis, of length C.
 
     Returns
     -------
     BatchStats
-        ``count`` (int), ``mean`` and ``var`` (float64, shape (C,)). An empty array has count, mean
-        and variance 0, which changes nothing that it is merged with.
+        ``count`` (int), ``mean`` and ``var`` (of x's kind, float64, shape (C,)). An empty array has
+        count, mean and variance 0, which changes nothing that it is merged with.
 
     Raises
     ------
     TypeError
-        If `x` is not a NumPy array of float32 or float64, or `axis` not an int.
+        If `x` is not an array of float32 or float64, or `axis` not an int.
     ValueError
         If `x` has fewer than two dimensions, or `axis` is out of range.
+    nbbn.DeviceError
+        If the arrays are on different devices, or on one that cannot be computed with.
 
     Examples
     --------
@@ -93,18 +117,23 @@ def batch_stats(x: np.ndarray, *, axis: int = 1) -> BatchStats:
     >>> nbbn.batch_stats(np.array([[1.0, 10.0], [3.0, 30.0]]))
     BatchStats(count=2, mean=array([ 2., 20.]), var=array([  1., 100.]))
     """
+    here = HOST
+    if type(x) is not _Array:
+        here, (x,) = place(x, {})
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
     if x.size == 0:
-        return BatchStats(0, np.zeros(channels), np.zeros(channels))
-    stats = np.empty((3, channels))
-    _run(x, axis, (x.strides,)).stats(address(x), address(stats))
+        stats = here.rows(here.put(np.zeros((2, channels))))
+        return BatchStats(0, stats[0], stats[1])
+    stats = here.empty((3, channels))
+    _run(x, axis, (x.strides,), here).stats(address(x), address(stats))
+    stats = here.rows(stats)
     return BatchStats(x.size // channels, stats[0], stats[1])
 
 
 def train(
-    x: np.ndarray,
+    x: Any,
     weight: Any,
     bias: Any,
     eps: Any,
@@ -114,14 +143,36 @@ def train(
     running_var: Any = None,
     momentum: float = 0.0,
     correction: float = 1.0,
-) -> tuple[np.ndarray, np.ndarray, int]:
+    features: int | None = None,
+) -> tuple[Any, np.ndarray, int, Place]:
     """Check, normalize with x's own statistics, and update the running ones, in this order.
 
-    Return the output, float64[3, C] (mean, var, invstd), and the number of values per channel.
+    Return the output, float64[3, C] (mean, var, invstd) as the place of the call has it, the number of
+    values per channel, and that place.
     """
+    here, result = HOST, out
+    if not (
+        type(x) is _Array
+        and type(weight) in _OWN
+        and type(bias) in _OWN
+        and type(out) in _OWN
+        and type(running_mean) in _OWN
+        and type(running_var) in _OWN
+    ):
+        here, (x, weight, bias, running_mean, running_var, out) = place(
+            x,
+            {
+                "weight": weight,
+                "bias": bias,
+                "running_mean": running_mean,
+                "running_var": running_var,
+                "out": out,
+            },
+            written=("running_mean", "running_var", "out"),
+        )
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
-    channels = x.shape[axis]
+    channels = _channels(x, axis, features)
     gamma = arrays.parameter("weight", weight, channels)
     beta = arrays.parameter("bias", bias, channels)
     mean = arrays.parameter("running_mean", running_mean, channels, updated=True)
@@ -135,30 +186,37 @@ def train(
     if x.size and running_var is not None and count <= correction:
         raise ValueError(f"x must have more than {correction:g} values per channel (correction), got {count}")
     if out is None:
-        out = memory.empty_like(x)
+        out = here.empty_like(x)
     else:
         arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if x.size == 0:
         stats = np.zeros((3, channels))
         with np.errstate(divide="ignore"):
             stats[2] = 1.0 / np.sqrt(np.float64(eps))
-        return out, stats, 0
-    stats = np.empty((3, channels))
+        return (
+            (out if here is HOST else here.result(out)) if result is None else result,
+            here.put(stats),
+            0,
+            here,
+        )
+    stats = here.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
-    run = _run(x, axis, (x.strides, out.strides))
-    run.forward(address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction)
-    return out, stats, count
+    run = _run(x, axis, (x.strides, out.strides), here)
+    run.forward(
+        address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction
+    )  # fmt: skip
+    return (out if here is HOST else here.result(out)) if result is None else result, stats, count, here
 
 
 def batch_norm_forward(
-    x: np.ndarray,
-    weight: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
     *,
     eps: float = 1e-5,
     axis: int = 1,
-    out: np.ndarray | None = None,
+    out: Array | None = None,
 ) -> BatchNormForward:
     """Normalize x with its own statistics, as in training; touches no state.
 
@@ -167,15 +225,16 @@ def batch_norm_forward(
 
     Parameters
     ----------
-    x : numpy.ndarray
-        float32 or float64, at least two dimensions, any strides; more than one value per channel.
-    weight, bias : numpy.ndarray, optional
+    x : array
+        Of any kind (see `batch_norm`), float32 or float64, at least two dimensions, any strides; more
+        than one value per channel.
+    weight, bias : array, optional
         float32 or float64, shape (C,). Without them, 1 and 0.
     eps : float, default 1e-5
         Added to the variance; at least 0.
     axis : int, default 1
         The channel axis, of length C.
-    out : numpy.ndarray, optional
+    out : array, optional
         Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
@@ -188,10 +247,12 @@ def batch_norm_forward(
     Raises
     ------
     TypeError
-        If an array is not a NumPy array of float32 or float64, or a number not a number.
+        If an array is not one, or not of float32 or float64, or a number not a number.
     ValueError
         If a shape or a value does not fit, `x` has one value per channel, or `out` overlaps an input
         without being x.
+    nbbn.DeviceError
+        If the arrays are on different devices, or on one that cannot be computed with.
 
     References
     ----------
@@ -208,23 +269,24 @@ def batch_norm_forward(
     >>> mean, count
     (array([ 2., 20.]), 2)
     """
-    out, (mean, var, invstd), count = train(x, weight, bias, eps, axis, out)
-    return BatchNormForward(out, mean, var, invstd, count)
+    out, stats, count, here = train(x, weight, bias, eps, axis, out)
+    stats = here.rows(stats)
+    return BatchNormForward(out, stats[0], stats[1], stats[2], count)
 
 
 def batch_norm(
-    x: np.ndarray,
-    running_mean: np.ndarray | None = None,
-    running_var: np.ndarray | None = None,
-    weight: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
+    x: Array,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     axis: int = 1,
-    out: np.ndarray | None = None,
-) -> np.ndarray:
+    out: Array | None = None,
+) -> Array:
     """Batch normalization, with the positional arguments of ``torch.nn.functional.batch_norm``.
 
     In training, x is normalized with its own mean and biased variance, and the running statistics
@@ -237,12 +299,16 @@ def batch_norm(
 
     Parameters
     ----------
-    x : numpy.ndarray
-        float32 or float64, at least two dimensions, any strides.
-    running_mean, running_var : numpy.ndarray, optional
-        float32 or float64, shape (C,), any stride. Both are needed in evaluation; in training each
-        is updated if it is given.
-    weight, bias : numpy.ndarray, optional
+    x : array
+        Of NumPy, PyTorch, CuPy, JAX or Numba's CUDA target, or any array in the memory of the host that
+        has ``__dlpack__`` and the namespace of the array API standard. float32 or float64, at least two
+        dimensions, any strides. It is read where it lies, on the CPU or a GPU, and computed with there;
+        on a GPU on the stream that is current for x's library, and the host does not wait.
+    running_mean, running_var : array, optional
+        float32 or float64, shape (C,), any stride; like all other arrays on x's device, of x's kind or
+        another. Both are needed in evaluation; in training each is updated if it is given, which
+        JAX's, being immutable, cannot be: `batch_norm_forward` does without.
+    weight, bias : array, optional
         float32 or float64, shape (C,). Without them, 1 and 0.
     training : bool, default False
         Whether to normalize with x's own statistics.
@@ -253,22 +319,24 @@ def batch_norm(
         Added to the variance; at least 0.
     axis : int, default 1
         The channel axis, of length C.
-    out : numpy.ndarray, optional
+    out : array, optional
         Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
-    numpy.ndarray
-        `out`, or a new array of x's shape, dtype and memory layout.
+    array
+        `out`, or a new array of x's kind, shape, dtype and memory layout.
 
     Raises
     ------
     TypeError
-        If an array is not a NumPy array of float32 or float64, or a number not a number.
+        If an array is not one, or not of float32 or float64, or a number not a number.
     ValueError
         If a shape or a value does not fit, running statistics are missing in evaluation or cannot be
         written in training, x has one value per channel in training, or `out` overlaps an input
         without being x. Nothing has been written then.
+    nbbn.DeviceError
+        If the arrays are on different devices, or on one that cannot be computed with.
 
     References
     ----------
@@ -298,9 +366,44 @@ def batch_norm(
         return train(x, weight, bias, eps, axis, out, running_mean, running_var, momentum)[0]
     if momentum is not None:
         arrays.number("momentum", momentum, 0.0, 1.0)
+    return evaluate(x, running_mean, running_var, weight, bias, eps, axis, out)[0]
+
+
+def evaluate(
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    eps: Any,
+    axis: Any,
+    out: Any = None,
+    features: int | None = None,
+) -> tuple[Any, Place]:
+    """Check, and normalize with the running statistics; return the output, and where that was."""
+    here, result = HOST, out
+    if not (
+        type(x) is _Array
+        and type(running_mean) in _OWN
+        and type(running_var) in _OWN
+        and type(weight) in _OWN
+        and type(bias) in _OWN
+        and type(out) in _OWN
+    ):
+        here, (x, running_mean, running_var, weight, bias, out) = place(
+            x,
+            {
+                "running_mean": running_mean,
+                "running_var": running_var,
+                "weight": weight,
+                "bias": bias,
+                "out": out,
+            },
+            written=("out",),
+        )
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
-    channels = x.shape[axis]
+    channels = _channels(x, axis, features)
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is None:
             raise ValueError(f"{name} must be given in evaluation (training=False), got None")
@@ -310,25 +413,25 @@ def batch_norm(
     beta = arrays.parameter("bias", bias, channels)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
-        out = memory.empty_like(x)
+        out = here.empty_like(x)
     else:
         arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if x.size:
-        run = _run(x, axis, (x.strides, out.strides))
+        run = _run(x, axis, (x.strides, out.strides), here)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps)
-    return out
+    return (out if here is HOST else here.result(out)) if result is None else result, here
 
 
 def batch_norm_backward(
-    grad_out: np.ndarray,
-    x: np.ndarray,
-    weight: np.ndarray | None = None,
+    grad_out: Array,
+    x: Array,
+    weight: Array | None = None,
     *,
-    mean: np.ndarray,
-    invstd: np.ndarray,
+    mean: Array,
+    invstd: Array,
     axis: int = 1,
     training: bool = True,
-    out: np.ndarray | None = None,
+    out: Array | None = None,
 ) -> BatchNormGradients:
     """The gradients of batch normalization.
 
@@ -342,20 +445,21 @@ def batch_norm_backward(
 
     Parameters
     ----------
-    grad_out : numpy.ndarray
+    grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x : numpy.ndarray
-        What was normalized: float32 or float64, at least two dimensions, any strides.
-    weight : numpy.ndarray, optional
+    x : array
+        What was normalized: of any kind (see `batch_norm`), float32 or float64, at least two
+        dimensions, any strides.
+    weight : array, optional
         float32 or float64, shape (C,). Without it, 1.
-    mean, invstd : numpy.ndarray
+    mean, invstd : array
         float32 or float64, shape (C,): what x was normalized with, as `batch_norm_forward` returns
         it; in evaluation running_mean and 1 / sqrt(running_var + eps).
     axis : int, default 1
         The channel axis, of length C.
     training : bool, default True
         Whether mean and invstd are x's own statistics, and depend on it.
-    out : numpy.ndarray, optional
+    out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
     Returns
@@ -368,10 +472,12 @@ def batch_norm_backward(
     Raises
     ------
     TypeError
-        If an array is not a NumPy array of float32 or float64, or `grad_out` not of x's dtype.
+        If an array is not one, or not of float32 or float64, or `grad_out` not of x's dtype.
     ValueError
         If a shape or a value does not fit, `x` has one value per channel in training, or `out`
         overlaps an input without being x.
+    nbbn.DeviceError
+        If the arrays are on different devices, or on one that cannot be computed with.
 
     References
     ----------
@@ -391,7 +497,40 @@ def batch_norm_backward(
            [-0.2204],
            [ 0.0441]])
     """
+    grad_x, gradients, here = differentiate(grad_out, x, weight, mean, invstd, axis, training, out)
+    gradients = here.rows(gradients)
+    return BatchNormGradients(grad_x, gradients[0], gradients[1])
+
+
+def differentiate(
+    grad_out: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    invstd: Any,
+    axis: Any,
+    training: Any,
+    out: Any = None,
+) -> tuple[Any, np.ndarray, Place]:
+    """Check, and compute the gradients.
+
+    Return that of x, float64[2, C] (weight, bias) as the place of the call has it, and that place.
+    """
     training = arrays.flag("training", training)
+    here, result = HOST, out
+    if not (
+        type(x) is _Array
+        and type(grad_out) in _OWN
+        and type(weight) in _OWN
+        and type(mean) in _OWN
+        and type(invstd) in _OWN
+        and type(out) in _OWN
+    ):
+        here, (x, grad_out, weight, mean, invstd, out) = place(
+            x,
+            {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out},
+            written=("out",),
+        )
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
@@ -406,15 +545,18 @@ def batch_norm_backward(
             f"x must have more than one value per channel in training, got shape {x.shape} with axis {axis}"
         )
     if out is None:
-        out = memory.empty_like(x)
+        out = here.empty_like(x)
     else:
         arrays.output(out, x, grad_out=grad_out, weight=weight, mean=mean, invstd=invstd)
     if x.size == 0:
-        return BatchNormGradients(out, np.zeros(channels), np.zeros(channels))
-    gradients = np.empty((2, channels))
-    run = _run(x, axis, (x.strides, grad_out.strides, out.strides))
-    run.backward(address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training)
-    return BatchNormGradients(out, gradients[0], gradients[1])
+        gradients = here.put(np.zeros((2, channels)))
+        return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
+    gradients = here.empty((2, channels))
+    run = _run(x, axis, (x.strides, grad_out.strides, out.strides), here)
+    run.backward(
+        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training
+    )  # fmt: skip
+    return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
 
 
 def _needed(name: str, value: Any, channels: int) -> Parameter:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from typing import Any
 
 from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
@@ -69,15 +70,19 @@ def kernel_cache() -> str:
 
 
 def cuda() -> str:
-    """Return which CUDA device there is, or why there is none."""
-    if version("numba-cuda") == "not installed":
-        return 'no: numba-cuda is not installed (pip install "nbbn[cuda]")'
+    """Return which CUDA devices there are, or why there is none."""
+    from nbbn.cuda.target import SIMULATED, why_not
+
+    if SIMULATED:
+        return "Numba's simulator (NUMBA_ENABLE_CUDASIM)"
+    if (reason := why_not()) is not None:
+        return f"no: {reason}"
     from numba import cuda  # 0.1 s, so only here
 
-    if not cuda.is_available():
-        reason = cuda.cuda_error() or "no device found"
-        return f"no: {' '.join(str(reason).split())}"
-    device = cuda.get_current_device()
+    return "; ".join(_device(device) for device in cuda.gpus)
+
+
+def _device(device: Any) -> str:
     name = device.name.decode() if isinstance(device.name, bytes) else device.name
     major, minor = device.compute_capability
-    return f"{name}, compute capability {major}.{minor}; this version of nbbn has no CUDA kernels yet"
+    return f"{name}, compute capability {major}.{minor}"

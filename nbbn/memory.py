@@ -138,3 +138,13 @@ def empty_like(x: np.ndarray) -> np.ndarray:
     axes = sorted(range(x.ndim), key=lambda d: -abs(x.strides[d]))
     flat = np.asarray(_Owner(nbytes, (math.prod(x.shape),), x.dtype))
     return flat.reshape([x.shape[d] for d in axes]).transpose(np.argsort(axes))
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Return a new C-ordered array that begins on a cache line, not set to anything."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >= SMALLEST and _pool.limit:
+        return np.asarray(_Owner(nbytes, shape, dtype))
+    block = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -block.__array_interface__["data"][0] % ALIGNMENT
+    return block[start : start + nbytes].view(dtype).reshape(shape)

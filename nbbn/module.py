@@ -1,26 +1,33 @@
 """class BatchNorm: parameters, running statistics, modes, and what a backward pass needs."""
 
+import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbbn import arrays
+from nbbn.columns import Columns, columns_on
 from nbbn.errors import DeviceError
-from nbbn.functional import batch_norm, batch_norm_backward, train
+from nbbn.frameworks import CPU
+from nbbn.functional import differentiate, evaluate, train
+
+log = logging.getLogger("nbbn")
 
 _PARAMETERS = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
+_GRADIENTS = ("grad_weight", "grad_bias")
+_COLUMNS = (*_PARAMETERS, *_STATISTICS, *_GRADIENTS)  # what lies on the device; the counter never does
 
 
 class _Saved(NamedTuple):
     """What the last forward call left for the backward one."""
 
-    x: np.ndarray
-    mean: np.ndarray
-    invstd: np.ndarray
+    x: Any
+    mean: Any
+    invstd: Any
     training: bool
 
 
@@ -47,15 +54,16 @@ class BatchNorm:
     dtype : str or numpy.dtype, default "float32"
         Of parameters and running statistics: float32 or float64. Inputs may be of either.
     device : str, default "cpu"
-        Where parameters and statistics live. This version has the CPU only.
+        Where parameters and statistics live, and inputs must: "cpu", "cuda:N", or "cuda" for the GPU
+        that Numba has as its current one.
 
     Attributes
     ----------
-    weight, bias : numpy.ndarray or None
-        Shape (C,).
-    grad_weight, grad_bias : numpy.ndarray or None
+    weight, bias : numpy.ndarray, Numba device array, or None
+        Shape (C,). On a GPU Numba device arrays, which CuPy, PyTorch and others take as they are.
+    grad_weight, grad_bias : numpy.ndarray, Numba device array, or None
         Of the last `backward`, in the module's dtype; not accumulated.
-    running_mean, running_var : numpy.ndarray or None
+    running_mean, running_var : numpy.ndarray, Numba device array, or None
         Shape (C,).
     num_batches_tracked : numpy.ndarray or None
         0-d, int64.
@@ -74,7 +82,11 @@ class BatchNorm:
     Notes
     -----
     `backward` belongs to the last call: it needs the x of that call unchanged, and keeps it alive.
-    Calls from several threads are safe as far as the running statistics go.
+    Calls from several threads are safe as far as the running statistics go. On a GPU a call works on the
+    stream that is current for x's library: calls on several streams have to be put in order by the caller.
+
+    A copy or a pickle holds copies in the memory of the host. It comes back on its device, or, where there
+    is no such device, on the CPU, with a warning in the log.
 
     References
     ----------
@@ -93,10 +105,10 @@ class BatchNorm:
     array([[0., 0.]])
     """
 
-    weight: np.ndarray | None
-    bias: np.ndarray | None
-    running_mean: np.ndarray | None
-    running_var: np.ndarray | None
+    weight: Any
+    bias: Any
+    running_mean: Any
+    running_var: Any
     num_batches_tracked: np.ndarray | None
 
     def __init__(
@@ -122,10 +134,10 @@ class BatchNorm:
         self.axis = arrays.integer("axis", axis)
         self.correction = arrays.number("correction", correction, 0.0, float("inf"))
         self.dtype = np.dtype(arrays.real(dtype))
-        self.device = _device(device)
+        self._columns = columns_on(device)
         self.training = True
-        self.grad_weight: np.ndarray | None = None
-        self.grad_bias: np.ndarray | None = None
+        self.grad_weight: Any = None
+        self.grad_bias: Any = None
         self._saved: _Saved | None = None
         self._lock = threading.Lock()
         self.reset_parameters()
@@ -137,27 +149,49 @@ class BatchNorm:
             f"correction={self.correction:g}, dtype='{self.dtype}', device='{self.device}')"
         )
 
+    @property
+    def device(self) -> str:
+        """Where parameters and statistics live: "cpu" or "cuda:N"."""
+        return self._columns.device
+
     # What cannot be copied or pickled is made anew; the x of the last call stays behind.
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "_saved": None}
+        state = {**self.__dict__, "_lock": None, "_saved": None, "_columns": self.device}
+        return state if self.device == CPU else state | self._moved(self._columns.host)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
+        self.__dict__.update(state, _lock=threading.Lock(), _columns=Columns())
+        try:
+            self.to(state["_columns"])
+        except DeviceError as error:
+            log.warning("a BatchNorm comes back on the CPU: %s", error)
+
+    def __copy__(self) -> "BatchNorm":
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _lock=threading.Lock(), _saved=None)
+        return twin
+
+    def _moved(self, move: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the columns that there are, moved."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return {name: move(column) for name, column in columns.items() if column is not None}
 
     def reset_running_stats(self) -> None:
         """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0."""
         if not self.track_running_stats:
             self.running_mean = self.running_var = self.num_batches_tracked = None
             return
-        self.running_mean = np.zeros(self.num_features, self.dtype)
-        self.running_var = np.ones(self.num_features, self.dtype)
+        self.running_mean = self._columns.new(np.zeros(self.num_features, self.dtype))
+        self.running_var = self._columns.new(np.ones(self.num_features, self.dtype))
         self.num_batches_tracked = np.zeros((), np.int64)
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, and reset the running statistics."""
         self.reset_running_stats()
-        self.weight = np.ones(self.num_features, self.dtype) if self.affine else None
-        self.bias = np.zeros(self.num_features, self.dtype) if self.affine else None
+        self.weight = self.bias = None
+        if self.affine:
+            self.weight = self._columns.new(np.ones(self.num_features, self.dtype))
+            self.bias = self._columns.new(np.zeros(self.num_features, self.dtype))
 
     def train(self, mode: bool = True) -> "BatchNorm":
         """Set the mode: batch statistics, and running ones updated; return self.
@@ -175,71 +209,73 @@ class BatchNorm:
         return self.train(False)
 
     def to(self, device: str) -> "BatchNorm":
-        """Move parameters and running statistics to a device; return self.
+        """Move parameters, running statistics and gradients to a device; return self.
+
+        `backward` then needs a call on the new device before it.
+
+        Parameters
+        ----------
+        device : str
+            "cpu", "cuda" or "cuda:N".
 
         Raises
         ------
         TypeError
             If `device` is not a str.
         nbbn.DeviceError
-            If the device is not to be had.
+            If the device is not to be had. Nothing has changed then.
         """
-        self.device = _device(device)
+        columns = columns_on(device)
+        if columns.device != self.device:
+            moved = self._moved(lambda column: columns.new(self._columns.host(column)))
+            self.__dict__.update(moved, _columns=columns, _saved=None)
         return self
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: Any) -> Any:
         """Normalize x.
 
         Parameters
         ----------
-        x : numpy.ndarray
-            float32 or float64, with `num_features` channels; any strides. In training more than one
-            value per channel.
+        x : array
+            On this module's device, of any kind (`nbbn.batch_norm`): float32 or float64, with
+            `num_features` channels; any strides. In training more than one value per channel.
 
         Returns
         -------
-        numpy.ndarray
-            A new array of x's shape, dtype and memory layout.
+        array
+            A new one of x's kind, shape, dtype and memory layout.
 
         Raises
         ------
         TypeError
-            If `x` is not a NumPy array of float32 or float64.
+            If `x` is not an array of float32 or float64.
         ValueError
-            If x's shape does not fit. The running statistics are unchanged then.
+            If x's shape does not fit.
+        nbbn.DeviceError
+            If `x` lies on another device. In all three cases the running statistics are unchanged.
         """
-        x = arrays.checked("x", x)
-        channels = x.shape[arrays.channel_axis(x, self.axis)]
-        if channels != self.num_features:
-            raise ValueError(
-                f"x must have {self.num_features} channels (num_features) on axis {self.axis}, got "
-                f"{channels} (shape {x.shape})"
-            )
         if self.training or self.running_mean is None:
             return self._normalize_with_own(x)
-        assert self.running_var is not None
-        out = batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps, axis=self.axis
+        mean, var = self.running_mean, self.running_var
+        out, here = evaluate(
+            x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features
         )
-        # Copies, in float64: a later training step must not reach into this call's gradient.
-        mean = self.running_mean.astype(np.float64)
-        invstd = self.running_var.astype(np.float64)
-        invstd += self.eps
-        with np.errstate(divide="ignore", invalid="ignore"):
-            np.divide(1.0, np.sqrt(invstd, out=invstd), out=invstd)
-        self._saved = _Saved(x, mean, invstd, training=False)
+        # Copies: a later training step must not reach into this call's gradient.
+        self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
         return out
 
-    def _normalize_with_own(self, x: np.ndarray) -> np.ndarray:
+    def _normalize_with_own(self, x: Any) -> Any:
         """Normalize x with its own statistics, and update the running ones in training."""
         if not (self.training and self.track_running_stats):
-            out, stats, _ = train(x, self.weight, self.bias, self.eps, self.axis)
+            out, stats, _, here = train(
+                x, self.weight, self.bias, self.eps, self.axis, features=self.num_features
+            )
         else:
             assert self.num_batches_tracked is not None
             with self._lock:
                 tracked = int(self.num_batches_tracked) + 1
                 momentum = 1.0 / tracked if self.momentum is None else self.momentum
-                out, stats, count = train(
+                out, stats, count, here = train(
                     x,
                     self.weight,
                     self.bias,
@@ -250,24 +286,28 @@ class BatchNorm:
                     self.running_var,
                     momentum,
                     self.correction,
+                    self.num_features,
                 )
                 if count:
                     self.num_batches_tracked[...] = tracked
+        # On the CPU float64, whatever the type is that x's library would have them in.
+        if here.device != CPU:
+            stats = here.rows(stats)
         self._saved = _Saved(x, stats[0], stats[2], training=True)
         return out
 
-    def backward(self, grad_out: np.ndarray) -> np.ndarray:
+    def backward(self, grad_out: Any) -> Any:
         """Return the gradient with respect to the last call's x; set grad_weight and grad_bias.
 
         Parameters
         ----------
-        grad_out : numpy.ndarray
+        grad_out : array
             The gradient with respect to the last call's output: of its shape and dtype.
 
         Returns
         -------
-        numpy.ndarray
-            grad_x, of x's shape, dtype and memory layout.
+        array
+            grad_x, of x's kind, shape, dtype and memory layout.
 
         Raises
         ------
@@ -275,17 +315,17 @@ class BatchNorm:
             If there was no call before.
         TypeError, ValueError
             If `grad_out` is not an array of x's shape and dtype.
+        nbbn.DeviceError
+            If `grad_out` lies on another device.
         """
         if self._saved is None:
             raise RuntimeError("backward needs a call of this BatchNorm before it")
         x, mean, invstd, training = self._saved
-        gradients = batch_norm_backward(
-            grad_out, x, self.weight, mean=mean, invstd=invstd, axis=self.axis, training=training
-        )
+        grad_x, gradients, here = differentiate(grad_out, x, self.weight, mean, invstd, self.axis, training)
         if self.affine:
-            self.grad_weight = gradients.weight.astype(self.dtype)
-            self.grad_bias = gradients.bias.astype(self.dtype)
-        return gradients.x
+            self.grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
+            self.grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)
+        return grad_x
 
     def _state_names(self) -> tuple[str, ...]:
         names = _PARAMETERS if self.affine else ()
@@ -298,7 +338,7 @@ class BatchNorm:
         -------
         dict of str to numpy.ndarray
             ``weight``, ``bias`` if affine; ``running_mean``, ``running_var`` and
-            ``num_batches_tracked`` if they are tracked.
+            ``num_batches_tracked`` if they are tracked. Always in the memory of the host.
 
         Examples
         --------
@@ -306,7 +346,10 @@ class BatchNorm:
         >>> list(nbbn.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        return {name: getattr(self, name).copy() for name in self._state_names()}
+        return {
+            name: getattr(self, name).copy() if name == _COUNTER else self._columns.host(getattr(self, name))
+            for name in self._state_names()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set parameters and running statistics.
@@ -336,7 +379,10 @@ class BatchNorm:
         loaded = {name: self._loadable(name, state[name]) for name in names if name in state}
         with self._lock:
             for name, value in loaded.items():
-                getattr(self, name)[...] = value
+                if name == _COUNTER:
+                    getattr(self, name)[...] = value
+                else:
+                    self._columns.write(getattr(self, name), value)
 
     def _loadable(self, name: str, value: Any) -> np.ndarray:
         """Return a value of a state as an array that can be stored under `name`, or raise."""
@@ -352,11 +398,3 @@ class BatchNorm:
         if loaded.shape != own.shape:
             raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {loaded.shape}")
         return loaded
-
-
-def _device(device: Any) -> str:
-    if not isinstance(device, str):
-        raise TypeError(f"device must be a str, got {type(device).__name__}")
-    if device != "cpu":
-        raise DeviceError(f"device must be 'cpu', the one that this version computes on, got {device!r}")
-    return device

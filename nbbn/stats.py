@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-import numpy as np
-
 from nbbn import formulas
 from nbbn.compiler import interpreted
+from nbbn.frameworks import Array
 
 
 class BatchStats(NamedTuple):
@@ -15,13 +14,14 @@ class BatchStats(NamedTuple):
     ----------
     count : int
         Values per channel.
-    mean, var : numpy.ndarray
-        float64, shape (C,). The variance is the biased one, Σ (x - mean)² / count.
+    mean, var : array
+        Of the values' kind, float64 (in JAX without x64: float32), shape (C,). The variance is the biased
+        one, Σ (x - mean)² / count.
     """
 
     count: int  # type: ignore[assignment]  # tuple.count is given up for the usual name
-    mean: np.ndarray
-    var: np.ndarray
+    mean: Array
+    var: Array
 
     def merge(self, other: "BatchStats") -> "BatchStats":
         """Return the statistics of both sets of values together.
@@ -29,7 +29,8 @@ class BatchStats(NamedTuple):
         Parameters
         ----------
         other : BatchStats
-            Of other values of the same channels.
+            Of other values of the same channels, and of the same kind. Numba's device arrays have no
+            arithmetic: copy them to the host before.
 
         Returns
         -------
@@ -39,7 +40,7 @@ class BatchStats(NamedTuple):
         Raises
         ------
         TypeError
-            If `other` is not a BatchStats.
+            If `other` is not a BatchStats, or its arrays have no arithmetic.
         ValueError
             If it has another number of channels.
 

@@ -153,36 +153,17 @@ def test_kernel_cache_is_where_numba_is_told(python, tmp_path):
 
 
 def test_cuda_says_why_not(monkeypatch):
-    monkeypatch.setattr(info, "version", lambda package: "not installed")
-    assert info.cuda() == 'no: numba-cuda is not installed (pip install "nbbn[cuda]")'
+    monkeypatch.setattr("nbbn.cuda.target.why_not", lambda: "there is no NVIDIA GPU")
+    assert info.cuda() == "no: there is no NVIDIA GPU"
 
 
-def cuda_with(monkeypatch, **functions):
-    """Return what is told of CUDA when numba-cuda is installed and has these functions."""
-    monkeypatch.setattr(info, "version", lambda package: "0.30")
-    monkeypatch.setattr(numba, "cuda", SimpleNamespace(**functions), raising=False)
-    return info.cuda()
-
-
-def test_cuda_without_a_driver(monkeypatch):
-    told = cuda_with(
-        monkeypatch,
-        is_available=lambda: False,
-        cuda_error=lambda: "CUDA driver library\n cannot be found.",
-    )
-    assert told == "no: CUDA driver library cannot be found."
-
-
-def test_cuda_without_a_device(monkeypatch):
-    assert (
-        cuda_with(monkeypatch, is_available=lambda: False, cuda_error=lambda: None) == "no: no device found"
-    )
-
-
-def test_cuda_with_a_device(monkeypatch):
-    device = SimpleNamespace(name=b"Some GPU", compute_capability=(9, 0))
-    told = cuda_with(monkeypatch, is_available=lambda: True, get_current_device=lambda: device)
-    assert told.startswith("Some GPU, compute capability 9.0")
+def test_cuda_with_two_devices(monkeypatch):
+    devices = [
+        SimpleNamespace(name=name, compute_capability=(9, 0)) for name in (b"Some GPU", "Some other GPU")
+    ]
+    monkeypatch.setattr("nbbn.cuda.target.why_not", lambda: None)
+    monkeypatch.setattr(numba, "cuda", SimpleNamespace(gpus=devices), raising=False)
+    assert info.cuda() == ("Some GPU, compute capability 9.0; Some other GPU, compute capability 9.0")
 
 
 def test_importing_nbbn_imports_no_extra(python):

@@ -1,0 +1,141 @@
+"""One number a channel: what a BatchNorm keeps, in NumPy arrays or, on a GPU, in Numba's device arrays."""
+
+import importlib
+import re
+from typing import Any
+
+import numpy as np
+
+from nbbn.arrays import ABSENT, Parameter, address
+from nbbn.dispatch import find
+from nbbn.errors import DeviceError
+from nbbn.frameworks import CPU, NO_ORDER, NUMBA_CUDA, Place
+
+
+class Columns:
+    """Makes, reads and writes columns; here on the CPU."""
+
+    device = CPU
+
+    def new(self, values: np.ndarray) -> Any:
+        """Return a new column of these values."""
+        return np.array(values)
+
+    def host(self, column: Any) -> np.ndarray:
+        """Return a copy in the memory of the host."""
+        return np.array(column)
+
+    def write(self, column: Any, values: np.ndarray) -> None:
+        """Set a column."""
+        column[...] = values
+
+    def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:
+        """Return a mean, and invstd = 1 / sqrt(var + eps), that do not change when `mean` and `var` do."""
+        invstd = var.astype(np.float64)
+        invstd += eps
+        with np.errstate(divide="ignore", invalid="ignore"):
+            np.divide(1.0, np.sqrt(invstd, out=invstd), out=invstd)
+        return mean.astype(np.float64), invstd
+
+    def rounded(self, rows: np.ndarray, row: int, dtype: np.dtype, here: Place) -> Any:
+        """Return a row of the float64 result of a call as a column of another type."""
+        return rows[row].astype(dtype)
+
+
+class CudaColumns(Columns):
+    """Makes, reads and writes columns on a GPU.
+
+    What is computed with them there is batch normalization, of one row of zeros or ones in evaluation:
+    out = (x - mean) / sqrt(var + eps) + bias, with a mean of 0.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.device = f"cuda:{index}"
+        self._index = index
+        self._filled: dict[tuple[int, float, np.dtype], Any] = {}
+
+    def new(self, values: np.ndarray) -> Any:  # noqa: D102
+        return NUMBA_CUDA.on_gpu(np.asarray(values), self._index)
+
+    def host(self, column: Any) -> np.ndarray:  # noqa: D102
+        cuda = importlib.import_module("numba.cuda")
+        with cuda.gpus[self._index]:
+            cuda.synchronize()  # a call on any stream may have written to it last
+            return np.array(_device_array(column).copy_to_host())
+
+    def write(self, column: Any, values: np.ndarray) -> None:  # noqa: D102
+        cuda = importlib.import_module("numba.cuda")
+        with cuda.gpus[self._index]:
+            cuda.synchronize()
+            _device_array(column).copy_to_device(values)
+
+    def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:  # noqa: D102
+        channels, double = mean.shape[0], np.dtype(np.float64)
+        kept = self._evaluate(0.0, double, channels, self._parameter(mean), ABSENT, 0.0, here)
+        invstd = self._evaluate(1.0, double, channels, ABSENT, self._parameter(var), eps, here)
+        return kept, invstd
+
+    def rounded(self, rows: np.ndarray, row: int, dtype: np.dtype, here: Place) -> Any:  # noqa: D102
+        step, stride = rows.strides
+        values = address(rows) + row * step, stride, rows.itemsize
+        return self._evaluate(0.0, dtype, rows.shape[1], values, ABSENT, 0.0, here)
+
+    def _parameter(self, column: Any) -> Parameter:
+        view = NUMBA_CUDA.read("column", column, NO_ORDER)
+        return address(view), view.strides[0], view.itemsize
+
+    def _evaluate(
+        self,
+        x: float,
+        dtype: np.dtype,
+        channels: int,
+        bias: Parameter,
+        var: Parameter,
+        eps: float,
+        here: Place,
+    ) -> Any:
+        """Return the normalized row of `channels` times x, with variance 1 if it is ABSENT."""
+        strides = (channels * dtype.itemsize, dtype.itemsize)
+        run = find((1, channels), 1, (strides, strides), dtype, 1, self.device)
+        row = self._constant(channels, x, dtype)
+        zeros = self._constant(channels, 0.0, dtype)
+        ones = self._constant(channels, 1.0, dtype)
+        out, at = NUMBA_CUDA.empty((channels,), (dtype.itemsize,), dtype, self._index)
+        var = self._parameter(ones) if var is ABSENT else var
+        run.evaluate(
+            self._parameter(row)[0], at, ABSENT, bias, self._parameter(zeros), var, eps, here.stream
+        )  # fmt: skip
+        return out
+
+    def _constant(self, channels: int, value: float, dtype: np.dtype) -> Any:
+        key = channels, value, dtype
+        if key not in self._filled:
+            self._filled[key] = self.new(np.full(channels, value, dtype))
+        return self._filled[key]
+
+
+def _device_array(column: Any) -> Any:
+    """Return a column, which may be anything that was put in the place of one, as an array of Numba's."""
+    if NUMBA_CUDA.owns(column):
+        return column
+    return importlib.import_module("numba.cuda").as_cuda_array(column)
+
+
+def columns_on(device: Any) -> Columns:
+    """Return what makes columns on "cpu", "cuda" or "cuda:N", or raise."""
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a str, got {type(device).__name__}")
+    if device == CPU:
+        return Columns()
+    if re.fullmatch("cuda(:[0-9]+)?", device) is None:
+        raise DeviceError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    from nbbn.cuda.target import SIMULATED, why_not
+
+    if (reason := why_not()) is not None:
+        raise DeviceError(f"device {device!r} is not to be had: {reason}")
+    cuda = importlib.import_module("numba.cuda")
+    count = 1 if SIMULATED else len(cuda.gpus)
+    index = int(device[5:] or (0 if SIMULATED else cuda.get_current_device().id))
+    if index >= count:
+        raise DeviceError(f"device {device!r} is not to be had: the number of GPUs here is {count}")
+    return CudaColumns(index)

@@ -1,0 +1,530 @@
+"""Arrays on GPUs: where a call runs, on which stream, what it gives back, and what it refuses.
+
+The GPUs are those of gpus.py, so that all but the kernels is tested on any machine.
+"""
+
+import copy
+import logging
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+import nbbn
+from cases import DTYPES, type_id
+from checks import assert_same_bits
+from gpus import CupyArray, Gpus, JaxArray, NumbaArray, Tensor, Unknown, UnknownWithDlpack
+from nbbn.dispatch import find
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+
+KINDS = [CupyArray, Tensor, NumbaArray]
+DIMS = (4, 5, 6, 7)
+
+
+def kind_id(kind):
+    return kind.__name__
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    find.cache_clear()
+    yield Gpus(monkeypatch)
+    find.cache_clear()
+
+
+@pytest.fixture
+def host(rng):
+    """The arguments of all functions, in the memory of the host."""
+    numbers = {n: rng.normal(size=5) for n in ("weight", "bias", "running_mean", "mean")}
+    return {
+        "x": rng.normal(size=DIMS).astype(np.float32),
+        "grad_out": rng.normal(size=DIMS).astype(np.float32),
+        **numbers,
+        "running_var": rng.uniform(1, 2, 5).astype(np.float32),
+        "invstd": rng.uniform(1, 2, 5),
+    }
+
+
+NAMES = {
+    "stats": ("x",),
+    "forward": ("x", "weight", "bias"),
+    "training": ("x", "running_mean", "running_var", "weight", "bias"),
+    "evaluate": ("x", "running_mean", "running_var", "weight", "bias"),
+    "backward": ("grad_out", "x", "weight", "mean", "invstd"),
+}
+CALLS = {
+    "stats": nbbn.batch_stats,
+    "forward": nbbn.batch_norm_forward,
+    "training": lambda **arguments: nbbn.batch_norm(training=True, **arguments),
+    "evaluate": lambda **arguments: nbbn.batch_norm(**arguments),
+    "backward": nbbn.batch_norm_backward,
+}
+ON_DEVICE = {name: name for name in CALLS} | {"training": "forward"}
+
+
+def arguments_of(operation, host, make):
+    return {name: make(host[name]) for name in NAMES[operation]}
+
+
+def results(value, kind=None):
+    """Return the arrays of a result, on the host; all are of the given kind."""
+    arrays = value if isinstance(value, tuple) else (value,)
+    arrays = [array for array in arrays if not isinstance(array, int)]
+    if kind is None:
+        return tuple(arrays)
+    assert {type(array) for array in arrays} == {kind}
+    return tuple(array.get() for array in arrays)
+
+
+@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+@pytest.mark.parametrize("index", [0, 1])
+def test_runs_on_the_device_and_returns_the_kind(gpus, host, kind, operation, index):
+    on_host = arguments_of(operation, host, np.copy)
+    expected = results(CALLS[operation](**on_host))
+    on_gpu = arguments_of(operation, host, lambda a: gpus.array(kind, a, index))
+    result = CALLS[operation](**on_gpu)
+    assert_same_bits(results(result, kind), expected)
+    assert {a.index for a in (result if isinstance(result, tuple) else (result,)) if type(a) is kind} == {
+        index
+    }
+    for name, value in on_host.items():
+        assert_same_bits(on_gpu[name].get(), value)  # the running statistics were updated, all else was not
+    stream = 0 if kind is NumbaArray else index
+    assert gpus.ran == [(ON_DEVICE[operation], f"cuda:{index}", stream)]
+
+
+@pytest.mark.parametrize("operation", ["forward", "training", "evaluate", "backward"])
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_out(gpus, host, kind, operation):
+    expected = results(CALLS[operation](**arguments_of(operation, host, np.copy)))
+    arguments = arguments_of(operation, host, lambda a: gpus.array(kind, a))
+    out = gpus.empty(kind, DIMS, np.empty(DIMS, np.float32).strides, np.float32)
+    result = CALLS[operation](**arguments, out=out)
+    assert (result if operation in ("training", "evaluate") else result[0]) is out
+    assert_same_bits(out.get(), expected[0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_in_place(gpus, host, kind):
+    x = gpus.array(kind, host["x"])
+    expected = nbbn.batch_norm_forward(host["x"]).out
+    assert nbbn.batch_norm_forward(x, out=x.like(x.lies())).out.address == x.address
+    assert_same_bits(x.get(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0), (1, 3, 0, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_layout_of_x_is_kept(gpus, host, kind, order, dtype):
+    values = host["x"].astype(dtype).transpose(order).copy().transpose(np.argsort(order))
+    x = gpus.array(kind, values)
+    assert x.strides == values.strides
+    out = nbbn.batch_norm_forward(x).out
+    assert (out.strides, out.dtype) == (values.strides, dtype)
+    assert_same_bits(out.get(), nbbn.batch_norm_forward(values).out)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_views(gpus, rng, kind):
+    """Sliced, reversed and broadcast, in x and in a parameter."""
+    values = rng.normal(size=(6, 11, 8))
+    x = gpus.array(kind, values)
+    column = gpus.array(kind, rng.normal(size=10))
+    for at in (np.s_[1:5, ::2, 3:], np.s_[::-1, 4::-1], np.s_[:, 1:6, ::-2]):
+        channels = values[at].shape[1]
+        weight = column.like(column.lies()[-1::-1][:channels])
+        result = nbbn.batch_norm_forward(x.like(x.lies()[at]), weight)
+        assert_same_bits(results(result, kind), results(nbbn.batch_norm_forward(values[at], weight.get())))
+    repeated = x.like(np.broadcast_to(x.lies()[:1], (3, 11, 8)))
+    expected = nbbn.batch_norm_forward(np.broadcast_to(values[:1], (3, 11, 8)))
+    assert_same_bits(results(nbbn.batch_norm_forward(repeated), kind), results(expected))
+
+
+@pytest.mark.parametrize("operation", CALLS)
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_empty(gpus, host, kind, operation):
+    host |= {name: host[name][:0] for name in ("x", "grad_out")}
+    expected = results(CALLS[operation](**arguments_of(operation, host, np.copy)))
+    result = CALLS[operation](**arguments_of(operation, host, lambda a: gpus.array(kind, a)))
+    assert_same_bits(results(result, kind), expected)
+    assert not gpus.ran
+
+
+# --- streams ---------------------------------------------------------------------------------------
+
+
+def test_current_stream_of_the_library(gpus, host):
+    gpus.streams = {"cupy": 0x1000, "torch": 0x2000}
+    for kind, stream in ((CupyArray, 0x1001), (Tensor, 0x2001)):
+        nbbn.batch_stats(gpus.array(kind, host["x"], 1))
+        assert gpus.ran.pop() == ("stats", "cuda:1", stream)
+        assert gpus.asked.pop() == (kind.__name__, -1)  # nothing to wait for: it is on that stream already
+
+
+def test_stream_of_a_numba_array(gpus, host):
+    x = gpus.array(NumbaArray, host["x"])
+    x.stream = 0x3000
+    nbbn.batch_stats(x)
+    assert gpus.ran == [("stats", "cuda:0", 0x3000)]
+
+
+@pytest.mark.parametrize(("current", "told"), [(0, 1), (0x2000, 0x2000)])
+def test_arrays_of_other_libraries_are_waited_for(gpus, host, current, told):
+    """Their producers are told of x's stream; DLPack calls the default one 1."""
+    gpus.streams["torch"] = current
+    x, weight = gpus.array(Tensor, host["x"]), gpus.array(CupyArray, host["weight"])
+    bias = gpus.array(NumbaArray, host["bias"])
+    result = nbbn.batch_norm_forward(x, weight, bias)
+    expected = nbbn.batch_norm_forward(host["x"], host["weight"], host["bias"])
+    assert_same_bits(results(result, Tensor), results(expected))
+    assert gpus.asked == [("Tensor", -1), ("CupyArray", told)]
+    assert gpus.ran == [("forward", "cuda:0", current)]
+
+
+def test_producer_that_forbids_the_stream(gpus, host):
+    class Forbidding(CupyArray):
+        def __dlpack__(self, **options):
+            raise BufferError("this array is bound to stream 7")
+
+    with pytest.raises(TypeError, match=r"^weight .*Forbidding.*bound to stream 7"):
+        nbbn.batch_norm_forward(gpus.array(Tensor, host["x"]), gpus.array(Forbidding, host["weight"]))
+    assert not gpus.ran
+
+
+def test_numba_arrays_of_two_streams(gpus, host, monkeypatch):
+    waits = []
+    monkeypatch.setattr("nbbn.frameworks._wait", lambda *arguments: waits.append(arguments))
+    x, weight, bias = (gpus.array(NumbaArray, host[name]) for name in ("x", "weight", "bias"))
+    x.stream, bias.stream = 0x3000, 0x4000
+    nbbn.batch_norm_forward(x, weight, bias)
+    assert waits == [("bias", 0x4000, 0x3000)]
+    assert gpus.ran == [("forward", "cuda:0", 0x3000)]
+
+
+def test_busy_array_without_a_driver_to_order_it(gpus, host):
+    x, weight = gpus.array(Tensor, host["x"]), gpus.array(NumbaArray, host["weight"])
+    weight.stream = 0x3000
+    with pytest.raises(nbbn.DeviceError, match="weight is in use on stream 12288"):
+        nbbn.batch_norm_forward(x, weight)
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+def test_mixed_devices(gpus, host):
+    """The message has the place of every array."""
+    here, there = (gpus.array(CupyArray, host["x"], index) for index in (0, 1))
+    weight, bias = gpus.array(Tensor, host["weight"], 1), host["bias"]
+    for arguments, says in (
+        ((here, weight, bias), "x is on cuda:0, weight is on cuda:1, bias is on cpu"),
+        ((there, weight, bias), "x is on cuda:1, weight is on cuda:1, bias is on cpu"),
+        ((host["x"], None, weight), "x is on cpu, bias is on cuda:1"),
+    ):
+        with pytest.raises(nbbn.DeviceError, match=says):
+            nbbn.batch_norm_forward(*arguments)
+    with pytest.raises(nbbn.DeviceError, match="x is on cpu, out is on cuda:0"):
+        nbbn.batch_norm_forward(host["x"], out=here)
+    assert not gpus.ran
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_each_argument_on_another_device(gpus, host, operation):
+    for name in NAMES[operation]:
+        arguments = arguments_of(operation, host, lambda a: gpus.array(CupyArray, a))
+        before = {n: a.get() for n, a in arguments.items()}
+        if len(arguments) == 1:
+            continue
+        arguments[name] = host[name]
+        with pytest.raises(nbbn.DeviceError, match=f"{name} is on cpu"):
+            CALLS[operation](**arguments)
+        assert all(n == name or (a.get() == before[n]).all() for n, a in arguments.items())
+    assert not gpus.ran
+
+
+@pytest.mark.parametrize("kind", [Unknown, UnknownWithDlpack], ids=kind_id)
+def test_unknown_kinds(gpus, host, kind, monkeypatch):
+    """A result cannot be made; as another argument they will do."""
+    monkeypatch.setattr("nbbn.frameworks._device_at", lambda name, value: value.index)
+    x, out = (gpus.array(kind, host["x"]) for _ in range(2))
+    for options in ({}, {"out": out}):
+        with pytest.raises(TypeError, match=rf"^x .*CuPy.*{kind.__name__}.*result cannot be wrapped"):
+            nbbn.batch_norm_forward(x, **options)
+    weight = gpus.array(kind, host["weight"])
+    result = nbbn.batch_norm_forward(gpus.array(CupyArray, host["x"]), weight)
+    expected = nbbn.batch_norm_forward(host["x"], host["weight"])
+    assert_same_bits(results(result, CupyArray), results(expected))
+
+
+def test_device_that_cannot_be_found_out(gpus, host):
+    with pytest.raises(nbbn.DeviceError, match="x does not say on which device it is"):
+        nbbn.batch_stats(gpus.array(Unknown, host["x"]))
+
+
+def test_jax_on_a_gpu(gpus, host):
+    with pytest.raises(nbbn.DeviceError, match="x must not be a JAX array on a GPU"):
+        nbbn.batch_norm_forward(gpus.array(JaxArray, host["x"]))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_other_errors(gpus, host, kind):
+    """What is refused of NumPy arrays is refused on a GPU, and nothing is written."""
+    x = gpus.array(kind, host["x"])
+    column, short = gpus.array(kind, host["weight"]), gpus.array(kind, host["weight"][:3])
+    read_only = gpus.array(kind, host["weight"])
+    read_only.read_only = True
+    buffer = gpus.array(kind, np.zeros(2 * x.lies().size, np.float32))
+    one, other = (buffer.like(buffer.lies()[k : k + x.lies().size].reshape(DIMS)) for k in (0, 1))
+    integers = gpus.array(kind, host["x"].astype(np.int32))
+    double = gpus.array(kind, host["x"].astype(np.float64))
+    single = x.like(x.lies()[:1, :, :1, :1])
+    before = x.get(), column.get(), buffer.get()
+    for error, says, call in (
+        (ValueError, "weight", lambda: nbbn.batch_norm_forward(x, short)),
+        (ValueError, "running_var", lambda: nbbn.batch_norm(x, column, read_only, training=True)),
+        (ValueError, "axis", lambda: nbbn.batch_norm_forward(x, axis=4)),
+        (ValueError, "eps", lambda: nbbn.batch_norm_forward(x, eps=-1.0)),
+        (ValueError, "momentum", lambda: nbbn.batch_norm(x, column, column, training=True, momentum=2.0)),
+        (ValueError, "out must not overlap x", lambda: nbbn.batch_norm_forward(one, out=other)),
+        (ValueError, "out must not overlap weight", lambda: nbbn.batch_norm_forward(
+            x, one.like(one.lies()[0, :, 0, 0]), out=one)),
+        (TypeError, "x must be float32 or float64.*int32", lambda: nbbn.batch_norm_forward(integers)),
+        (TypeError, "out must have x's dtype", lambda: nbbn.batch_norm_forward(x, out=double)),
+        (ValueError, "running_mean", lambda: nbbn.batch_norm(x)),
+        (ValueError, "one value per channel", lambda: nbbn.batch_norm_forward(single)),
+    ):  # fmt: skip
+        with pytest.raises(error, match=says):
+            call()
+    assert_same_bits((x.get(), column.get(), buffer.get()), before)
+    assert not gpus.ran
+
+
+def test_cuda_that_cannot_be_used(gpus, host, monkeypatch):
+    monkeypatch.setattr("nbbn.cuda.target.why_not", lambda: "numba-cuda is not installed")
+    for kind in KINDS:
+        with pytest.raises(nbbn.DeviceError, match=r"cuda:1.*numba-cuda is not installed"):
+            nbbn.batch_norm_forward(gpus.array(kind, host["x"], 1))
+
+
+# --- BatchNorm -------------------------------------------------------------------------------------
+
+
+def module_on(device, host, **options):
+    bn = nbbn.BatchNorm(5, eps=1e-3, device=device, **options)
+    names = [n for n in ("weight", "bias", "running_mean", "running_var") if n in bn.state_dict()]
+    bn.load_state_dict({n: host[n] for n in names} | {"num_batches_tracked": 3})
+    return bn
+
+
+def same_state(one, other):
+    first, second = one.state_dict(), other.state_dict()
+    assert list(first) == list(second)
+    for name in first:
+        assert type(first[name]) is np.ndarray
+        assert_same_bits(first[name], second[name])
+
+
+@pytest.mark.parametrize("momentum", [0.1, None], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_module(gpus, host, device, kind, dtype, momentum):
+    """The same as on the CPU, bit by bit: here the kernels are the same."""
+    cpu = module_on("cpu", host, dtype=dtype, momentum=momentum)
+    gpu = module_on(device, host, dtype=dtype, momentum=momentum)
+    index = int(device == "cuda:1")
+    assert gpu.device == f"cuda:{index}" and f"device='{gpu.device}'" in repr(gpu)
+    x, grad_out = (gpus.array(kind, host[name], index) for name in ("x", "grad_out"))
+    for mode in (True, True, False):
+        cpu.train(mode)
+        gpu.train(mode)
+        out = gpu(x)
+        assert type(out) is kind
+        assert_same_bits(out.get(), cpu(host["x"]))
+        grad_x = gpu.backward(grad_out)
+        assert type(grad_x) is kind
+        assert_same_bits(grad_x.get(), cpu.backward(host["grad_out"]))
+        for name in ("grad_weight", "grad_bias"):
+            gradient = getattr(gpu, name)
+            assert type(gradient) is NumbaArray and gradient.index == index
+            assert_same_bits(gradient.get(), getattr(cpu, name))
+        same_state(gpu, cpu)
+    assert type(gpu.num_batches_tracked) is np.ndarray
+
+
+def test_module_evaluation_gradient_after_a_training_step(gpus, host):
+    """It is that of the statistics of its own call."""
+    x, grad_out = gpus.array(Tensor, host["x"]), gpus.array(Tensor, host["grad_out"])
+    bn = module_on("cuda", host).eval()
+    bn(x)
+    expected = bn.backward(grad_out).get()
+    bn(x)
+    bn.running_mean.put(7.0)
+    bn.running_var.put(7.0)
+    assert_same_bits(bn.backward(grad_out).get(), expected)
+
+
+def test_module_runs_on_the_stream_of_x(gpus, host):
+    gpus.streams["torch"] = 0x2000
+    bn = module_on("cuda:1", host)
+    x = gpus.array(Tensor, host["x"], 1)
+    for mode in (True, False):
+        bn.train(mode)(x)
+        bn.backward(x)
+    assert {run[1:] for run in gpus.ran} == {("cuda:1", 0x2001)}
+
+
+def test_module_empty_batch(gpus, host):
+    bn, cpu = module_on("cuda", host), module_on("cpu", host)
+    empty = gpus.array(CupyArray, host["x"][:0])
+    assert bn(empty).shape == (0, 5, 6, 7)
+    assert bn.backward(empty).shape == (0, 5, 6, 7)
+    assert bn.grad_weight.get().tolist() == [0] * 5
+    same_state(bn, cpu)
+
+
+def test_module_moves(gpus, host):
+    bn, expected = module_on("cpu", host), module_on("cpu", host)
+    bn(host["x"])
+    bn.backward(host["grad_out"])
+    expected(host["x"])
+    gradient = bn.grad_weight.copy()
+    for device, kind in (("cuda:1", NumbaArray), ("cuda:0", NumbaArray), ("cpu", np.ndarray)):
+        assert bn.to(device) is bn and bn.device == device
+        columns = [bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.grad_weight, bn.grad_bias]
+        assert {type(column) for column in columns} == {kind}
+        if kind is NumbaArray:
+            assert {column.index for column in columns} == {int(device[-1])}
+        same_state(bn, expected)
+        with pytest.raises(RuntimeError, match="backward needs a call"):
+            bn.backward(host["grad_out"])
+    assert_same_bits(bn.grad_weight, gradient)
+    weight = bn.weight
+    assert bn.to("cpu").weight is weight
+
+
+def test_module_without_parameters(gpus, host):
+    bn = nbbn.BatchNorm(5, affine=False, track_running_stats=False, device="cuda")
+    x = gpus.array(CupyArray, host["x"])
+    assert_same_bits(bn(x).get(), nbbn.batch_norm_forward(host["x"]).out)
+    bn.backward(x)
+    assert bn.grad_weight is None and bn.to("cpu").weight is None
+
+
+def test_module_and_x_on_different_devices(gpus, host):
+    bn = module_on("cuda:1", host)
+    before = module_on("cpu", host)
+    for x, says in (
+        (host["x"], "x is on cpu, .*weight is on cuda:1"),
+        (gpus.array(Tensor, host["x"]), "x is on cuda:0, .*weight is on cuda:1"),
+    ):
+        for mode in (True, False):
+            with pytest.raises(nbbn.DeviceError, match=says):
+                bn.train(mode)(x)
+    bn.train()(gpus.array(Tensor, host["x"], 1))
+    before(host["x"])
+    with pytest.raises(nbbn.DeviceError, match="grad_out is on cpu"):
+        bn.backward(host["grad_out"])
+    same_state(bn, before)
+
+
+def test_module_on_a_device_that_is_not_there(gpus, host, monkeypatch):
+    bn, before = module_on("cpu", host), module_on("cpu", host)
+    for device, says in (
+        ("cuda:2", "the number of GPUs here is 2"),
+        ("gpu", "'cuda:N'"),
+        ("cuda:-1", "'cuda:N'"),
+    ):
+        with pytest.raises(nbbn.DeviceError, match=f"device.*{says}"):
+            bn.to(device)
+    monkeypatch.setattr("nbbn.cuda.target.why_not", lambda: "there is no NVIDIA GPU")
+    for device in ("cuda", "cuda:0"):
+        for call in (bn.to, lambda device: nbbn.BatchNorm(5, device=device)):
+            with pytest.raises(nbbn.DeviceError, match=f"device '{device}'.*there is no NVIDIA GPU"):
+                call(device)
+    assert bn.device == "cpu" and bn.weight.tolist() == before.weight.tolist()
+    same_state(bn, before)
+
+
+def with_pickle(bn):
+    return pickle.loads(pickle.dumps(bn))
+
+
+def test_module_shallow_copy(gpus, host):
+    """It shares its arrays, as on the CPU."""
+    bn = module_on("cuda:1", host)
+    twin = copy.copy(bn)
+    assert twin.device == "cuda:1" and twin.weight is bn.weight
+    twin(gpus.array(Tensor, host["x"], 1))
+    same_state(twin, bn)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, with_pickle])
+def test_module_copies(gpus, host, duplicate):
+    bn = module_on("cuda:1", host)
+    x = gpus.array(Tensor, host["x"], 1)
+    bn(x)
+    bn.backward(x)
+    twin = duplicate(bn)
+    assert twin.device == "cuda:1" and type(twin.weight) is NumbaArray
+    same_state(twin, bn)
+    assert_same_bits(twin.grad_bias.get(), bn.grad_bias.get())
+    twin(x)
+    assert twin.num_batches_tracked == bn.num_batches_tracked + 1
+
+
+def test_pickle_comes_back_where_there_is_no_gpu(gpus, host, monkeypatch, caplog):
+    bn = module_on("cuda:1", host)
+    pickled = pickle.dumps(bn)
+    monkeypatch.setattr("nbbn.cuda.target.why_not", lambda: "there is no NVIDIA GPU")
+    with caplog.at_level(logging.WARNING, "nbbn"):
+        twin = pickle.loads(pickled)
+    assert "there is no NVIDIA GPU" in caplog.text
+    assert twin.device == "cpu" and type(twin.weight) is np.ndarray
+    same_state(twin, bn)
+    assert twin(host["x"]).shape == DIMS
+
+
+def test_loading_writes_into_the_arrays_that_are_there(gpus, host):
+    bn = module_on("cuda", host)
+    weight = bn.weight
+    bn.load_state_dict(module_on("cpu", host | {"weight": host["bias"]}).state_dict())
+    assert bn.weight is weight
+    assert_same_bits(weight.get(), host["bias"].astype(np.float32))
+    with pytest.raises(ValueError, match="running_var"):
+        bn.load_state_dict({**bn.state_dict(), "weight": np.ones(5), "running_var": np.ones(3)})
+    assert_same_bits(weight.get(), host["bias"].astype(np.float32))
+
+
+def test_column_of_another_library(gpus, host):
+    """Whoever puts a CuPy array in the place of a parameter has it used."""
+    bn, cpu = module_on("cuda", host), module_on("cpu", host)
+    bn.weight, bn.running_var = (gpus.array(CupyArray, a) for a in (cpu.weight, cpu.running_var))
+    x = gpus.array(CupyArray, host["x"])
+    for mode in (True, False):
+        assert_same_bits(bn.train(mode)(x).get(), cpu.train(mode)(host["x"]))
+        assert_same_bits(bn.backward(x).get(), cpu.backward(host["x"]))
+
+
+def test_arrays_of_the_simulator(python):
+    """With the kernels that a GPU runs, on arrays of Numba's simulator."""
+    program = """
+import numpy as np, nbbn
+from numba import cuda
+x = np.random.default_rng(1).normal(size=(4, 3, 5)).astype(np.float32)
+on_gpu = cuda.to_device(x)
+one, other = nbbn.BatchNorm(3, device="cuda"), nbbn.BatchNorm(3)
+for mode in (True, False):
+    one.train(mode)
+    other.train(mode)
+    for call in ("__call__", "backward"):
+        actual, expected = getattr(one, call)(on_gpu), getattr(other, call)(x)
+        np.testing.assert_allclose(actual.copy_to_host(), expected, rtol=1e-5, atol=1e-5)
+    state = other.state_dict()
+    for name, value in one.state_dict().items():
+        np.testing.assert_allclose(value, state[name], rtol=1e-6, atol=1e-6)
+print(one.device, type(one.weight).__name__)
+"""
+    assert python(program, NUMBA_ENABLE_CUDASIM="1").split() == ["cuda:0", "FakeCUDAArray"]
