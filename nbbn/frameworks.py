@@ -8,6 +8,7 @@ A new framework: a class here, and its place in FRAMEWORKS.
 """
 
 import ctypes
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -87,6 +88,12 @@ _READ_ONLY, _COPIED = 1, 2  # DLPack's flags
 _DEVICES = {1: CPU, 2: "cuda", 3: CPU, 13: "cuda"}
 LEGACY_STREAM = 1  # what DLPack calls the default stream 0, which it reserves
 NO_ORDER = -1  # asks a producer for no ordering: what is to read the array runs on the producer's stream
+
+
+@functools.cache
+def _named(kind: Any) -> np.dtype | None:
+    """Return NumPy's type for a library's own (``torch.float32``), if it is computed with."""
+    return next((dtype for dtype in REALS if dtype.name == str(kind).rpartition(".")[2]), None)
 
 
 def unsupported(name: str, dtype: Any) -> TypeError:
@@ -326,6 +333,26 @@ class Torch(Framework):
         if value.is_neg():
             raise _refused(name, value, "its negative bit is set; use its resolve_neg()")
 
+    def read(self, name: str, value: Any, stream: int | None) -> np.ndarray:
+        """Return a view of a tensor, or raise.
+
+        Where nothing has to wait for it, its own attributes say in a fifth of the time what DLPack says.
+        """
+        torch = sys.modules["torch"]
+        dtype = _named(value.dtype)
+        plain = type(value) is torch.Tensor and value.layout is torch.strided
+        if dtype is None or not plain or stream not in (None, NO_ORDER):
+            return read(name, value, stream)
+        try:
+            address = value.data_ptr()
+        except RuntimeError as error:  # inside of a transformation
+            raise _refused(name, value, error) from error
+        if not address:
+            return read(name, value, stream)
+        size = dtype.itemsize
+        strides = tuple([size * step for step in value.stride()])
+        return view(address, tuple(value.shape), strides, dtype, value)
+
     def stream(self, x: Any, index: int) -> int:  # noqa: D102
         return int(sys.modules["torch"].cuda.current_stream(index).cuda_stream)
 
@@ -452,12 +479,20 @@ NUMPY, NUMBA_CUDA = Numpy(), NumbaCuda()
 FRAMEWORKS: tuple[Framework, ...] = (NUMPY, Torch(), Cupy(), NUMBA_CUDA, Jax(), Framework())
 
 
+_known: dict[type, Framework] = {np.ndarray: NUMPY}  # to which framework the types seen so far belong
+
+
 def framework_of(name: str, value: Any) -> Framework:
     """Return the framework that a value is an array of, or raise."""
-    for framework in FRAMEWORKS:
-        if framework.owns(value):
-            return framework
-    raise TypeError(f"{name} must be {SUPPORTED}, got {kind_of(value)}")
+    kind = type(value)
+    if kind not in _known:
+        for framework in FRAMEWORKS:
+            if framework.owns(value):
+                _known[kind] = framework
+                break
+        else:
+            raise TypeError(f"{name} must be {SUPPORTED}, got {kind_of(value)}")
+    return _known[kind]
 
 
 # --- where a call is computed ----------------------------------------------------------------------

@@ -116,11 +116,16 @@ class Tensor(WithDlpack, Array):
     def device(self):
         return types.SimpleNamespace(type="cuda", index=self.index)
 
+    layout = "strided"
+
     def is_neg(self):
         return False
 
     def data_ptr(self):
         return self.address
+
+    def stride(self):
+        return tuple(step // self.dtype.itemsize for step in self.strides)
 
 
 class NumbaArray(WithInterface, Array):
@@ -242,6 +247,7 @@ class Gpus:
 
         return types.SimpleNamespace(
             Tensor=Tensor,
+            strided="strided",
             float32=np.dtype(np.float32),
             float64=np.dtype(np.float64),
             empty_strided=empty_strided,
