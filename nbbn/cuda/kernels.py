@@ -147,6 +147,14 @@ def advance(cut, step, inner):
 
 
 @part
+def advance_all(cut, step, inner):
+    """Return where the accesses after the next UNROLLED begin."""
+    for _ in range(UNROLLED):
+        step, inner = advance(cut, step, inner)
+    return step, inner
+
+
+@part
 def take(at, step, values, u):
     """Load the elements of one access, `step` bytes apart."""
     if ALIGNED:
@@ -259,8 +267,7 @@ def block_sum(total, lost, high, low):
 @part
 def sum_of(values):
     """Return the sum of a thread's values, and what it lost."""
-    total = float64(0)
-    lost = float64(0)
+    total = lost = float64(0)
     for k in range(VALUES):
         total, lost = plus_some(total, lost, float64(values[k]))
     return total, lost
@@ -296,8 +303,7 @@ def look(cut, operand, c, first, last, high, low):
         total, lost = sum_of(values)
         total, lost = block_sum(total, lost, high, low)
         its_mean, its_rest = mean_of(total, lost, float64(more))
-        total = float64(0)
-        lost = float64(0)
+        total = lost = float64(0)
         for u in range(UNROLLED):
             if element < last:
                 for k in range(WIDTH):
@@ -434,8 +440,7 @@ def normalize_rows(arrays, cut):
         for k in range(VALUES):
             values[k] = normalized(values[k], mean, scale, shift)
         write(cut, arrays.out, c, step, inner, element, last, values)
-        for _ in range(UNROLLED):
-            step, inner = advance(cut, step, inner)
+        step, inner = advance_all(cut, step, inner)
 
 
 # --- backward ----------------------------------------------------------------------------------------
@@ -444,10 +449,7 @@ def normalize_rows(arrays, cut):
 @part
 def products_of(values, others, mean, element, last):
     """Return Σ dy and Σ dy · (x - mean) of a thread's values, each with what it lost."""
-    total = float64(0)
-    lost = float64(0)
-    product = float64(0)
-    product_lost = float64(0)
+    total = lost = product = product_lost = float64(0)
     for u in range(UNROLLED):
         if element < last:
             for k in range(WIDTH):
@@ -465,10 +467,7 @@ def multiply(cut, arrays, c, first, last, mean):
     values = cuda.local.array(VALUES, real)
     others = cuda.local.array(VALUES, real)
     step, inner = begin(cut, first)
-    total = float64(0)
-    lost = float64(0)
-    product = float64(0)
-    product_lost = float64(0)
+    total = lost = product = product_lost = float64(0)
     for start in range(first, last, THREADS * VALUES):
         element = start + cuda.threadIdx.x * WIDTH
         fetch(cut, arrays.grad_out, c, step, inner, element, last, values)
@@ -476,8 +475,7 @@ def multiply(cut, arrays, c, first, last, mean):
         more, more_lost, both, both_lost = products_of(values, others, mean, element, last)
         total, lost = plus(total, lost + more_lost, more)
         product, product_lost = plus(product, product_lost + both_lost, both)
-        for _ in range(UNROLLED):
-            step, inner = advance(cut, step, inner)
+        step, inner = advance_all(cut, step, inner)
     return total, lost, product, product_lost
 
 
@@ -539,10 +537,7 @@ def finish_backward(arrays, cut):
     low = cuda.shared.array(THREADS, np.float64)
     t = int64(cuda.threadIdx.x)
     c = int64(cuda.blockIdx.x)
-    total = float64(0)
-    lost = float64(0)
-    product = float64(0)
-    product_lost = float64(0)
+    total = lost = product = product_lost = float64(0)
     if t < cut.parts:
         total = get(arrays.partials, partial(t, 0), cut, c)
         lost = get(arrays.partials, partial(t, 1), cut, c)
@@ -596,8 +591,7 @@ def apply_rows(arrays, cut):
         fetch(cut, arrays.x, c, step, inner, element, last, others)
         to_gradients(values, others, numbers)
         write(cut, arrays.out, c, step, inner, element, last, values)
-        for _ in range(UNROLLED):
-            step, inner = advance(cut, step, inner)
+        step, inner = advance_all(cut, step, inner)
 
 
 # --- resident: a channel stays in shared memory between its one reading and its writing --------------
@@ -647,10 +641,34 @@ def team_barrier(arrays, cut):
 
 
 @part
-def place_of(arrays, cut, turn, rank, number):
-    """Return the address of a number that a block of a team leaves for the others; turns alternate."""
+def place_of(arrays, cut, turn, rank):
+    """Return the address of four numbers that a block of a team leaves for the others; turns alternate."""
     team = divided(int64(cuda.blockIdx.x), cut.team)[0]
-    return arrays.partials + 8 * (((turn % 2 * cut.teams + team) * cut.team + rank) * 4 + number)
+    return arrays.partials + 32 * ((turn % 2 * cut.teams + team) * cut.team + rank)
+
+
+@part
+def tell(arrays, cut, turn, rank, numbers):
+    """Leave what a block knows to its team, and wait until all have done so."""
+    if cuda.threadIdx.x == 0:
+        at = place_of(arrays, cut, turn, rank)
+        store(at, numbers[0])
+        store(at + 8, numbers[1])
+        store(at + 16, numbers[2])
+        store(at + 24, numbers[3])
+    team_barrier(arrays, cut)
+
+
+@part
+def told(arrays, cut, turn, rank):
+    """Return what a block of the team has left."""
+    at = place_of(arrays, cut, turn, rank)
+    return (
+        load(at, np.float64),
+        load(at + 8, np.float64),
+        load(at + 16, np.float64),
+        load(at + 24, np.float64),
+    )
 
 
 def forward_rows(arrays, cut, numbers):
@@ -669,19 +687,16 @@ def forward_rows(arrays, cut, numbers):
     turn = int64(0)
     for c in range(team, cut.channels, cut.teams):
         step, inner = begin(cut, first)
-        total = float64(0)
-        lost = float64(0)
+        total = lost = float64(0)
         for start in range(first, last, THREADS * VALUES):
             fetch(cut, arrays.x, c, step, inner, start + t * WIDTH, last, values)
             keep(kept, room, (start - first) // WIDTH + t, values)
             more, more_lost = sum_of(values)
             total, lost = plus(total, lost + more_lost, more)
-            for _ in range(UNROLLED):
-                step, inner = advance(cut, step, inner)
+            step, inner = advance_all(cut, step, inner)
         total, lost = block_sum(total, lost, high, low)
         mean, rest = mean_of(total, lost, float64(last - first))
-        total = float64(0)
-        lost = float64(0)
+        total = lost = float64(0)
         for place in range(t, room, int64(cuda.blockDim.x)):
             for k in range(WIDTH):
                 square = squared_deviation(float64(kept[k * room + place]), mean)
@@ -689,16 +704,10 @@ def forward_rows(arrays, cut, numbers):
         total, lost = block_sum(total, lost, high, low)
         m2 = total + lost
         if TEAMS:
-            if t == 0:
-                store(place_of(arrays, cut, turn, rank, 0), mean)
-                store(place_of(arrays, cut, turn, rank, 1), rest)
-                store(place_of(arrays, cut, turn, rank, 2), m2)
-            team_barrier(arrays, cut)
+            tell(arrays, cut, turn, rank, (mean, rest, m2, float64(0)))
             if t < cut.team:
                 counts[t] = part_count(cut, t)
-                high[t] = load(place_of(arrays, cut, turn, t, 0), np.float64)
-                low[t] = load(place_of(arrays, cut, turn, t, 1), np.float64)
-                m2s[t] = load(place_of(arrays, cut, turn, t, 2), np.float64)
+                high[t], low[t], m2s[t], _ = told(arrays, cut, turn, t)
             merge_parts(cut.team, counts, high, low, m2s)
             mean, rest, m2 = high[0], low[0], m2s[0]
         var, invstd = statistics_of(cut, numbers, m2)
@@ -711,8 +720,7 @@ def forward_rows(arrays, cut, numbers):
             for k in range(VALUES):
                 values[k] = normalized(values[k], rounded, scale, shift)
             write(cut, arrays.out, c, step, inner, start + t * WIDTH, last, values)
-            for _ in range(UNROLLED):
-                step, inner = advance(cut, step, inner)
+            step, inner = advance_all(cut, step, inner)
         turn += 1
 
 
@@ -732,10 +740,7 @@ def backward_rows(arrays, cut):
     for c in range(team, cut.channels, cut.teams):
         mean = parameter(arrays.mean, c, float64(0))
         step, inner = begin(cut, first)
-        total = float64(0)
-        lost = float64(0)
-        product = float64(0)
-        product_lost = float64(0)
+        total = lost = product = product_lost = float64(0)
         for start in range(first, last, THREADS * VALUES):
             element = start + t * WIDTH
             fetch(cut, arrays.grad_out, c, step, inner, element, last, values)
@@ -745,26 +750,14 @@ def backward_rows(arrays, cut):
             more, more_lost, both, both_lost = products_of(values, others, mean, element, last)
             total, lost = plus(total, lost + more_lost, more)
             product, product_lost = plus(product, product_lost + both_lost, both)
-            for _ in range(UNROLLED):
-                step, inner = advance(cut, step, inner)
+            step, inner = advance_all(cut, step, inner)
         total, lost = block_sum(total, lost, high, low)
         product, product_lost = block_sum(product, product_lost, high, low)
         if TEAMS:
-            if t == 0:
-                store(place_of(arrays, cut, turn, rank, 0), total)
-                store(place_of(arrays, cut, turn, rank, 1), lost)
-                store(place_of(arrays, cut, turn, rank, 2), product)
-                store(place_of(arrays, cut, turn, rank, 3), product_lost)
-            team_barrier(arrays, cut)
-            total = float64(0)
-            lost = float64(0)
-            product = float64(0)
-            product_lost = float64(0)
+            tell(arrays, cut, turn, rank, (total, lost, product, product_lost))
+            total = lost = product = product_lost = float64(0)
             if t < cut.team:
-                total = load(place_of(arrays, cut, turn, t, 0), np.float64)
-                lost = load(place_of(arrays, cut, turn, t, 1), np.float64)
-                product = load(place_of(arrays, cut, turn, t, 2), np.float64)
-                product_lost = load(place_of(arrays, cut, turn, t, 3), np.float64)
+                total, lost, product, product_lost = told(arrays, cut, turn, t)
             total, lost = block_sum(total, lost, high, low)
             product, product_lost = block_sum(product, product_lost, high, low)
         grad_weight, numbers = gradients_of(arrays, cut, c, total + lost, product + product_lost)
@@ -777,8 +770,7 @@ def backward_rows(arrays, cut):
             kept_values(kept[last - first :], room, (start - first) // WIDTH + t, others)
             to_gradients(values, others, numbers)
             write(cut, arrays.out, c, step, inner, start + t * WIDTH, last, values)
-            for _ in range(UNROLLED):
-                step, inner = advance(cut, step, inner)
+            step, inner = advance_all(cut, step, inner)
         turn += 1
 
 
@@ -864,14 +856,12 @@ def collect_columns(arrays, cut):
         step = start + cuda.threadIdx.x // LANES
         fetch_columns(cut, arrays.x, c, step, last, values)
         for k in range(WIDTH):
-            total = float64(0)
-            lost = float64(0)
+            total = lost = float64(0)
             for u in range(UNROLLED):
                 total, lost = plus_some(total, lost, float64(values[u * WIDTH + k]))
             total, lost = column_sum(total, lost, high, low)
             its_mean, its_rest = mean_of(total, lost, float64(more))
-            total = float64(0)
-            lost = float64(0)
+            total = lost = float64(0)
             for u in range(UNROLLED):
                 if step + u * (THREADS // LANES) < last:
                     square = squared_deviation(float64(values[u * WIDTH + k]), its_mean)
@@ -937,10 +927,7 @@ def reduce_columns(arrays, cut):
         fetch_columns(cut, arrays.grad_out, c, step, last, values)
         fetch_columns(cut, arrays.x, c, step, last, others)
         for k in range(WIDTH):
-            total = float64(0)
-            lost = float64(0)
-            product = float64(0)
-            product_lost = float64(0)
+            total = lost = product = product_lost = float64(0)
             for u in range(UNROLLED):
                 if step + u * (THREADS // LANES) < last:
                     dy = float64(values[u * WIDTH + k])
