@@ -129,6 +129,33 @@ def record():
     RECORD.write_text(json.dumps({"versions": versions(), "registers": found}, indent=1) + "\n")
 
 
+def test_numbers_are_passed_in_the_order_that_kernels_take_them():
+    numbers = iter(range(100))
+    operands = [Operand(*(next(numbers) for _ in Operand._fields)) for _ in range(3)]
+    stats = next(numbers)
+    parameters = [Parameter(*(next(numbers) for _ in Parameter._fields)) for _ in range(4)]
+    arrays = Arrays(*operands, stats, *parameters, *(next(numbers) for _ in range(4)))
+    assert arrays.flat() == tuple(range(next(numbers)))
+
+
+def test_machine_code_is_kept_on_disk(python, tmp_path):
+    """A second process compiles nothing."""
+    code = """if True:
+        import test_cuda_code as t, pytest
+        from nbbn.cuda import kernels, target
+        with pytest.MonkeyPatch.context() as patch:
+            names = t.VARIANTS[0].names(kernels.use_running_stats, 256, False, patch)
+        kinds = target.signature((t._arrays, t._cut, t._numbers))
+        if {compiled}:
+            target.ptx = None  # must not be called
+        print(len(target.machine_code(kernels.use_running_stats, names, kinds, (9, 0))))
+        """
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    first = python(code.format(compiled=False), **environment)
+    assert len(list(tmp_path.rglob("*.cubin"))) == 1
+    assert python(code.format(compiled=True), **environment) == first
+
+
 def test_without_a_gpu_there_is_a_reason(python):
     reason = python("from nbbn.cuda import target; print(target.why_not())").strip()
     if reason != "None":

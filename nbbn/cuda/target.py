@@ -326,6 +326,7 @@ def machine_code(kernel: Callable[..., Any], names: Names, kinds: Any, compute: 
     code = link(ptx(specialize(kernel, names), kinds, compute, threads), compute).code
     if file is not None:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=directory, delete=False) as written:
                 written.write(code)
             os.replace(written.name, file)  # all of it, or nothing
