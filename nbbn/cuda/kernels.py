@@ -621,7 +621,7 @@ def kept_values(kept, room, place, values):
 
 
 @part
-def team_barrier(arrays, cut):
+def team_barrier(arrays, cut, team, rank):
     """Wait until all blocks of a team have come here; what each wrote before, all can read after.
 
     The word's top bit is turned over when the last one comes, and its other bits are 0 again then. All
@@ -629,7 +629,6 @@ def team_barrier(arrays, cut):
     """
     cuda.syncthreads()
     if cuda.threadIdx.x == 0:
-        team, rank = divided(int64(cuda.blockIdx.x), cut.team)
         word = arrays.barriers + 4 * team
         step = uint32(1)
         if rank == 0:
@@ -641,28 +640,27 @@ def team_barrier(arrays, cut):
 
 
 @part
-def place_of(arrays, cut, turn, rank):
+def place_of(arrays, cut, turn, team, rank):
     """Return the address of four numbers that a block of a team leaves for the others; turns alternate."""
-    team = divided(int64(cuda.blockIdx.x), cut.team)[0]
     return arrays.partials + 32 * ((turn % 2 * cut.teams + team) * cut.team + rank)
 
 
 @part
-def tell(arrays, cut, turn, rank, numbers):
+def tell(arrays, cut, turn, team, rank, numbers):
     """Leave what a block knows to its team, and wait until all have done so."""
     if cuda.threadIdx.x == 0:
-        at = place_of(arrays, cut, turn, rank)
+        at = place_of(arrays, cut, turn, team, rank)
         store(at, numbers[0])
         store(at + 8, numbers[1])
         store(at + 16, numbers[2])
         store(at + 24, numbers[3])
-    team_barrier(arrays, cut)
+    team_barrier(arrays, cut, team, rank)
 
 
 @part
-def told(arrays, cut, turn, rank):
+def told(arrays, cut, turn, team, rank):
     """Return what a block of the team has left."""
-    at = place_of(arrays, cut, turn, rank)
+    at = place_of(arrays, cut, turn, team, rank)
     return (
         load(at, np.float64),
         load(at + 8, np.float64),
@@ -704,10 +702,10 @@ def forward_rows(arrays, cut, numbers):
         total, lost = block_sum(total, lost, high, low)
         m2 = total + lost
         if TEAMS:
-            tell(arrays, cut, turn, rank, (mean, rest, m2, float64(0)))
+            tell(arrays, cut, turn, team, rank, (mean, rest, m2, float64(0)))
             if t < cut.team:
                 counts[t] = part_count(cut, t)
-                high[t], low[t], m2s[t], _ = told(arrays, cut, turn, t)
+                high[t], low[t], m2s[t], _ = told(arrays, cut, turn, team, t)
             merge_parts(cut.team, counts, high, low, m2s)
             mean, rest, m2 = high[0], low[0], m2s[0]
         var, invstd = statistics_of(cut, numbers, m2)
@@ -754,10 +752,10 @@ def backward_rows(arrays, cut):
         total, lost = block_sum(total, lost, high, low)
         product, product_lost = block_sum(product, product_lost, high, low)
         if TEAMS:
-            tell(arrays, cut, turn, rank, (total, lost, product, product_lost))
+            tell(arrays, cut, turn, team, rank, (total, lost, product, product_lost))
             total = lost = product = product_lost = float64(0)
             if t < cut.team:
-                total, lost, product, product_lost = told(arrays, cut, turn, t)
+                total, lost, product, product_lost = told(arrays, cut, turn, team, t)
             total, lost = block_sum(total, lost, high, low)
             product, product_lost = block_sum(product, product_lost, high, low)
         grad_weight, numbers = gradients_of(arrays, cut, c, total + lost, product + product_lost)
