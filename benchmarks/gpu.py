@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --json gpu.json
 
 The tests on the GPU (`pytest -m gpu`), compute-sanitizer's memcheck and racecheck over a few of them where
-it is installed, and the times: device time by events, of graphs of work whose buffers are rotated so that
-L2 is cold, and the host's time for a repeated call. PyTorch is timed beside it where it is installed with
+it is installed, and the times: device time by events, over buffers that are rotated so that L2 is cold,
+and the host's time for a repeated call. PyTorch is timed beside it where it is installed with
 CUDA, with cuDNN and without it.
 """
 

@@ -17,7 +17,7 @@ from nbbn.geometry import canonical
 
 _ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("2q")
-SERIAL_PARTIALS = 1 << 15
+SERIAL_PARTIALS = 1 << 15  # numbers to merge, below which one thread is as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 17  # what a larger one worked in is kept for others up to here
 
@@ -89,6 +89,7 @@ class _Call:
         """Sets nbbn.cpu.call.ARGUMENTS, all that differs from call to call."""
 
     def enter(self, room: _Room) -> None:
+        """Work in this room from now on."""
         self.room = room
         tables = room.address + 8 * self.plan.partial_words
         _ROOMS.pack_into(self._buffer, _ARGUMENTS.size, room.address, tables + -tables % 64)

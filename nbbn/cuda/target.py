@@ -18,6 +18,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 import tempfile
 import threading
 import types as python
@@ -227,8 +228,6 @@ def specialize(kernel: Callable[..., Any], names: Names) -> Callable[..., Any]:
 
 @functools.cache
 def _scope(module: str, names: Names) -> dict[str, Any]:
-    import sys
-
     simulated = _SIMULATED_NAMES if SIMULATED else {}
     return _twins({**vars(sys.modules[module]), **simulated, **dict(names)})
 
