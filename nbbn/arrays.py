@@ -5,6 +5,7 @@ GPU's memory nothing is read but where and how it lies.
 """
 
 import ctypes
+import importlib
 import math
 import operator
 import sys
@@ -12,10 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from nbbn.dtypes import NAMES, REALS
+from nbbn.dtypes import BFLOAT16, NAMES, Storage, named, storage_of
 from nbbn.frameworks import SUPPORTED, all_memory, kind_of, unsupported
 
-Parameter = tuple[int, int, int]  # address, stride and size of an element in bytes; all 0: not given
+Parameter = tuple[int, int, int]  # address, stride in bytes, code of the storage; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
 
@@ -48,7 +49,7 @@ def checked(name: str, value: Any) -> np.ndarray:
     """Return an array, if it is one of a supported type, or raise."""
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be {SUPPORTED}, got {kind_of(value)}")
-    if value.dtype not in REALS:
+    if storage_of(value.dtype) is None:
         raise unsupported(name, value.dtype)
     return value
 
@@ -64,15 +65,20 @@ def channel_axis(x: np.ndarray, axis: Any) -> int:
     return channel % ndim
 
 
-def parameter(name: str, value: Any, channels: int, updated: bool = False) -> Parameter:
+def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool = False) -> Parameter:
     """Check a number per channel, one that is to be `updated` in place perhaps; return how to find it.
 
-    It is the caller who keeps it alive.
+    It is the caller who keeps it alive. Of 16 bits it may only be if x is of the same type.
     """
     if value is None:
         return ABSENT
-    if value.dtype not in REALS:
+    storage = storage_of(value.dtype)
+    if storage is None:
         raise unsupported(name, value.dtype)
+    if value.itemsize < 4 and storage is not storage_of(x.dtype):
+        wide = "float32 or float64"
+        allowed = f"{wide}, or of x's type," if x.itemsize < 4 else wide
+        raise TypeError(f"{name} must be {allowed} for x of {type_of(x)}, got {storage.name}")
     if value.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {value.shape}")
     stride = value.strides[0]
@@ -84,15 +90,15 @@ def parameter(name: str, value: Any, channels: int, updated: bool = False) -> Pa
             )
         if channels > 1 and abs(stride) < value.itemsize:
             raise ValueError(f"{name} must not overlap itself, got stride {stride}")
-    return address(value), stride, value.itemsize
+    return address(value), stride, storage.code
 
 
 def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
     """Check that an array has the shape and the type of x."""
     if array.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
-    if array.dtype != x.dtype:
-        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {array.dtype}")
+    if array.dtype != x.dtype and storage_of(array.dtype) is not storage_of(x.dtype):
+        raise TypeError(f"{name} must have x's dtype {type_of(x)}, got {type_of(array)}")
 
 
 def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
@@ -161,12 +167,32 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def real(dtype: Any) -> type:
-    """Return the scalar type of a supported dtype, however it is named, or raise."""
+def storage(dtype: Any) -> Storage:
+    """Return how the elements of a supported dtype, however it is named, are stored; or raise."""
+    found = named(dtype)
+    if found is None:
+        raise TypeError(f"dtype must be {NAMES}, got {dtype!r}")
+    return found
+
+
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """Return NumPy's dtype for a supported one, however it is named, or raise."""
+    found = storage(dtype)
+    if found is not BFLOAT16:
+        return found.dtype
     try:
-        return REALS[np.dtype(dtype)]
-    except (KeyError, TypeError):
-        raise TypeError(f"dtype must be {NAMES}, got {dtype!r}") from None
+        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+    except ImportError:
+        raise TypeError(
+            "dtype must be float32, float64 or float16, since NumPy has no bfloat16 without the package "
+            f"ml_dtypes (pip install ml_dtypes), got {dtype!r}"
+        ) from None
+
+
+def type_of(array: np.ndarray) -> str:
+    """Return how the type of an array's elements is called in an error."""
+    found = storage_of(array.dtype)
+    return str(array.dtype) if found is None else found.name
 
 
 def flag(name: str, value: Any) -> bool:

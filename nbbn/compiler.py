@@ -1,7 +1,7 @@
 """The only place that holds Numba's options: what is compiled, how, when, and where it is cached.
 
-A kernel is a function `(first, last, call, real)`: it does the tasks first … last - 1 of the call
-described at the address `call`, for arrays of type `real`. It holds the GIL at no time and compiles at
+A kernel is a function `(first, last, call, stored)`: it does the tasks first … last - 1 of the call
+described at the address `call`, for arrays whose elements are stored as type `stored`. It holds the GIL at no time and compiles at
 its first use, once for each type, to a C function `(first, last, call)`. That one function serves both
 ways of running it: called as it is, and from the one parallel loop of this module.
 """
@@ -232,7 +232,7 @@ _kernels: dict[str, Callable[..., None]] = {}
 
 
 def kernel(function: Callable[..., None]) -> str:
-    """Register `function(first, last, call, real)` and return its name, for `entry`."""
+    """Register `function(first, last, call, stored)` and return its name, for `entry`."""
     _kernels[function.__name__] = function
     return function.__name__
 
@@ -302,29 +302,29 @@ if hasattr(os, "register_at_fork"):
 class Entry:
     """A compiled kernel: `run(first, last, call)` in this thread, `address` for the parallel loop."""
 
-    def __init__(self, name: str, real: type) -> None:
-        element = types.NumberClass(numba.from_dtype(np.dtype(real)))
-        signature = types.void(types.int64, types.int64, types.int64, element)
+    def __init__(self, name: str, element: types.Type) -> None:
+        stored = types.NumberClass(element)
+        signature = types.void(types.int64, types.int64, types.int64, stored)
         self._compiled = _compile(_kernels[name], signature)  # keeps the machine code alive
         self.address: int = self._compiled.address
-        # ctypes gives up the GIL for as long as the kernel runs. `real` carries nothing: left out.
+        # ctypes gives up the GIL for as long as the kernel runs. `stored` carries nothing: left out.
         function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self.address)
         self.run: Callable[[int, int, int], None] = function
         """Does the tasks first … last - 1 of the call described at an address."""
 
 
-_entries: dict[tuple[str, type], Entry] = {}
+_entries: dict[tuple[str, types.Type], Entry] = {}
 
 
-def entry(name: str, real: type) -> Entry:
-    """Return the kernel `name`, compiled for arrays of type `real`."""
+def entry(name: str, element: types.Type) -> Entry:
+    """Return the kernel `name`, compiled for arrays of such elements."""
     try:
-        return _entries[name, real]
+        return _entries[name, element]
     except KeyError:
         with _lock:
-            if (name, real) not in _entries:
-                _entries[name, real] = Entry(name, real)
-            return _entries[name, real]
+            if (name, element) not in _entries:
+                _entries[name, element] = Entry(name, element)
+            return _entries[name, element]
 
 
 # --- the parallel loop -----------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def entry(name: str, real: type) -> Entry:
 def _invoke(typingctx, address, first, last, call):
     def codegen(context, builder, signature, args):
         integer = ir.IntType(64)
-        element = ir.IntType(8).as_pointer()  # the kernel's `real`, which carries nothing
+        element = ir.IntType(8).as_pointer()  # the kernel's `stored`, which carries nothing
         function = ir.FunctionType(ir.VoidType(), [integer] * 3 + [element])
         kernel = builder.inttoptr(args[0], function.as_pointer())
         builder.call(kernel, [*args[1:], ir.Constant(element, None)])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nbbn.dtypes import Storage, storage_of
 from nbbn.errors import DeviceError
 from nbbn.geometry import Strides
 
@@ -23,7 +24,7 @@ class Problem(NamedTuple):
         The channel axis.
     strides : tuple of tuple of int
         In bytes, of each array: x; x and out; or x, grad_out and out.
-    dtype : numpy.dtype
+    storage : Storage
         Of all arrays.
     threads : int
         How many may work on it. Never changes the result.
@@ -34,7 +35,7 @@ class Problem(NamedTuple):
     shape: tuple[int, ...]
     axis: int
     strides: tuple[Strides, ...]
-    dtype: np.dtype
+    storage: Storage
     threads: int
     device: str = "cpu"
 
@@ -75,7 +76,9 @@ def find(
 
     On a GPU its methods have one more argument, the last one: the address of a CUstream.
     """
-    problem = Problem(shape, axis, strides, dtype, threads, device)
+    storage = storage_of(dtype)
+    assert storage is not None
+    problem = Problem(shape, axis, strides, storage, threads, device)
     for implementation in IMPLEMENTATIONS:
         if (run := implementation(problem)) is not None:
             return run

@@ -1,11 +1,66 @@
-"""The one table of storage types. A new type is a row here, a load and a store in `cpu.simd`."""
+"""The one table of storage types. A new type is a row here, a load and a store on each target.
+
+Elements of 16 bits are a format to store numbers in: each is widened as it is loaded, computed with in
+float32, summed in float64, and rounded once as it is stored.
+"""
+
+from dataclasses import dataclass
 
 import numpy as np
 
-# Storage type → the scalar type that the kernels are compiled for. Sums are float64 for both.
-REALS: dict[np.dtype, type] = {
-    np.dtype(np.float32): np.float32,
-    np.dtype(np.float64): np.float64,
-}
-NAMES = " or ".join(str(dtype) for dtype in REALS)
-STATISTICS = np.dtype(np.float64)
+
+@dataclass(frozen=True)
+class Storage:
+    """How the elements of an array are stored.
+
+    Attributes
+    ----------
+    name : str
+        As NumPy, PyTorch and others call it.
+    real : type
+        What they are computed with: numpy.float32 or numpy.float64.
+    code : int
+        Tells the kernels which type a parameter is of: its number of bytes, but for bfloat16.
+    dtype : numpy.dtype
+        What NumPy stores them as.
+    dlpack : int
+        DLPack's code for the kind of number.
+    """
+
+    name: str
+    real: type
+    code: int
+    dtype: np.dtype
+    dlpack: int = 2
+
+
+FLOAT64 = Storage("float64", np.float64, 8, np.dtype(np.float64))
+FLOAT32 = Storage("float32", np.float32, 4, np.dtype(np.float32))
+FLOAT16 = Storage("float16", np.float32, 2, np.dtype(np.float16))
+# NumPy has no bfloat16 of its own, and the package that adds one is not needed: this dtype stands in for
+# it where the arrays are another library's.
+BFLOAT16 = Storage("bfloat16", np.float32, 3, np.dtype([("bfloat16", np.uint16)]), dlpack=4)
+
+STORAGES = (FLOAT32, FLOAT64, FLOAT16, BFLOAT16)
+NAMES = "float32, float64, float16 or bfloat16"
+STATISTICS = FLOAT64.dtype
+
+_known: dict[np.dtype, Storage] = {storage.dtype: storage for storage in STORAGES}
+
+
+def storage_of(dtype: np.dtype) -> Storage | None:
+    """Return how elements of a NumPy dtype are stored, or None if nothing is computed with them."""
+    found = _known.get(dtype)
+    if found is None and dtype.name == BFLOAT16.name and dtype.itemsize == 2:
+        found = _known[dtype] = BFLOAT16  # that of ml_dtypes
+    return found
+
+
+def named(dtype: object) -> Storage | None:
+    """Return the same for anything that NumPy takes for a dtype, and for "bfloat16"."""
+    if dtype == BFLOAT16.name:
+        return BFLOAT16
+    try:
+        return storage_of(np.dtype(dtype))  # type: ignore[call-overload]
+    except TypeError:
+        return None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nbbn import memory
-from nbbn.dtypes import NAMES, REALS
+from nbbn.dtypes import BFLOAT16, NAMES, STORAGES, Storage, storage_of
 from nbbn.errors import DeviceError
 
 Array = Any  # of one of these libraries, or of another one with `__dlpack__`
@@ -82,7 +82,7 @@ _name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName
 
 # DLPack's types: a code, the bits of an element, and the lanes of a vector, in 8, 8 and 16 bits.
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-_REALS = {2 | 8 * dtype.itemsize << 8 | 1 << 16: dtype for dtype in REALS}
+_STORAGES = {s.dlpack | 8 * s.dtype.itemsize << 8 | 1 << 16: s for s in STORAGES}
 _READ_ONLY, _COPIED = 1, 2  # DLPack's flags
 # Where DLPack's devices are for nbbn. Pinned memory (3) is the host's, managed memory (13) a GPU's.
 _DEVICES = {1: CPU, 2: "cuda", 3: CPU, 13: "cuda"}
@@ -93,7 +93,7 @@ NO_ORDER = -1  # asks a producer for no ordering: what is to read the array runs
 @functools.cache
 def _named(kind: Any) -> np.dtype | None:
     """Return NumPy's type for a library's own (``torch.float32``), if it is computed with."""
-    return next((dtype for dtype in REALS if dtype.name == str(kind).rpartition(".")[2]), None)
+    return next((s.dtype for s in STORAGES if s.name == str(kind).rpartition(".")[2]), None)
 
 
 def unsupported(name: str, dtype: Any) -> TypeError:
@@ -171,9 +171,10 @@ def _read_dlpack(name: str, value: Any, stream: int | None) -> np.ndarray:
         raise _refused(name, value, f"its __dlpack__ returns a capsule named {tag!r}")
     data, _, kind, shape_at, strides_at, offset = all_memory[at : at + 6]
     ndim, kind = kind & 0xFFFFFFFF, kind >> 32 & 0xFFFFFFFF
-    dtype = _REALS.get(kind)
-    if dtype is None:
+    storage = _STORAGES.get(kind)
+    if storage is None:
         raise unsupported(name, f"{_CODES.get(kind & 0xFF, 'of another kind, ')}{kind >> 8 & 0xFF}")
+    dtype = storage.dtype
     if flags & _COPIED:
         raise _refused(name, value, "its memory can only be had as a copy")
     shape = tuple(all_memory[shape_at >> 3 : (shape_at >> 3) + ndim])
@@ -197,7 +198,7 @@ def _read_cuda_array_interface(name: str, value: Any, stream: int | None) -> np.
         strides, mask, theirs = told.get("strides"), told.get("mask"), told.get("stream")
     except Exception as error:
         raise _refused(name, value, error) from error
-    if dtype not in REALS:
+    if storage_of(dtype) is None:
         raise unsupported(name, dtype)
     if mask is not None:
         raise _refused(name, value, "it is masked")

@@ -173,10 +173,10 @@ def train(
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = _channels(x, axis, features)
-    gamma = arrays.parameter("weight", weight, channels)
-    beta = arrays.parameter("bias", bias, channels)
-    mean = arrays.parameter("running_mean", running_mean, channels, updated=True)
-    var = arrays.parameter("running_var", running_var, channels, updated=True)
+    gamma = arrays.parameter("weight", weight, channels, x)
+    beta = arrays.parameter("bias", bias, channels, x)
+    mean = arrays.parameter("running_mean", running_mean, channels, x, updated=True)
+    var = arrays.parameter("running_var", running_var, channels, x, updated=True)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     count = x.size // channels if x.size else 0
     if x.size and count < 2:
@@ -407,10 +407,10 @@ def evaluate(
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is None:
             raise ValueError(f"{name} must be given in evaluation (training=False), got None")
-    mean = arrays.parameter("running_mean", running_mean, channels)
-    var = arrays.parameter("running_var", running_var, channels)
-    gamma = arrays.parameter("weight", weight, channels)
-    beta = arrays.parameter("bias", bias, channels)
+    mean = arrays.parameter("running_mean", running_mean, channels, x)
+    var = arrays.parameter("running_var", running_var, channels, x)
+    gamma = arrays.parameter("weight", weight, channels, x)
+    beta = arrays.parameter("bias", bias, channels, x)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
         out = here.empty_like(x)
@@ -536,9 +536,9 @@ def differentiate(
     channels = x.shape[axis]
     grad_out = arrays.checked("grad_out", grad_out)
     arrays.same_kind("grad_out", grad_out, x)
-    gamma = arrays.parameter("weight", weight, channels)
-    mu = _needed("mean", mean, channels)
-    sigma = _needed("invstd", invstd, channels)
+    gamma = arrays.parameter("weight", weight, channels, x)
+    mu = _needed("mean", mean, channels, x)
+    sigma = _needed("invstd", invstd, channels, x)
     count = x.size // channels if x.size else 0
     if training and x.size and count < 2:
         raise ValueError(
@@ -559,10 +559,10 @@ def differentiate(
     return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
 
 
-def _needed(name: str, value: Any, channels: int) -> Parameter:
+def _needed(name: str, value: Any, channels: int, x: np.ndarray) -> Parameter:
     if value is None:
         raise ValueError(f"{name} must be given, got None")
-    return arrays.parameter(name, value, channels)
+    return arrays.parameter(name, value, channels, x)
 
 
 def warmup(
@@ -593,7 +593,7 @@ def warmup(
     >>> import nbbn
     >>> nbbn.warmup(["float32"], training=False, backward=False)
     """
-    reals = [arrays.real(dtype) for dtype in dtypes]
+    storages = [arrays.storage(dtype) for dtype in dtypes]
     wanted = {
         "training": arrays.flag("training", training),
         "evaluation": arrays.flag("evaluation", evaluation),
@@ -602,5 +602,5 @@ def warmup(
     from nbbn.cpu.run import compile_for
 
     pool.threads()
-    for real in reals:
-        compile_for(real, [operation for operation, is_wanted in wanted.items() if is_wanted])
+    for storage in storages:
+        compile_for(storage, [operation for operation, is_wanted in wanted.items() if is_wanted])

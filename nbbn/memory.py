@@ -13,6 +13,7 @@ import collections
 import math
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,12 +73,12 @@ _pool = _Pool(_configured())
 class _Owner:
     """Owns a block for as long as any array that was made from it lives."""
 
-    def __init__(self, nbytes: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, nbytes: int) -> None:
         self._block = _pool.take(-(-(nbytes + ALIGNMENT) // _PAGE) * _PAGE)
         start = self._block.__array_interface__["data"][0]
         self.__array_interface__ = {
-            "shape": shape,
-            "typestr": dtype.str,
+            "shape": (nbytes,),
+            "typestr": "|u1",
             "data": (start + -start % ALIGNMENT, False),
             "version": 3,
         }
@@ -127,24 +128,27 @@ def set_recycling(max_bytes: int) -> int:
     return before
 
 
+def _recycled(nbytes: int, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    return np.asarray(_Owner(nbytes)).view(dtype).reshape(shape)
+
+
 def empty_like(x: np.ndarray) -> np.ndarray:
     """Return a new array of x's shape, dtype and memory layout (order "K"), not set to anything."""
     nbytes = x.nbytes
     if nbytes < SMALLEST or _pool.limit == 0:
         return np.empty_like(x, subok=False)
     if x.flags.c_contiguous:
-        return np.asarray(_Owner(nbytes, x.shape, x.dtype))
+        return _recycled(nbytes, x.shape, x.dtype)
     # The axes from the slowest to the fastest, as NumPy's order "K" has them.
     axes = sorted(range(x.ndim), key=lambda d: -abs(x.strides[d]))
-    flat = np.asarray(_Owner(nbytes, (math.prod(x.shape),), x.dtype))
-    return flat.reshape([x.shape[d] for d in axes]).transpose(np.argsort(axes))
+    return _recycled(nbytes, [x.shape[d] for d in axes], x.dtype).transpose(np.argsort(axes))
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Return a new C-ordered array that begins on a cache line, not set to anything."""
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes >= SMALLEST and _pool.limit:
-        return np.asarray(_Owner(nbytes, shape, dtype))
+        return _recycled(nbytes, shape, dtype)
     block = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -block.__array_interface__["data"][0] % ALIGNMENT
     return block[start : start + nbytes].view(dtype).reshape(shape)

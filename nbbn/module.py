@@ -52,7 +52,8 @@ class BatchNorm:
     correction : float, default 1
         The running variance tracks var · m / (m - correction), with m values per channel.
     dtype : str or numpy.dtype, default "float32"
-        Of parameters and running statistics: float32 or float64. Inputs may be of either.
+        Of parameters and running statistics: float32 or float64, for inputs of any type; or float16 or
+        bfloat16, for inputs of the same type. bfloat16 needs the package ml_dtypes.
     device : str, default "cpu"
         Where parameters and statistics live, and inputs must: "cpu", "cuda:N", or "cuda" for the GPU
         that Numba has as its current one.
@@ -133,7 +134,7 @@ class BatchNorm:
         self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
         self.axis = arrays.integer("axis", axis)
         self.correction = arrays.number("correction", correction, 0.0, float("inf"))
-        self.dtype = np.dtype(arrays.real(dtype))
+        self.dtype = arrays.numpy_dtype(dtype)
         self._columns = columns_on(device)
         self.training = True
         self.grad_weight: Any = None

@@ -32,7 +32,7 @@ PARAMETER = np.dtype(
     [
         ("address", _WORD),  # of element 0; 0: not given
         ("stride", _WORD),  # bytes
-        ("size", _WORD),  # bytes of an element
+        ("code", _WORD),  # of its storage type: nbbn.dtypes
     ]
 )
 

@@ -16,18 +16,24 @@ from nbbn.cpu.simd import (
     address,
     after,
     at_most,
+    bfloat16,
     choose,
     fence,
+    float16,
     load,
     load_first,
     narrow,
+    number,
     plain,
     pointer,
     scratch,
+    set_number,
+    size_of,
     splat,
     store,
     store_first,
     stream,
+    wide,
     widen,
 )
 from nbbn.cpu.tiles import (
@@ -52,6 +58,7 @@ from nbbn.cpu.tiles import (
     write_normalized_rows,
     write_normalized_run,
 )
+from nbbn.dtypes import FLOAT16, FLOAT32, FLOAT64
 from nbbn.formulas import (
     gradient_parameters,
     inverse_deviation,
@@ -71,26 +78,42 @@ TABLES_ROOM = 5 * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
 LARGEST = float(np.finfo(np.float64).max)
+CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
 
 
 @loop
 def parameter(where, index, missing):
-    """Return element `index` of a parameter of either float type, or `missing`."""
+    """Return element `index` of a parameter, of whatever type, or `missing`."""
     if where.address == 0:
         return missing
     at = where.address + index * where.stride
-    if where.size == 8:
-        return pointer(at, np.float64)[0]
-    return np.float64(pointer(at, np.float32)[0])
+    if where.code == CODE64:
+        return number(pointer(at, np.float64), 0)
+    if where.code == CODE32:
+        return np.float64(number(pointer(at, np.float32), 0))
+    return half_parameter(at, where.code)
+
+
+@loop
+def half_parameter(at, code):
+    """Return a parameter of 16 bits."""
+    out_of_line()
+    if code == CODE16:
+        return np.float64(number(pointer(at, float16()), 0))
+    return np.float64(number(pointer(at, bfloat16()), 0))
 
 
 @loop
 def set_parameter(where, index, value):
     at = where.address + index * where.stride
-    if where.size == 8:
-        pointer(at, np.float64)[0] = value
+    if where.code == CODE64:
+        set_number(pointer(at, np.float64), 0, value)
+    elif where.code == CODE32:
+        set_number(pointer(at, np.float32), 0, value)
+    elif where.code == CODE16:
+        set_number(pointer(at, float16()), 0, value)
     else:
-        pointer(at, np.float32)[0] = np.float32(value)
+        set_number(pointer(at, bfloat16()), 0, value)
 
 
 @loop
@@ -137,9 +160,10 @@ def trusted(count, squares, offset, real):
 
 
 @loop
-def guess_means(call, first, last, channel, group, buffer, guesses, real):
+def guess_means(call, first, last, channel, group, buffer, guesses, stored):
     """Set a guess at the mean of each channel of a tile: that of PILOT_VALUES of them, or of a few more."""
     out_of_line()
+    real = wide(stored)
     a_row = call.fold * min(call.width, call.inner)
     last = min(last, first + 1 + (PILOT_VALUES - 1) // a_row)
     fill(guesses, group, real(0.0))
@@ -147,7 +171,7 @@ def guess_means(call, first, last, channel, group, buffer, guesses, real):
     for row in range(first, last):
         step, piece = locate(call, row)
         steps, width = extent(call, step, piece)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
         if width == 1:
             for f in range(steps):
                 for g in range(0, group, LANES):
@@ -159,20 +183,21 @@ def guess_means(call, first, last, channel, group, buffer, guesses, real):
             pitch = width // values  # from all over the row: its ends may be a border
             for g in range(group):
                 for i in range(values):
-                    guesses[g] += x[g * width + i * pitch]
+                    guesses[g] += number(x, g * width + i * pitch)
             count += values
     for g in range(0, group, LANES):
         store(guesses, g, load(guesses, g) / real(count))
 
 
 @loop
-def chunk_stats(call, chunk, channel, group, tile, buffer, real):
+def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
     """Statistics of one chunk of one tile into its place among the partials.
 
     Each block is looked at once: x is summed exactly, and (x - guess)² along with it, the guess being
     the mean of what came before. Where that guess was too far off for a channel, and only there, the
     squares are taken again around the block's own mean. Meanwhile `tile`, another one, is written.
     """
+    real = wide(stored)
     # Long channels are summed one by one, each into LANES columns.
     single = call.single == 1
     width = LANES if single else call.inner
@@ -192,7 +217,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
     trust = scratch(ROOM, np.int64)
 
     begin, end = chunk_rows(call, chunk)
-    guess_means(call, begin, end, channel, group, buffer, guess_of, real)
+    guess_means(call, begin, end, channel, group, buffer, guess_of, stored)
     for first in range(begin, end, call.block):
         last = min(end, first + call.block)
         count = float(position(call, last) - position(call, first))
@@ -202,7 +227,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
         state = column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead
-        look_down(call, first, last, channel, group, buffer, state, mask, tile, real)
+        look_down(call, first, last, channel, group, buffer, state, mask, tile, stored)
         to_channels(call, group, width, sums, lost, real)
         to_channels(call, group, width, squares, squares_lost, real)
         bad = False
@@ -220,7 +245,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
             fill(again, span, 0.0)
             fill(squares_lost, span, 0.0)
             state = to_columns(call, group, width, sums, columns), (again, squares_lost)
-            square_down(call, first, last, channel, group, buffer, state, mask, real)
+            square_down(call, first, last, channel, group, buffer, state, mask, stored)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
                 anew = load(again, g) + load(squares_lost, g)
@@ -321,22 +346,23 @@ def update_channels(call):
 
 
 @kernel
-def forward(first, last, address, real):
+def forward(first, last, address, stored):
     """Training forward, resident. Tasks: groups of channels.
 
     While the statistics of a group are taken, the group before is written.
     """
     call = read(address)
+    real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, real)
+    buffer = scratch(ROW_BUFFERS, stored)
     tile = no_tile(tables)
     for task in range(first, last):
         channel, group = group_of(call, task)
         for chunk in range(call.chunks):
-            chunk_stats(call, chunk, channel, group, tile, buffer, real)
+            chunk_stats(call, chunk, channel, group, tile, buffer, stored)
         finish_channels(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 3, tables, real)
-    write_normalized_rows(call, plain(0), call.rows, tile, buffer, real)
+    write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
     if call.updates == 1:
@@ -344,43 +370,45 @@ def forward(first, last, address, real):
 
 
 @kernel
-def collect_stats(first, last, address, real):
+def collect_stats(first, last, address, stored):
     """Statistics of tiles into the partials. Tasks: chunks × groups."""
     call = read(address)
-    buffer = scratch(ROW_BUFFERS, real)
+    nothing = no_tile(pointer(call.tables, wide(stored)))
+    buffer = scratch(ROW_BUFFERS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
-        chunk_stats(call, task // call.groups, channel, group, no_tile(buffer), buffer, real)
+        chunk_stats(call, task // call.groups, channel, group, nothing, buffer, stored)
 
 
 @kernel
-def finish_stats(first, last, address, real):
+def finish_stats(first, last, address, stored):
     """Partials into mean, var, invstd and the tables. Tasks: blocks of LANES channels."""
     call = read(address)
-    finish_channels(call, first * LANES, min(last * LANES, call.channels), real)
+    finish_channels(call, first * LANES, min(last * LANES, call.channels), wide(stored))
 
 
 @kernel
-def use_running_stats(first, last, address, real):
+def use_running_stats(first, last, address, stored):
     """The tables from the running statistics, for evaluation. Tasks: blocks of LANES channels."""
     call = read(address)
     for c in range(first * LANES, min(last * LANES, call.channels)):
         invstd = inverse_deviation(parameter(call.var, c, 1.0), call.eps)
-        set_tables(call, c, parameter(call.mean, c, 0.0), 0.0, invstd, real)
+        set_tables(call, c, parameter(call.mean, c, 0.0), 0.0, invstd, wide(stored))
 
 
 @kernel
-def normalize(first, last, address, real):
+def normalize(first, last, address, stored):
     """Tasks: slabs of rows × groups, in the order of memory."""
     call = read(address)
+    real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, real)
+    buffer = scratch(ROW_BUFFERS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, 3, tables, real)
         slab = task // call.groups * call.slab
         until = min(call.rows, slab + call.slab)
-        write_normalized_rows(call, slab, until, tile, buffer, real)
+        write_normalized_rows(call, slab, until, tile, buffer, stored)
     if call.stream == 1:
         fence()
 
@@ -404,7 +432,7 @@ def normalize_run(call, channel, last, x, out, real):
     j = channel * call.inner
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
-    size = 8 if exact(real) else 4
+    size = size_of(out)
     ahead = -(address(out) + j * size) % STREAM_BYTES
     aligned = ahead % size == 0
     streaming = call.stream_planes == 1 and aligned
@@ -437,7 +465,7 @@ def normalize_run(call, channel, last, x, out, real):
 
 
 @kernel
-def normalize_planes(first, last, address, real):
+def normalize_planes(first, last, address, stored):
     """The same where all channels of an outer step lie side by side. Tasks: channels of outer steps.
 
     So it is written in the order of memory, and no tables are spread over columns.
@@ -448,9 +476,9 @@ def normalize_planes(first, last, address, real):
         step = plane // call.channels
         channel = plane % call.channels
         until = min(call.channels, channel + last - plane)
-        x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), real)
-        out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), real)
-        normalize_run(call, channel, until, x, out, real)
+        x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), stored)
+        out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), stored)
+        normalize_run(call, channel, until, x, out, wide(stored))
         plane += until - channel
     if call.stream_planes == 1:
         fence()
@@ -470,20 +498,21 @@ def repeated_tables(call, number, repeated, real):
 
 
 @kernel
-def normalize_columns(first, last, address, real):
+def normalize_columns(first, last, address, stored):
     """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
     call = read(address)
+    real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
-    x = pointer(call.x, real)
+    x = pointer(call.x, stored)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
     begin, end = first * call.channels, last * call.channels
-    write_normalized_run(pointer(call.out, real), (x, x), begin, end, tables, call.period, streaming, real)
+    write_normalized_run(pointer(call.out, stored), (x, x), begin, end, tables, call.period, streaming)
     if streaming:
         fence()
 
 
 @kernel
-def update_running_stats(first, last, address, real):
+def update_running_stats(first, last, address, stored):
     """One task, after all that reads a running statistic or writes what may lie over one."""
     update_channels(read(address))
 
@@ -492,11 +521,12 @@ def update_running_stats(first, last, address, real):
 
 
 @loop
-def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
+def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials.
 
     Meanwhile `tile`, another one, is written.
     """
+    real = wide(stored)
     single = call.single == 1
     width = LANES if single else call.inner
     mask = 0 if single else -1
@@ -516,7 +546,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, real):
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
     state = means, (sums, lost), (products, products_lost), call.one, call.ahead
-    look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, real)
+    look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
     for g in range(0, group, LANES):
@@ -579,64 +609,68 @@ def finish_gradients(call, first, last, real):
 
 
 @kernel
-def backward(first, last, address, real):
+def backward(first, last, address, stored):
     """Training backward, resident. Tasks: groups of channels, written as in `forward`."""
     call = read(address)
+    real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, real)
+    buffer = scratch(ROW_BUFFERS, stored)
     tile = no_tile(tables)
     for task in range(first, last):
         channel, group = group_of(call, task)
         for chunk in range(call.chunks):
-            chunk_gradients(call, chunk, channel, group, tile, buffer, real)
+            chunk_gradients(call, chunk, channel, group, tile, buffer, stored)
         finish_gradients(call, channel, channel + group, real)
         tile = tile_of(call, channel, group, 5, tables, real)
-    write_gradient_rows(call, plain(0), call.rows, tile, buffer, real)
+    write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
 
 
 @kernel
-def backward_reduce(first, last, address, real):
+def backward_reduce(first, last, address, stored):
     """Tasks: chunks × groups."""
     call = read(address)
-    buffer = scratch(ROW_BUFFERS, real)
+    nothing = no_tile(pointer(call.tables, wide(stored)))
+    buffer = scratch(ROW_BUFFERS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
-        chunk_gradients(call, task // call.groups, channel, group, no_tile(buffer), buffer, real)
+        chunk_gradients(call, task // call.groups, channel, group, nothing, buffer, stored)
 
 
 @kernel
-def finish_backward(first, last, address, real):
+def finish_backward(first, last, address, stored):
     """Partials into grad_weight, grad_bias and the tables. Tasks: blocks of LANES channels."""
     call = read(address)
-    finish_gradients(call, first * LANES, min(last * LANES, call.channels), real)
+    finish_gradients(call, first * LANES, min(last * LANES, call.channels), wide(stored))
 
 
 @kernel
-def backward_apply(first, last, address, real):
+def backward_apply(first, last, address, stored):
     """Tasks: slabs of rows × groups, in the order of memory."""
     call = read(address)
+    real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, real)
+    buffer = scratch(ROW_BUFFERS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, 5, tables, real)
         slab = task // call.groups * call.slab
         until = min(call.rows, slab + call.slab)
-        write_gradient_rows(call, slab, until, tile, buffer, real)
+        write_gradient_rows(call, slab, until, tile, buffer, stored)
     if call.stream == 1:
         fence()
 
 
 @kernel
-def apply_columns(first, last, address, real):
+def apply_columns(first, last, address, stored):
     """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
     call = read(address)
+    real = wide(stored)
     tables = repeated_tables(call, 5, scratch(TABLES_ROOM, real), real)
-    row = pointer(call.grad_out, real), pointer(call.x, real)
+    row = pointer(call.grad_out, stored), pointer(call.x, stored)
     streaming = call.stream == 1
     begin, end = first * call.channels, last * call.channels
-    write_gradient_run(pointer(call.out, real), row, begin, end, tables, call.period, streaming, real)
+    write_gradient_run(pointer(call.out, stored), row, begin, end, tables, call.period, streaming)
     if streaming:
         fence()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
-from nbbn.cpu.simd import LANES
+from nbbn.cpu.simd import ELEMENTS, LANES
 from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS
+from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 
 BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
@@ -105,15 +106,15 @@ class Plan:
     ----------
     geometry : Geometry
         Of x; of x and out; or of x, grad_out and out.
-    real : type
-        numpy.float32 or numpy.float64.
+    storage : Storage
+        Of the arrays' elements.
     threads : int
         How many threads may work on it. Changes the schedule, never the result.
     """
 
-    def __init__(self, geometry: Geometry, real: type, threads: int) -> None:
-        size = np.dtype(real).itemsize
-        self.real = real
+    def __init__(self, geometry: Geometry, storage: Storage, threads: int) -> None:
+        size = storage.dtype.itemsize
+        self.element = ELEMENTS[storage.name]
         self.threads = threads
         self.channels = geometry.channels
         tiling = tile(geometry, size)

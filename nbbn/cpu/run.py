@@ -11,8 +11,9 @@ from nbbn.compiler import entry, pool
 from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
-from nbbn.cpu.simd import LANES
+from nbbn.cpu.simd import ELEMENTS, LANES
 from nbbn.dispatch import Problem
+from nbbn.dtypes import Storage
 from nbbn.geometry import canonical
 
 _ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
@@ -49,11 +50,11 @@ _KERNELS = {
 }
 
 
-def compile_for(real: type, operations: Iterable[str]) -> None:
-    """Compile all that the operations may run on arrays of type `real`."""
+def compile_for(storage: Storage, operations: Iterable[str]) -> None:
+    """Compile all that the operations may run on arrays that are stored so."""
     for operation in operations:
         for name in _KERNELS[operation]:
-            entry(name, real)
+            entry(name, ELEMENTS[storage.name])
 
 
 class _Room:
@@ -108,7 +109,7 @@ class _Call:
 
     def __call__(self, kernel: str, tasks: int, threads: int | None = None) -> None:
         """Run a kernel over its tasks, on as many threads as the plan is for."""
-        compiled = entry(kernel, self.plan.real)
+        compiled = entry(kernel, self.plan.element)
         shares = min(self.plan.threads if threads is None else threads, tasks)
         if shares == 1:
             compiled.run(0, tasks, self._at)
@@ -121,7 +122,7 @@ class Run:
 
     def __init__(self, problem: Problem) -> None:
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
-        self.plan = plan = Plan(geometry, problem.dtype.type, problem.threads)
+        self.plan = plan = Plan(geometry, problem.storage, problem.threads)
         self._blocks = -(-plan.channels // LANES)
         self._groups = plan.groups
         self._tiles = plan.chunks * plan.groups
@@ -157,7 +158,7 @@ class Run:
     def _compile(self, *names: str) -> None:
         """Compile all that a call will run before any of it runs: what raises has changed nothing."""
         for name in names:
-            entry(name, self.plan.real)
+            entry(name, self.plan.element)
 
     def stats(self, x: int, stats: int) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""

@@ -1,5 +1,8 @@
 """Vectors of LANES numbers in registers, as a Numba type: loads, stores, arithmetic.
 
+Elements of 16 bits are widened to float32 as they are loaded and rounded as they are stored: to nearest,
+ties to even, subnormal numbers and all.
+
 Formulas written with + - * / work on a `Vector` as they work on a number, so the kernels decide
 themselves what is vectorized, and the order of every sum is the same on every machine: LLVM splits
 a vector into the registers there are (two of 256 bits for 16 float32 on AVX2, one on AVX-512).
@@ -10,6 +13,7 @@ indices count elements.
 
 import math
 import operator
+import platform
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -32,9 +36,39 @@ class Vector(types.Type):
         super().__init__(name=f"Vector({element}, {LANES})")
 
 
+class Half(types.Type):
+    """The type of an element of 16 bits in memory; in registers it is a float32."""
+
+    bitwidth = 16
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=f"Half({name})")
+
+
+@register_model(Half)
+class _HalfModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _BITS)
+
+
+_BITS = ir.IntType(16)
+_WORD = ir.IntType(32)
 _LLVM = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 _VECTORS = {element: Vector(element) for element in _LLVM}
 _INDEX = ir.IntType(32)
+_FLOAT16, _BFLOAT16 = Half("float16"), Half("bfloat16")
+# What the elements of an array are to a kernel, by the name of their storage (`nbbn.dtypes`).
+ELEMENTS: dict[str, types.Type] = {
+    "float32": types.float32,
+    "float64": types.float64,
+    "float16": _FLOAT16,
+    "bfloat16": _BFLOAT16,
+}
+
+
+def _real(element):
+    """Return what elements of a type are in registers."""
+    return types.float32 if isinstance(element, Half) else element
 
 
 def _llvm(element):
@@ -138,6 +172,32 @@ def address(typingctx, pointer):
     return types.int64(pointer), codegen
 
 
+def _type_named(element):
+    @intrinsic
+    def name(typingctx):
+        kind = types.NumberClass(element)
+        return kind(), lambda context, builder, signature, args: context.get_dummy_value()
+
+    return name
+
+
+float16, bfloat16 = _type_named(_FLOAT16), _type_named(_BFLOAT16)
+
+
+@intrinsic
+def wide(typingctx, stored):
+    """Return the type that elements stored as `stored` are computed with."""
+    kind = types.NumberClass(_real(stored.dtype))
+    return kind(stored), lambda context, builder, signature, args: context.get_dummy_value()
+
+
+@intrinsic
+def size_of(typingctx, pointer):
+    """Return how many bytes an element has."""
+    number = pointer.dtype.bitwidth // 8
+    return types.int64(pointer), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), number)
+
+
 @intrinsic
 def after(typingctx, pointer, count):
     """Return the pointer moved on by `count` elements."""
@@ -165,11 +225,131 @@ def scratch(typingctx, count, real):
     return kind(count, real), codegen
 
 
+# --- elements of 16 bits ----------------------------------------------------------------------------
+
+
+def _shaped(like, element):
+    """Return an LLVM type of such elements, a vector where `like` is one."""
+    return ir.VectorType(element, like.count) if isinstance(like, ir.VectorType) else element
+
+
+def _constant(kind, value):
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def _converts(context):
+    """Whether this CPU converts float16; LLVM would call functions that are not there."""
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return True
+    return "+f16c" in context.codegen()._tm_features.split(",")
+
+
+def _widened(context, builder, bits, element):
+    """Return what was loaded as the number, or vector of numbers, that it stands for."""
+    if not isinstance(element, Half):
+        return bits
+    kind, number = _shaped(bits.type, _WORD), _shaped(bits.type, ir.FloatType())
+    if element is _FLOAT16 and _converts(context):
+        return builder.fpext(builder.bitcast(bits, _shaped(bits.type, ir.HalfType())), number)
+    word = builder.zext(bits, kind)
+    if element is _BFLOAT16:
+        return builder.bitcast(builder.shl(word, _constant(kind, 16)), number)
+    # The exponent is moved to its place, and the rest of its bias made up for by a product that is exact.
+    magnitude = builder.and_(word, _constant(kind, 0x7FFF))
+    moved = builder.shl(magnitude, _constant(kind, 13))
+    scaled = builder.fmul(builder.bitcast(moved, number), _constant(number, 2.0**112))
+    infinite = builder.icmp_unsigned(">=", magnitude, _constant(kind, 0x7C00))
+    special = builder.or_(moved, _constant(kind, 0x7F800000))
+    result = builder.select(infinite, special, builder.bitcast(scaled, kind))
+    sign = builder.shl(builder.and_(word, _constant(kind, 0x8000)), _constant(kind, 16))
+    return builder.bitcast(builder.or_(result, sign), number)
+
+
+def _narrowed(context, builder, number, element):
+    """Return a float32, or a vector of them, rounded to what is stored."""
+    if not isinstance(element, Half):
+        return number
+    bits, kind = _shaped(number.type, _BITS), _shaped(number.type, _WORD)
+    if element is _FLOAT16 and _converts(context):
+        return builder.bitcast(builder.fptrunc(number, _shaped(number.type, ir.HalfType())), bits)
+    word = builder.bitcast(number, kind)
+    one = _constant(kind, 1)
+    if element is _BFLOAT16:
+        odd = builder.and_(builder.lshr(word, _constant(kind, 16)), one)
+        rounded = builder.add(word, builder.add(odd, _constant(kind, 0x7FFF)))
+        nan = builder.fcmp_unordered("uno", number, number)
+        result = builder.select(nan, builder.or_(word, _constant(kind, 0x400000)), rounded)
+        return builder.trunc(builder.lshr(result, _constant(kind, 16)), bits)
+    magnitude = builder.and_(word, _constant(kind, 0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _constant(kind, 13)), one)
+    moved = builder.add(builder.sub(magnitude, _constant(kind, 112 << 23)), _constant(kind, 0xFFF))
+    result = builder.lshr(builder.add(moved, odd), _constant(kind, 13))
+    # Below the smallest normal number: added to 1/2, a float32 is rounded to multiples of 2**-24.
+    half = builder.bitcast(_constant(number.type, 0.5), kind)
+    lifted = builder.fadd(builder.bitcast(magnitude, number.type), _constant(number.type, 0.5))
+    subnormal = builder.sub(builder.bitcast(lifted, kind), half)
+    small = builder.icmp_unsigned("<", magnitude, _constant(kind, 113 << 23))
+    result = builder.select(small, subnormal, result)
+    large = builder.icmp_unsigned(">=", magnitude, _constant(kind, 143 << 23))
+    result = builder.select(large, _constant(kind, 0x7C00), result)
+    nan = builder.icmp_unsigned(">", magnitude, _constant(kind, 255 << 23))
+    result = builder.select(nan, _constant(kind, 0x7E00), result)
+    sign = builder.lshr(builder.xor(word, magnitude), _constant(kind, 16))
+    return builder.trunc(builder.or_(result, sign), bits)
+
+
+def _rounded_to_odd(builder, number):
+    """Return a float64 as a float32 that rounds to fewer bits as it does itself."""
+    near = builder.fptrunc(number, ir.FloatType())
+    back = builder.fpext(near, number.type)
+    bits = builder.bitcast(near, _WORD)
+    absolute = [builder.and_(builder.bitcast(a, ir.IntType(64)), ir.Constant(ir.IntType(64), (1 << 63) - 1))
+                for a in (number, back)]
+    beyond = builder.icmp_unsigned(">", absolute[1], absolute[0])
+    below = builder.sub(bits, builder.zext(beyond, _WORD))
+    inexact = builder.fcmp_unordered("!=", back, number)
+    odd = builder.or_(below, ir.Constant(_WORD, 1))
+    return builder.bitcast(builder.select(inexact, odd, bits), ir.FloatType())
+
+
+@intrinsic
+def number(typingctx, pointer, index):
+    """Return pointer[index], in the type that it is computed with."""
+    element = pointer.dtype
+
+    def codegen(context, builder, signature, args):
+        return _widened(context, builder, builder.load(builder.gep(args[0], [args[1]])), element)
+
+    return _real(element)(pointer, types.int64), codegen
+
+
+@intrinsic
+def set_number(typingctx, pointer, index, value):
+    """pointer[index] = value, a float64, rounded once"""
+    element = pointer.dtype
+
+    def codegen(context, builder, signature, args):
+        value = args[2]
+        if isinstance(element, Half):
+            value = _narrowed(context, builder, _rounded_to_odd(builder, value), element)
+        elif element == types.float32:
+            value = builder.fptrunc(value, ir.FloatType())
+        builder.store(value, builder.gep(args[0], [args[1]]))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.float64), codegen
+
+
 # --- loads and stores ------------------------------------------------------------------------------
 
 
+def _stored(element):
+    """The LLVM type of LANES elements in memory."""
+    return ir.VectorType(_BITS if isinstance(element, Half) else _LLVM[element], LANES)
+
+
 def _place(builder, pointer, index, element):
-    return builder.bitcast(builder.gep(pointer, [index]), _llvm(element).as_pointer())
+    return builder.bitcast(builder.gep(pointer, [index]), _stored(element).as_pointer())
 
 
 def _first(builder, count):
@@ -180,7 +360,8 @@ def _first(builder, count):
 
 
 def _masked(builder, name, element, result, operands):
-    full = f"llvm.masked.{name}.v{LANES}f{element.bitwidth}.p0"
+    letter = "i" if isinstance(element, Half) else "f"
+    full = f"llvm.masked.{name}.v{LANES}{letter}{element.bitwidth}.p0"
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     function = cgutils.get_or_insert_function(builder.module, kind, full)
     return builder.call(function, operands)
@@ -195,9 +376,10 @@ def load(typingctx, pointer, index):
     element = pointer.dtype
 
     def codegen(context, builder, signature, args):
-        return builder.load(_place(builder, *args, element), align=1)
+        bits = builder.load(_place(builder, *args, element), align=1)
+        return _widened(context, builder, bits, element)
 
-    return _VECTORS[element](pointer, types.int64), codegen
+    return _VECTORS[_real(element)](pointer, types.int64), codegen
 
 
 @intrinsic
@@ -207,11 +389,12 @@ def load_first(typingctx, pointer, index, count):
 
     def codegen(context, builder, signature, args):
         where = _place(builder, args[0], args[1], element)
-        zeros = ir.Constant(_llvm(element), [0.0] * LANES)
+        zeros = ir.Constant(_stored(element), [0 if isinstance(element, Half) else 0.0] * LANES)
         operands = [where, _UNALIGNED, _first(builder, args[2]), zeros]
-        return _masked(builder, "load", element, zeros.type, operands)
+        bits = _masked(builder, "load", element, zeros.type, operands)
+        return _widened(context, builder, bits, element)
 
-    return _VECTORS[element](pointer, types.int64, types.int64), codegen
+    return _VECTORS[_real(element)](pointer, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -219,7 +402,8 @@ def store(typingctx, pointer, index, vector):
     """pointer[index : index + LANES] = vector"""
 
     def codegen(context, builder, signature, args):
-        builder.store(args[2], _place(builder, args[0], args[1], pointer.dtype), align=1)
+        bits = _narrowed(context, builder, args[2], pointer.dtype)
+        builder.store(bits, _place(builder, args[0], args[1], pointer.dtype), align=1)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, vector), codegen
@@ -231,7 +415,8 @@ def store_first(typingctx, pointer, index, vector, count):
 
     def codegen(context, builder, signature, args):
         where = _place(builder, args[0], args[1], pointer.dtype)
-        operands = [args[2], where, _UNALIGNED, _first(builder, args[3])]
+        bits = _narrowed(context, builder, args[2], pointer.dtype)
+        operands = [bits, where, _UNALIGNED, _first(builder, args[3])]
         _masked(builder, "store", pointer.dtype, ir.VoidType(), operands)
         return context.get_dummy_value()
 
@@ -240,11 +425,16 @@ def store_first(typingctx, pointer, index, vector, count):
 
 @intrinsic
 def stream(typingctx, pointer, index, vector):
-    """Store past the caches; the place must be aligned to STREAM_BYTES. End with `fence`."""
+    """Store past the caches; the place must be aligned to STREAM_BYTES, or to what a vector has of them.
+
+    End with `fence`.
+    """
 
     def codegen(context, builder, signature, args):
         where = _place(builder, args[0], args[1], pointer.dtype)
-        stored = builder.store(args[2], where, align=STREAM_BYTES)
+        bits = _narrowed(context, builder, args[2], pointer.dtype)
+        size = LANES * pointer.dtype.bitwidth // 8
+        stored = builder.store(bits, where, align=min(STREAM_BYTES, size))
         mark = builder.module.add_metadata([ir.Constant(_INDEX, 1)])
         stored.set_metadata("nontemporal", mark)
         return context.get_dummy_value()

@@ -23,10 +23,12 @@ from nbbn.cpu.simd import (
     pointer,
     prefetch,
     scratch,
+    size_of,
     splat,
     store,
     store_first,
     stream,
+    wide,
     widen,
 )
 from nbbn.formulas import gradient, normalized, squared_deviation, two_sum
@@ -101,17 +103,17 @@ def step_address(call, at, operand, step):
 
 
 @loop
-def row_of(call, base, operand, step, piece, channel, group, buffer, real):
+def row_of(call, base, operand, step, piece, channel, group, buffer, stored):
     """Return a pointer to a row's columns; to a copy in `buffer` where they do not lie together."""
     at = row_address(call, base, operand, step, piece, channel)
     if operand.gather == 0:
-        return pointer(at, real)
-    gather(call, at, operand, step, piece, group, buffer, real)
+        return pointer(at, stored)
+    gather(call, at, operand, step, piece, group, buffer, stored)
     return buffer
 
 
 @loop
-def gather(call, at, operand, step, piece, group, buffer, real):
+def gather(call, at, operand, step, piece, group, buffer, stored):
     out_of_line()
     steps, count = extent(call, step, piece)
     outer = pointer(operand.strides, np.int64)[call.dims - 1]
@@ -120,7 +122,7 @@ def gather(call, at, operand, step, piece, group, buffer, real):
         for g in range(group):
             there = at + f * outer + g * operand.channel
             for i in range(count):
-                buffer[j] = pointer(there + i * operand.inner, real)[0]
+                buffer[j] = pointer(there + i * operand.inner, stored)[0]
                 j += 1
 
 
@@ -191,12 +193,13 @@ def add_up(total, x, rest, real):
 
 
 @loop
-def look_at_rows(rows, number, first, last, state, base, mask, real):
+def look_at_rows(rows, number, first, last, state, base, mask, stored):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
     The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
     """
     guesses, sums, squares, one, ahead = state
+    real = wide(stored)
     both, always = plain(exact(real)), plain(True)
     c = base + (first & mask)
     guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, always), load_sums(squares, c, both)
@@ -211,7 +214,7 @@ def look_at_rows(rows, number, first, last, state, base, mask, real):
         rest = splat(0.0)
         square = splat(real(0.0))
         for k in range(number):
-            row = pointer(rows[k], real)
+            row = pointer(rows[k], stored)
             prefetch(row, j, ahead)
             x = some(row, j, last)
             total, rest = plus(total, rest, x, one, real)
@@ -225,7 +228,7 @@ def look_at_rows(rows, number, first, last, state, base, mask, real):
 
 
 @loop
-def square_row(row, count, state, base, mask, real):
+def square_row(row, count, state, base, mask):
     """Add up (x - mean)², in float64."""
     means, squares = state
     for j in range(0, count, LANES):
@@ -250,16 +253,16 @@ def apart(call, first, last, wanted):
 
 
 @loop
-def square_down(call, first, last, channel, group, buffer, state, mask, real):
+def square_down(call, first, last, channel, group, buffer, state, mask, stored):
     """Add up the squares of the rows first … last - 1 of a tile."""
     for row in range(first, last):
         step, piece = locate(call, row)
         steps, count = extent(call, step, piece)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
         together = 1 if call.single == 1 else group  # channels
         for g in range(0, group, together):
             width = steps * together * count
-            square_row(after(x, g * width), width, state, g * LANES, mask, real)
+            square_row(after(x, g * width), width, state, g * LANES, mask)
 
 
 @loop
@@ -273,12 +276,13 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
-def multiply_rows(rows, number, first, last, state, base, mask, real):
+def multiply_rows(rows, number, first, last, state, base, mask, stored):
     """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
     The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
     """
     means, sums, products, one, ahead = state
+    real = wide(stored)
     both = plain(exact(real))
     c = base + (first & mask)
     mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
@@ -294,7 +298,7 @@ def multiply_rows(rows, number, first, last, state, base, mask, real):
         product = splat(0.0)
         product_rest = splat(0.0)
         for k in range(0, 2 * number, 2):
-            row = pointer(rows[k], real), pointer(rows[k + 1], real)
+            row = pointer(rows[k], stored), pointer(rows[k + 1], stored)
             prefetch(row[0], j, ahead)
             prefetch(row[1], j, ahead)
             dy = some(row[0], j, last)
@@ -422,7 +426,7 @@ def _write_part(name, numbers_at, value):
     """Return a loop that writes a part of a row with what value(row, column, end, numbers) returns."""
 
     @variant(name)
-    def write_part(out, row, first, last, count, streaming, tile, real):
+    def write_part(out, row, first, last, count, streaming, tile):
         """Write the columns first … last - 1 of `count`.
 
         Where lines are streamed, both ends are moved on to where the next line begins. The numbers stay
@@ -433,7 +437,7 @@ def _write_part(name, numbers_at, value):
         end = min(last, count)
         c = j & mask
         numbers = numbers_at(tables, c, room)
-        size = 8 if exact(real) else 4
+        size = size_of(out)
         ahead = -address(out) % STREAM_BYTES
         streaming = streaming and ahead % size == 0
         if streaming:
@@ -461,9 +465,9 @@ def _write_run(name, numbers_at, value):
     """Return a loop that writes many rows that follow each other in memory, as one."""
 
     @variant(name)
-    def write_run(out, row, first, last, tables, period, streaming, real):
+    def write_run(out, row, first, last, tables, period, streaming):
         """Write the columns first … last - 1 of all; the tables begin again after `period` of them."""
-        size = 8 if exact(real) else 4
+        size = size_of(out)
         ahead = -(address(out) + first * size) % STREAM_BYTES
         streaming = streaming and ahead % size == 0
         j = first
@@ -493,7 +497,7 @@ def _write_rows(name, reads, write_part):
     """Return a loop that writes rows of a tile, wherever their columns lie."""
 
     @variant(name)
-    def write_rows(call, first, last, tile, buffer, real):
+    def write_rows(call, first, last, tile, buffer, stored):
         out_of_line()
         channel = tile[0]
         group = tile[1]
@@ -503,23 +507,25 @@ def _write_rows(name, reads, write_part):
             step, piece = locate(call, row)
             steps, count = extent(call, step, piece)
             count *= steps * group
-            x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, real)
+            x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
             dy = x
             if reads > 1:
                 room = after(buffer, ROOM)
-                dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real)
+                dy = row_of(
+                    call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
+                )
             out = after(buffer, 2 * ROOM)
             if direct:
-                out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), real)
-            write_part(out, (dy, x), plain(0), count, count, streaming, tile, real)
+                out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
+            write_part(out, (dy, x), plain(0), count, count, streaming, tile)
             if not direct:
-                scatter(call, step, piece, channel, group, out, real)
+                scatter(call, step, piece, channel, group, out, stored)
 
     return write_rows
 
 
 @loop
-def scatter(call, step, piece, channel, group, buffer, real):
+def scatter(call, step, piece, channel, group, buffer, stored):
     """Write the columns in `buffer` to where they lie in `out`."""
     out_of_line()
     at = row_address(call, call.out, call.at_out, step, piece, channel)
@@ -530,7 +536,7 @@ def scatter(call, step, piece, channel, group, buffer, real):
         for g in range(group):
             there = at + f * outer + g * call.at_out.channel
             for i in range(count):
-                pointer(there + i * call.at_out.inner, real)[0] = buffer[j]
+                pointer(there + i * call.at_out.inner, stored)[0] = buffer[j]
                 j += 1
 
 
@@ -542,7 +548,7 @@ def _down(name, reads, look, write_part, write_rows):
     most_at_once = ROWS // 2
 
     @variant(name)
-    def down(call, first, last, channel, group, buffer, state, mask, tile, real):
+    def down(call, first, last, channel, group, buffer, state, mask, tile, stored):
         """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels.
 
         A few columns of some rows of the one, then of the other: so memory is read and written at
@@ -577,12 +583,12 @@ def _down(name, reads, look, write_part, write_rows):
                 longest = max(longest, width)
                 widths[k] = width
                 room = after(buffer, reads * k * ROOM)
-                x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, real)
+                x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
                 rows[reads * k + reads - 1] = address(x)
                 if reads > 1:
                     room = after(room, ROOM)
                     dy = row_of(
-                        call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, real
+                        call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
                     )
                     rows[reads * k] = address(dy)
                 if direct:
@@ -601,16 +607,16 @@ def _down(name, reads, look, write_part, write_rows):
                     here = 1
                     begin = shared
                     end = widths[k] * group
-                look(at, here, begin, end, state, part * LANES if apiece else 0, mask, real)
+                look(at, here, begin, end, state, part * LANES if apiece else 0, mask, stored)
                 start, stop = up(begin), up(begin + span)
                 for k in range(number if direct and part < parts else 0):
-                    out = pointer(outs[k], real)
-                    x = pointer(rows[reads * k + reads - 1] + to_x, real)
-                    dy = pointer(rows[reads * k] + to_dy, real)
-                    write_part(out, (dy, x), start, stop, widths[k] * tile[1], call.stream == 1, tile, real)
+                    out = pointer(outs[k], stored)
+                    x = pointer(rows[reads * k + reads - 1] + to_x, stored)
+                    dy = pointer(rows[reads * k] + to_dy, stored)
+                    write_part(out, (dy, x), start, stop, widths[k] * tile[1], call.stream == 1, tile)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
-                write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, real)
+                write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, stored)
             row += 1 if many else number
             if many and row == first + far:
                 row = first + at_once * far

@@ -71,7 +71,7 @@ class Run:
         self.device = int(problem.device.partition(":")[2] or 0)
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
         with target.current(self.device):
-            self.plan = plan = Plan(geometry, problem.dtype.type, self.device)
+            self.plan = plan = Plan(geometry, problem.storage.dtype.type, self.device)
         self._finish = plan.general._replace(threads=plan.finishers, blocks=plan.channels)
         self._channels = plan.general._replace(threads=THREADS, blocks=-(-plan.channels // THREADS))
         columns = plan.columns
