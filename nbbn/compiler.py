@@ -31,7 +31,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 log = logging.getLogger("nbbn")
 
@@ -158,6 +158,11 @@ formula = numba.njit(**_HELPER)
 
 loop = numba.njit(**_HELPER)
 """Decorates a part of a CPU kernel."""
+
+
+def by_type(stub: FunctionType) -> Callable[[FunctionType], Any]:
+    """Decorate a function that returns, for the types of its arguments, what `stub` does in a CPU kernel."""
+    return overload(stub, jit_options=_HELPER)
 
 
 def variant(name: str) -> Callable[[FunctionType], Any]:

@@ -84,6 +84,15 @@ def normalized(x, mean, scale, shift):
 
 
 @formula
+def normalized_doubt(shift):
+    """Below this |out| is not known to the last place of a float16, if it was computed in float32.
+
+    There (x - mean) · scale and shift cancel: u = 2⁻²⁴ of each is 3 u · |shift| at most, of the result 2⁻¹³.
+    """
+    return math.fabs(shift) * 2.0**-11
+
+
+@formula
 def shift_of(bias, lost, scale):
     """The shift that makes up for `lost`, the part of the mean that its rounding lost.
 
@@ -132,3 +141,12 @@ def gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count
 def gradient(grad_out, x, mean, unit, scale, slope, offset):
     """grad_x = scale · dy + slope · (x - mean) · unit + offset"""
     return scale * grad_out + (slope * ((x - mean) * unit) + offset)
+
+
+@formula
+def gradient_doubt(x, mean, unit, slope, offset):
+    """Below this |grad_x| is not known to the last place of a float16, if it was computed in float32.
+
+    Where a result is that small, no term is larger than the other two together, which this is 2⁻¹⁰ of.
+    """
+    return (math.fabs(slope * ((x - mean) * unit) + offset) + math.fabs(offset)) * 2.0**-10

@@ -39,6 +39,7 @@ from nbbn.cpu.simd import (
 from nbbn.cpu.tiles import (
     ROOM,
     ROWS,
+    TABLES,
     add_to,
     exact,
     extent,
@@ -46,10 +47,13 @@ from nbbn.cpu.tiles import (
     locate,
     look_down,
     look_down_both,
+    normalized_at,
     position,
+    precise_tables,
     row_address,
     row_of,
     square_down,
+    stream_normalized,
     tile_of,
     to_channels,
     to_columns,
@@ -64,7 +68,6 @@ from nbbn.formulas import (
     inverse_deviation,
     mean_of,
     merge,
-    normalized,
     power_of_two,
     running,
     shift_of,
@@ -74,7 +77,7 @@ from nbbn.formulas import (
 )
 
 ROW_BUFFERS = ROWS * ROOM
-TABLES_ROOM = 5 * ROOM
+TABLES_ROOM = TABLES * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
 LARGEST = float(np.finfo(np.float64).max)
@@ -306,9 +309,15 @@ def pool_chunks(call, first, last):
 
 
 @loop
-def set_tables(call, c, mean, rest, invstd, real):
+def set_tables(call, c, mean, rest, invstd, stored):
     """What `normalize` needs of channel c."""
-    tables = pointer(call.tables, real)
+    set_normalized(call, pointer(call.tables, wide(stored)), c, mean, rest, invstd, wide(stored))
+    if size_of(pointer(call.tables, stored)) == 2:
+        set_normalized(call, precise_tables(call), c, mean, rest, invstd, np.float64)
+
+
+@loop
+def set_normalized(call, tables, c, mean, rest, invstd, real):
     pad = call.room
     scale = parameter(call.weight, c, 1.0) * invstd
     rounded = real(mean)
@@ -319,7 +328,7 @@ def set_tables(call, c, mean, rest, invstd, real):
 
 
 @loop
-def finish_channels(call, first, last, real):
+def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
     pool_chunks(call, first, last)
     stats = pointer(call.stats, np.float64)
@@ -327,7 +336,7 @@ def finish_channels(call, first, last, real):
         rest = stats[2 * call.channels + c]
         invstd = inverse_deviation(stats[call.channels + c], call.eps)
         stats[2 * call.channels + c] = invstd
-        set_tables(call, c, stats[c], rest, invstd, real)
+        set_tables(call, c, stats[c], rest, invstd, stored)
 
 
 @loop
@@ -360,7 +369,7 @@ def forward(first, last, address, stored):
         channel, group = group_of(call, task)
         for chunk in range(call.chunks):
             chunk_stats(call, chunk, channel, group, tile, buffer, stored)
-        finish_channels(call, channel, channel + group, real)
+        finish_channels(call, channel, channel + group, stored)
         tile = tile_of(call, channel, group, 3, tables, real)
     write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
@@ -384,7 +393,7 @@ def collect_stats(first, last, address, stored):
 def finish_stats(first, last, address, stored):
     """Partials into mean, var, invstd and the tables. Tasks: blocks of LANES channels."""
     call = read(address)
-    finish_channels(call, first * LANES, min(last * LANES, call.channels), wide(stored))
+    finish_channels(call, first * LANES, min(last * LANES, call.channels), stored)
 
 
 @kernel
@@ -393,7 +402,7 @@ def use_running_stats(first, last, address, stored):
     call = read(address)
     for c in range(first * LANES, min(last * LANES, call.channels)):
         invstd = inverse_deviation(parameter(call.var, c, 1.0), call.eps)
-        set_tables(call, c, parameter(call.mean, c, 0.0), 0.0, invstd, wide(stored))
+        set_tables(call, c, parameter(call.mean, c, 0.0), 0.0, invstd, stored)
 
 
 @kernel
@@ -427,41 +436,42 @@ def normalize_run(call, channel, last, x, out, real):
     the numbers of each.
     """
     tables = pointer(call.tables, real)
-    room = call.room
-    mean, scale, shift = splat_tables(tables, channel, room)
+    place = plain(0), call.channels, call.inner
+    row = x, x
+    numbers = splat_tables(tables, channel, call.room)
     j = channel * call.inner
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
     size = size_of(out)
-    ahead = -(address(out) + j * size) % STREAM_BYTES
-    aligned = ahead % size == 0
-    streaming = call.stream_planes == 1 and aligned
-    here = min(end - j, ahead // size if aligned and ahead > 0 else LANES)
+    streaming = call.stream_planes == 1 and address(out) % size == 0
+    line = line_of(out) if streaming else LANES
     while j < end:
-        if here < LANES or j + LANES > border:
-            values = load_first(x, j, here)
-            value = normalized(values, mean, scale, shift)
+        here = -(address(out) + j * size) % STREAM_BYTES // size  # before the next line begins
+        whole = here == 0 or not streaming
+        if not whole or j + line > border:
+            here = min(end - j, here if 0 < here < LANES else LANES)
+            value = normalized_at(call, place, row, j, j + here, numbers)
             while border < j + here:
                 channel += 1
-                mean, scale, shift = splat_tables(tables, channel, room)
-                value = choose((1 << (border - j)) - 1, value, normalized(values, mean, scale, shift))
+                numbers = splat_tables(tables, channel, call.room)
+                more = normalized_at(call, place, row, j, j + here, numbers)
+                value = choose((1 << (border - j)) - 1, value, more)
                 border += call.inner
             if here < LANES:
                 store_first(out, j, value, here)
-            elif streaming:
+            elif streaming and whole:
                 stream(out, j, value)
             else:
                 store(out, j, value)
             j += here
-        if streaming:
-            while j + LANES <= border:
-                stream(out, j, normalized(load(x, j), mean, scale, shift))
-                j += LANES
+        elif streaming:
+            while j + line <= border:
+                stream_normalized(call, place, out, row, j, numbers, numbers)
+                j += line
         else:
             while j + LANES <= border:
-                store(out, j, normalized(load(x, j), mean, scale, shift))
+                store(out, j, normalized_at(call, place, row, j, j + LANES, numbers))
                 j += LANES
-        here = min(end - j, LANES)
 
 
 @kernel
@@ -506,7 +516,7 @@ def normalize_columns(first, last, address, stored):
     x = pointer(call.x, stored)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
     begin, end = first * call.channels, last * call.channels
-    write_normalized_run(pointer(call.out, stored), (x, x), begin, end, tables, call.period, streaming)
+    write_normalized_run(call, pointer(call.out, stored), (x, x), begin, end, tables, streaming)
     if streaming:
         fence()
 
@@ -579,33 +589,40 @@ def pool_gradients(call, first, last):
 
 
 @loop
-def finish_gradients(call, first, last, real):
+def finish_gradients(call, first, last, stored):
     """From partials to grad_weight, grad_bias and the tables of grad_x."""
     pool_gradients(call, first, last)
     stats = pointer(call.stats, np.float64)
-    tables = pointer(call.tables, real)
-    pad = call.room
-    count = float(call.outer * call.inner)
     for c in range(first, last):
-        mean = parameter(call.mean, c, 0.0)
         invstd = parameter(call.var, c, 1.0)
-        rounded = real(mean)
-        lost = mean - np.float64(rounded)
         grad_bias = stats[call.channels + c]
         grad_weight = stats[c] * invstd
         stats[c] = grad_weight
-        scale = parameter(call.weight, c, 1.0) * invstd
-        unit = power_of_two(invstd)
-        slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count)
-        if call.training == 0:
-            # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
-            rounded = real(0.0)
-            slope = 0.0
-        tables[c] = rounded
-        tables[pad + c] = real(scale)
-        tables[2 * pad + c] = real(slope)
-        tables[3 * pad + c] = real(offset)
-        tables[4 * pad + c] = real(unit)
+        set_gradient(call, pointer(call.tables, wide(stored)), c, invstd, grad_weight, grad_bias, wide(stored))
+        if size_of(pointer(call.tables, stored)) == 2:
+            set_gradient(call, precise_tables(call), c, invstd, grad_weight, grad_bias, np.float64)
+
+
+@loop
+def set_gradient(call, tables, c, invstd, grad_weight, grad_bias, real):
+    """What `backward_apply` needs of channel c; or, in evaluation, `normalize` of dy."""
+    pad = call.room
+    count = float(call.outer * call.inner)
+    mean = parameter(call.mean, c, 0.0)
+    rounded = real(mean)
+    lost = mean - np.float64(rounded)
+    scale = parameter(call.weight, c, 1.0) * invstd
+    unit = power_of_two(invstd)
+    slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count)
+    if call.training == 0:
+        # The statistics are constants: grad_x = scale · dy.
+        rounded = real(0.0)
+        slope = 0.0
+    tables[c] = rounded
+    tables[pad + c] = real(scale)
+    tables[2 * pad + c] = real(slope)
+    tables[3 * pad + c] = real(offset)
+    tables[4 * pad + c] = real(unit)
 
 
 @kernel
@@ -620,7 +637,7 @@ def backward(first, last, address, stored):
         channel, group = group_of(call, task)
         for chunk in range(call.chunks):
             chunk_gradients(call, chunk, channel, group, tile, buffer, stored)
-        finish_gradients(call, channel, channel + group, real)
+        finish_gradients(call, channel, channel + group, stored)
         tile = tile_of(call, channel, group, 5, tables, real)
     write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
@@ -642,7 +659,7 @@ def backward_reduce(first, last, address, stored):
 def finish_backward(first, last, address, stored):
     """Partials into grad_weight, grad_bias and the tables. Tasks: blocks of LANES channels."""
     call = read(address)
-    finish_gradients(call, first * LANES, min(last * LANES, call.channels), wide(stored))
+    finish_gradients(call, first * LANES, min(last * LANES, call.channels), stored)
 
 
 @kernel
@@ -671,6 +688,6 @@ def apply_columns(first, last, address, stored):
     row = pointer(call.grad_out, stored), pointer(call.x, stored)
     streaming = call.stream == 1
     begin, end = first * call.channels, last * call.channels
-    write_gradient_run(pointer(call.out, stored), row, begin, end, tables, call.period, streaming)
+    write_gradient_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
     if streaming:
         fence()

@@ -9,7 +9,7 @@ import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
 from nbbn.cpu.simd import ELEMENTS, LANES
-from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS
+from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS, TABLES
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 
@@ -127,7 +127,7 @@ class Plan:
         self.chunks = tiling.chunks
         self.partial_words = PARTIALS * self.channels * tiling.chunks
         room = (self.channels // LANES + 2) * LANES  # of a table: whole lines, a vector more to read beyond
-        self.words = self.partial_words + 5 * room + LANES
+        self.words = self.partial_words + TABLES * (room + (room // 2 if size < 4 else 0)) + LANES
         x, grad_out, out = (
             geometry.layouts[0],
             geometry.layouts[len(geometry.layouts) // 2],

@@ -117,24 +117,28 @@ def _negate(context, builder, signature, args):
     return builder.fneg(args[0])
 
 
-@overload(math.sqrt)
-def _sqrt(x):
-    if isinstance(x, Vector):
-        return lambda x: _vector_sqrt(x)
-    return None
+def _function(function, name):
+    """Let a function of `math` take vectors, by LLVM's instruction of that name."""
+
+    @intrinsic
+    def of_vector(typingctx, x):
+        def codegen(context, builder, signature, args):
+            bits = 64 if x.element == types.float64 else 32
+            kind = args[0].type
+            called = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(kind, [kind]), f"llvm.{name}.v{LANES}f{bits}"
+            )
+            return builder.call(called, args)
+
+        return x(x), codegen
+
+    @overload(function)
+    def overloaded(x):
+        return (lambda x: of_vector(x)) if isinstance(x, Vector) else None
 
 
-@intrinsic
-def _vector_sqrt(typingctx, x):
-    def codegen(context, builder, signature, args):
-        bits = 64 if x.element == types.float64 else 32
-        kind = args[0].type
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(kind, [kind]), f"llvm.sqrt.v{LANES}f{bits}"
-        )
-        return builder.call(function, args)
-
-    return x(x), codegen
+_function(math.sqrt, "sqrt")
+_function(math.fabs, "fabs")
 
 
 # --- pointers --------------------------------------------------------------------------------------
@@ -195,6 +199,13 @@ def wide(typingctx, stored):
 def size_of(typingctx, pointer):
     """Return how many bytes an element has."""
     number = pointer.dtype.bitwidth // 8
+    return types.int64(pointer), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), number)
+
+
+@intrinsic
+def line_of(typingctx, pointer):
+    """Return how many elements `stream` writes."""
+    number = max(LANES, STREAM_BYTES * 8 // pointer.dtype.bitwidth)
     return types.int64(pointer), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), number)
 
 
@@ -425,21 +436,41 @@ def store_first(typingctx, pointer, index, vector, count):
 
 @intrinsic
 def stream(typingctx, pointer, index, vector):
-    """Store past the caches; the place must be aligned to STREAM_BYTES, or to what a vector has of them.
+    """Store past the caches; the place must be aligned to STREAM_BYTES. End with `fence`.
 
-    End with `fence`.
+    Half a line at a time would take longer than not to: of 16 bits it takes two vectors (`stream_both`),
+    and this is `store`.
     """
 
     def codegen(context, builder, signature, args):
         where = _place(builder, args[0], args[1], pointer.dtype)
-        bits = _narrowed(context, builder, args[2], pointer.dtype)
-        size = LANES * pointer.dtype.bitwidth // 8
-        stored = builder.store(bits, where, align=min(STREAM_BYTES, size))
-        mark = builder.module.add_metadata([ir.Constant(_INDEX, 1)])
-        stored.set_metadata("nontemporal", mark)
+        if isinstance(pointer.dtype, Half):
+            builder.store(_narrowed(context, builder, args[2], pointer.dtype), where, align=1)
+        else:
+            _stream(builder, where, args[2])
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, vector), codegen
+
+
+@intrinsic
+def stream_both(typingctx, pointer, index, first, second):
+    """Store two vectors, rounded to 16 bits, past the caches; otherwise as `stream`."""
+
+    def codegen(context, builder, signature, args):
+        halves = [_narrowed(context, builder, vector, pointer.dtype) for vector in args[2:]]
+        order = ir.Constant(ir.VectorType(_INDEX, 2 * LANES), list(range(2 * LANES)))
+        _stream(builder, _place(builder, *args[:2], pointer.dtype), builder.shuffle_vector(*halves, order))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, first, second), codegen
+
+
+def _stream(builder, where, bits):
+    where = builder.bitcast(where, bits.type.as_pointer())
+    stored = builder.store(bits, where, align=STREAM_BYTES)
+    mark = builder.module.add_metadata([ir.Constant(_INDEX, 1)])
+    stored.set_metadata("nontemporal", mark)
 
 
 @intrinsic
@@ -554,15 +585,21 @@ def fold(typingctx, vector):
     return types.UniTuple(element, 2)(vector), codegen
 
 
-@intrinsic
-def at_most(typingctx, a, b):
-    """Return a bit for each lane where a <= b (never where either is NaN)."""
+def _comparison(relation):
+    @intrinsic
+    def compare(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            bits = builder.fcmp_ordered(relation, args[0], args[1])
+            return builder.zext(builder.bitcast(bits, ir.IntType(LANES)), ir.IntType(64))
 
-    def codegen(context, builder, signature, args):
-        bits = builder.fcmp_ordered("<=", args[0], args[1])
-        return builder.zext(builder.bitcast(bits, ir.IntType(LANES)), ir.IntType(64))
+        return types.int64(a, b), codegen
 
-    return types.int64(a, b), codegen
+    return compare
+
+
+# These return a bit for each lane where it is so, and never where either is NaN.
+at_most = _comparison("<=")
+below = _comparison("<")
 
 
 @intrinsic

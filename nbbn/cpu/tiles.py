@@ -5,38 +5,54 @@ of a channel are added up at the end of a block. Eight rows are read at a time, 
 places: eight long streams keep the memory busier than one.
 """
 
+import math
+
 import numpy as np
 from numba.core import types
-from numba.extending import overload
 
-from nbbn.compiler import fma, loop, out_of_line, variant
+from nbbn.compiler import by_type, fma, loop, out_of_line, variant
 from nbbn.cpu.simd import (
     LANES,
     STREAM_BYTES,
+    Half,
     address,
     after,
+    below,
     fold,
     keep_first,
+    line_of,
     load,
     load_first,
+    number,
     plain,
     pointer,
     prefetch,
     scratch,
+    set_number,
     size_of,
     splat,
     store,
     store_first,
     stream,
+    stream_both,
     wide,
     widen,
 )
-from nbbn.formulas import gradient, normalized, squared_deviation, two_sum
+from nbbn.formulas import (
+    gradient,
+    gradient_doubt,
+    normalized,
+    normalized_doubt,
+    squared_deviation,
+    two_sum,
+)
 
 COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
 ROWS = 16  # of all operands, that are read at a time at most
+TABLES = 5  # what a column of grad_x is computed with; of out, three of them
+FLOAT32_BYTES = 4
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
 SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
 
@@ -46,7 +62,7 @@ def exact(real):
     raise NotImplementedError("exists in compiled code only")
 
 
-@overload(exact)
+@by_type(exact)
 def _exact(real):
     # A float64 holds the sum of 2²⁹ float32 of like size without rounding.
     compensate = real.dtype == types.float64
@@ -399,11 +415,12 @@ def tables_of_x(tables, c, room):
 
 
 @loop
-def normalized_at(row, j, end, numbers):
+def normalized_at(call, place, row, j, end, numbers):
     """The normalized columns j … of a row of x, of which there are `end`."""
     mean, scale, shift = numbers
     prefetch(row[1], j, AHEAD)
-    return normalized(some(row[1], j, end), mean, scale, shift)
+    out = normalized(some(row[1], j, end), mean, scale, shift)
+    return refined(out, normalized_doubt(shift), precise_normalized, call, place, row, j, end)
 
 
 @loop
@@ -414,25 +431,105 @@ def tables_of_gradient(tables, c, room):
 
 
 @loop
-def gradient_at(row, j, end, numbers):
+def gradient_at(call, place, row, j, end, numbers):
     """The columns j … of grad_x, of a row of dy and of x."""
     mean, scale, slope, offset, unit = numbers
     prefetch(row[0], j, AHEAD)
     prefetch(row[1], j, AHEAD)
-    return gradient(some(row[0], j, end), some(row[1], j, end), mean, unit, scale, slope, offset)
+    x = some(row[1], j, end)
+    grad_x = gradient(some(row[0], j, end), x, mean, unit, scale, slope, offset)
+    doubt = gradient_doubt(x, mean, unit, slope, offset)
+    return refined(grad_x, doubt, precise_gradient, call, place, row, j, end)
 
 
-def _write_part(name, numbers_at, value):
-    """Return a loop that writes a part of a row with what value(row, column, end, numbers) returns."""
+def refined(result, doubt, precisely, call, place, row, j, end):
+    """Return a result, or what `precisely` has instead where it is to be stored in 16 bits and in doubt."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(refined)
+def _refined(result, doubt, precisely, call, place, row, j, end):
+    if not isinstance(row[0].dtype, Half):
+        return lambda result, doubt, precisely, call, place, row, j, end: result
+
+    def refine(result, doubt, precisely, call, place, row, j, end):
+        if below(math.fabs(result), doubt) != 0:
+            return precisely(call, place, row, j, min(LANES, end - j))
+        return result
+
+    return refine
+
+
+@loop
+def precise_tables(call):
+    """Return the tables in float64 that results of 16 bits are computed with where they are in doubt."""
+    return pointer(call.tables + TABLES * call.room * FLOAT32_BYTES, np.float64)
+
+
+@loop
+def precise_normalized(call, place, row, j, count):
+    """The normalized columns j … j + count - 1 of a row of x, computed in float64."""
+    out_of_line()
+    tables, room = precise_tables(call), call.room
+    channel, group, width = place
+    results = scratch(LANES, np.float32)
+    for k in range(count):
+        c = channel + (j + k) // width % group
+        x = np.float64(number(row[1], j + k))
+        out = normalized(x, tables[c], tables[c + room], tables[c + 2 * room])
+        set_number(results, k, out)
+    return load(results, 0)
+
+
+@loop
+def precise_gradient(call, place, row, j, count):
+    """The columns j … j + count - 1 of grad_x, computed in float64."""
+    out_of_line()
+    tables, room = precise_tables(call), call.room
+    channel, group, width = place
+    results = scratch(LANES, np.float32)
+    for k in range(count):
+        c = channel + (j + k) // width % group
+        dy, x = np.float64(number(row[0], j + k)), np.float64(number(row[1], j + k))
+        mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
+        offset, unit = tables[c + 3 * room], tables[c + 4 * room]
+        set_number(results, k, gradient(dy, x, mean, unit, scale, slope, offset))
+    return load(results, 0)
+
+
+def _streamed(value):
+    """Return a function that writes the columns j … j + line_of(out) - 1 past the caches."""
+
+    def streamed(call, place, out, row, j, numbers, then):
+        raise NotImplementedError("exists in compiled code only")
+
+    @by_type(streamed)
+    def _(call, place, out, row, j, numbers, then):
+        def one(call, place, out, row, j, numbers, then):
+            stream(out, j, value(call, place, row, j, j + LANES, numbers))
+
+        def two(call, place, out, row, j, numbers, then):
+            first = value(call, place, row, j, j + LANES, numbers)
+            second = value(call, place, row, j + LANES, j + 2 * LANES, then)
+            stream_both(out, j, first, second)
+
+        return two if isinstance(out.dtype, Half) else one
+
+    return streamed
+
+
+def _write_part(name, numbers_at, value, streamed):
+    """Return a loop that writes a part of a row with what value(…, row, column, end, numbers) returns."""
 
     @variant(name)
-    def write_part(out, row, first, last, count, streaming, tile):
+    def write_part(call, out, row, first, last, count, streaming, tile):
         """Write the columns first … last - 1 of `count`.
 
         Where lines are streamed, both ends are moved on to where the next line begins. The numbers stay
         in registers for as long as the columns are those of one channel.
         """
-        _, _, tables, room, mask = tile
+        channel, group, tables, room, mask = tile
+        place = channel, group, min(call.width, call.inner)
         j = first
         end = min(last, count)
         c = j & mask
@@ -442,53 +539,61 @@ def _write_part(name, numbers_at, value):
         streaming = streaming and ahead % size == 0
         if streaming:
             j = min(first + ahead // size, count)
-            if first == 0 and j > 0:
-                store_first(out, first, value(row, first, j, numbers), j)
+            for k in range(0, j if first == 0 else 0, LANES):
+                here = min(LANES, j - k)
+                beginning = value(call, place, row, k, k + here, numbers_at(tables, k & mask, room))
+                store_first(out, k, beginning, here)
             if last < count:
                 end = min(last + ahead // size, count)
         while j < end:
             if c != j & mask:
                 c = j & mask
                 numbers = numbers_at(tables, c, room)
+            if streaming and j + line_of(out) <= end:
+                then = numbers if mask == 0 else numbers_at(tables, c + LANES, room)
+                streamed(call, place, out, row, j, numbers, then)
+                j += line_of(out)
+                continue
             if j + LANES > end:
-                store_first(out, j, value(row, j, end, numbers), end - j)
-            elif streaming:
-                stream(out, j, value(row, j, j + LANES, numbers))
+                store_first(out, j, value(call, place, row, j, end, numbers), end - j)
             else:
-                store(out, j, value(row, j, j + LANES, numbers))
+                store(out, j, value(call, place, row, j, j + LANES, numbers))
             j += LANES
 
     return write_part
 
 
-def _write_run(name, numbers_at, value):
+def _write_run(name, numbers_at, value, streamed):
     """Return a loop that writes many rows that follow each other in memory, as one."""
 
     @variant(name)
-    def write_run(out, row, first, last, tables, period, streaming):
-        """Write the columns first … last - 1 of all; the tables begin again after `period` of them."""
+    def write_run(call, out, row, first, last, tables, streaming):
+        """Write the columns first … last - 1 of all; the tables begin again after call.period of them."""
+        place = plain(0), call.channels, plain(1)
+        period = call.period
         size = size_of(out)
         ahead = -(address(out) + first * size) % STREAM_BYTES
         streaming = streaming and ahead % size == 0
         j = first
         c = 0
-        here = min(last - j, ahead // size if streaming else 0)
+        begin = min(last, j + ahead // size) if streaming else j  # of the first whole line
         while j < last:
             numbers = numbers_at(tables, c, ROOM)
-            if here > 0 or j + LANES > last:
-                here = here if here > 0 else last - j
-                store_first(out, j, value(row, j, j + here, numbers), here)
-                j += here
-                c += here
-                here = 0
+            end = begin if j < begin else last
+            if streaming and j >= begin and j + line_of(out) <= last:
+                then = numbers_at(tables, c + LANES - period if c + LANES >= period else c + LANES, ROOM)
+                streamed(call, place, out, row, j, numbers, then)
+                here = line_of(out)
+            elif j + LANES <= end:
+                store(out, j, value(call, place, row, j, j + LANES, numbers))
+                here = LANES
             else:
-                if streaming:
-                    stream(out, j, value(row, j, j + LANES, numbers))
-                else:
-                    store(out, j, value(row, j, j + LANES, numbers))
-                j += LANES
-                c += LANES
-            c = c - period if c >= period else c
+                here = end - j
+                store_first(out, j, value(call, place, row, j, end, numbers), here)
+            j += here
+            c += here
+            while c >= period:
+                c -= period
 
     return write_run
 
@@ -517,7 +622,7 @@ def _write_rows(name, reads, write_part):
             out = after(buffer, 2 * ROOM)
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
-            write_part(out, (dy, x), plain(0), count, count, streaming, tile)
+            write_part(call, out, (dy, x), plain(0), count, count, streaming, tile)
             if not direct:
                 scatter(call, step, piece, channel, group, out, stored)
 
@@ -613,7 +718,8 @@ def _down(name, reads, look, write_part, write_rows):
                     out = pointer(outs[k], stored)
                     x = pointer(rows[reads * k + reads - 1] + to_x, stored)
                     dy = pointer(rows[reads * k] + to_dy, stored)
-                    write_part(out, (dy, x), start, stop, widths[k] * tile[1], call.stream == 1, tile)
+                    count = widths[k] * tile[1]
+                    write_part(call, out, (dy, x), start, stop, count, call.stream == 1, tile)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
                 write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, stored)
@@ -624,11 +730,13 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-_write_normalized = _write_part("normalized", tables_of_x, normalized_at)
-_write_gradient = _write_part("gradient", tables_of_gradient, gradient_at)
+stream_normalized = _streamed(normalized_at)
+_stream_gradient = _streamed(gradient_at)
+_write_normalized = _write_part("normalized", tables_of_x, normalized_at, stream_normalized)
+_write_gradient = _write_part("gradient", tables_of_gradient, gradient_at, _stream_gradient)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized)
 write_gradient_rows = _write_rows("gradient", 2, _write_gradient)
-write_normalized_run = _write_run("normalized", tables_of_x, normalized_at)
-write_gradient_run = _write_run("gradient", tables_of_gradient, gradient_at)
+write_normalized_run = _write_run("normalized", tables_of_x, normalized_at, stream_normalized)
+write_gradient_run = _write_run("gradient", tables_of_gradient, gradient_at, _stream_gradient)
 look_down = _down("forward", 1, look_at_rows, _write_normalized, write_normalized_rows)
 look_down_both = _down("backward", 2, multiply_rows, _write_gradient, write_gradient_rows)
