@@ -20,6 +20,7 @@ from nbbn.cpu.simd import (
     choose,
     fence,
     float16,
+    line_of,
     load,
     load_first,
     narrow,
@@ -598,7 +599,9 @@ def finish_gradients(call, first, last, stored):
         grad_bias = stats[call.channels + c]
         grad_weight = stats[c] * invstd
         stats[c] = grad_weight
-        set_gradient(call, pointer(call.tables, wide(stored)), c, invstd, grad_weight, grad_bias, wide(stored))
+        set_gradient(
+            call, pointer(call.tables, wide(stored)), c, invstd, grad_weight, grad_bias, wide(stored)
+        )
         if size_of(pointer(call.tables, stored)) == 2:
             set_gradient(call, precise_tables(call), c, invstd, grad_weight, grad_bias, np.float64)
 

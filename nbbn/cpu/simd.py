@@ -314,8 +314,10 @@ def _rounded_to_odd(builder, number):
     near = builder.fptrunc(number, ir.FloatType())
     back = builder.fpext(near, number.type)
     bits = builder.bitcast(near, _WORD)
-    absolute = [builder.and_(builder.bitcast(a, ir.IntType(64)), ir.Constant(ir.IntType(64), (1 << 63) - 1))
-                for a in (number, back)]
+    absolute = [
+        builder.and_(builder.bitcast(a, ir.IntType(64)), ir.Constant(ir.IntType(64), (1 << 63) - 1))
+        for a in (number, back)
+    ]
     beyond = builder.icmp_unsigned(">", absolute[1], absolute[0])
     below = builder.sub(bits, builder.zext(beyond, _WORD))
     inexact = builder.fcmp_unordered("!=", back, number)
@@ -600,6 +602,20 @@ def _comparison(relation):
 # These return a bit for each lane where it is so, and never where either is NaN.
 at_most = _comparison("<=")
 below = _comparison("<")
+
+
+@intrinsic
+def rarely(typingctx, condition):
+    """Return the condition, which the compiler may take for false where it decides what to be quick at."""
+
+    def codegen(context, builder, signature, args):
+        bit = ir.IntType(1)
+        expect = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(bit, [bit, bit]), "llvm.expect.i1"
+        )
+        return builder.call(expect, [args[0], ir.Constant(bit, 0)])
+
+    return types.boolean(types.boolean), codegen
 
 
 @intrinsic

@@ -27,6 +27,7 @@ from nbbn.cpu.simd import (
     plain,
     pointer,
     prefetch,
+    rarely,
     scratch,
     set_number,
     size_of,
@@ -453,7 +454,7 @@ def _refined(result, doubt, precisely, call, place, row, j, end):
         return lambda result, doubt, precisely, call, place, row, j, end: result
 
     def refine(result, doubt, precisely, call, place, row, j, end):
-        if below(math.fabs(result), doubt) != 0:
+        if rarely(below(math.fabs(result), doubt) != 0):
             return precisely(call, place, row, j, min(LANES, end - j))
         return result
 
@@ -469,7 +470,6 @@ def precise_tables(call):
 @loop
 def precise_normalized(call, place, row, j, count):
     """The normalized columns j … j + count - 1 of a row of x, computed in float64."""
-    out_of_line()
     tables, room = precise_tables(call), call.room
     channel, group, width = place
     results = scratch(LANES, np.float32)
@@ -484,7 +484,6 @@ def precise_normalized(call, place, row, j, count):
 @loop
 def precise_gradient(call, place, row, j, count):
     """The columns j … j + count - 1 of grad_x, computed in float64."""
-    out_of_line()
     tables, room = precise_tables(call), call.room
     channel, group, width = place
     results = scratch(LANES, np.float32)
@@ -616,9 +615,7 @@ def _write_rows(name, reads, write_part):
             dy = x
             if reads > 1:
                 room = after(buffer, ROOM)
-                dy = row_of(
-                    call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
-                )
+                dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored)
             out = after(buffer, 2 * ROOM)
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
