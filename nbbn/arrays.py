@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from nbbn.dlpack import all_memory
 from nbbn.dtypes import NAMES, REALS
-from nbbn.frameworks import SUPPORTED, all_memory, kind_of, unsupported
+from nbbn.frameworks import SUPPORTED, kind_of, unsupported
 
 Parameter = tuple[int, int, int]  # address, stride and size of an element in bytes; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
