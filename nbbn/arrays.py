@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from nbbn.dlpack import all_memory
 from nbbn.dtypes import BFLOAT16, NAMES, Storage, named, storage_of
-from nbbn.frameworks import SUPPORTED, all_memory, kind_of, unsupported
+from nbbn.frameworks import SUPPORTED, kind_of, type_name, unsupported
 
 Parameter = tuple[int, int, int]  # address, stride in bytes, code of the storage; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
@@ -78,7 +79,7 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
     if value.itemsize < 4 and storage is not storage_of(x.dtype):
         wide = "float32 or float64"
         allowed = f"{wide}, or of x's type," if x.itemsize < 4 else wide
-        raise TypeError(f"{name} must be {allowed} for x of {type_of(x)}, got {storage.name}")
+        raise TypeError(f"{name} must be {allowed} for x of {type_name(x.dtype)}, got {storage.name}")
     if value.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {value.shape}")
     stride = value.strides[0]
@@ -98,7 +99,7 @@ def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
     if array.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
     if array.dtype != x.dtype and storage_of(array.dtype) is not storage_of(x.dtype):
-        raise TypeError(f"{name} must have x's dtype {type_of(x)}, got {type_of(array)}")
+        raise TypeError(f"{name} must have x's dtype {type_name(x.dtype)}, got {type_name(array.dtype)}")
 
 
 def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
@@ -181,18 +182,13 @@ def numpy_dtype(dtype: Any) -> np.dtype:
     if found is not BFLOAT16:
         return found.dtype
     try:
-        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        result: np.dtype = np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        return result
     except ImportError:
         raise TypeError(
             "dtype must be float32, float64 or float16, since NumPy has no bfloat16 without the package "
             f"ml_dtypes (pip install ml_dtypes), got {dtype!r}"
         ) from None
-
-
-def type_of(array: np.ndarray) -> str:
-    """Return how the type of an array's elements is called in an error."""
-    found = storage_of(array.dtype)
-    return str(array.dtype) if found is None else found.name
 
 
 def flag(name: str, value: Any) -> bool:

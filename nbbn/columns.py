@@ -8,8 +8,9 @@ import numpy as np
 
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dispatch import find
+from nbbn.dlpack import NO_ORDER
 from nbbn.errors import DeviceError
-from nbbn.frameworks import CPU, NO_ORDER, NUMBA_CUDA, Place
+from nbbn.frameworks import CPU, NUMBA_CUDA, Place
 
 
 class Columns:

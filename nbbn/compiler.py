@@ -22,7 +22,6 @@ from types import FunctionType
 from typing import Any, cast
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import _dynfunc
 from numba.core import cgutils, types
@@ -160,7 +159,7 @@ loop = numba.njit(**_HELPER)
 """Decorates a part of a CPU kernel."""
 
 
-def by_type(stub: FunctionType) -> Callable[[FunctionType], Any]:
+def by_type(stub: Callable[..., Any]) -> Any:
     """Decorate a function that returns, for the types of its arguments, what `stub` does in a CPU kernel."""
     return overload(stub, jit_options=_HELPER)
 

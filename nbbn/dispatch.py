@@ -1,43 +1,17 @@
 """From a problem to the implementation that takes it: the first one in the list that supports it.
 
-A problem says all that is known before the numbers are; it is hashed, and answered once.
+Each problem is answered once.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from nbbn.dtypes import Storage, storage_of
+from nbbn.dtypes import storage_of
 from nbbn.errors import DeviceError
 from nbbn.geometry import Strides
-
-
-class Problem(NamedTuple):
-    """What does not change from one call to the next on arrays of one kind.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        Of all arrays; no dimension is 0.
-    axis : int
-        The channel axis.
-    strides : tuple of tuple of int
-        In bytes, of each array: x; x and out; or x, grad_out and out.
-    storage : Storage
-        Of all arrays.
-    threads : int
-        How many may work on it. Never changes the result.
-    device : str
-        Where the arrays lie: "cpu" or "cuda:N".
-    """
-
-    shape: tuple[int, ...]
-    axis: int
-    strides: tuple[Strides, ...]
-    storage: Storage
-    threads: int
-    device: str = "cpu"
+from nbbn.problem import Problem
 
 
 def _cpu(problem: Problem) -> Any:

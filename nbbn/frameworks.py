@@ -10,13 +10,15 @@ A new framework: a class here, and its place in FRAMEWORKS.
 import ctypes
 import functools
 import importlib
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from nbbn import memory
+from nbbn import dlpack, memory
+from nbbn.dlpack import LEGACY_STREAM, NO_ORDER, all_memory
 from nbbn.dtypes import BFLOAT16, NAMES, STORAGES, Storage, storage_of
 from nbbn.errors import DeviceError
 
@@ -24,8 +26,7 @@ Array = Any  # of one of these libraries, or of another one with `__dlpack__`
 CPU = "cpu"
 SUPPORTED = "an array of NumPy, PyTorch, JAX, CuPy or Numba"
 
-# All memory, as words; and as a buffer, which must not begin at 0: NumPy would take that for no buffer.
-all_memory = (ctypes.c_ssize_t * (1 << 45)).from_address(0)
+# All memory, as a buffer, which must not begin at 0: NumPy would take that for no buffer.
 _BEGIN = 64
 _buffer = (ctypes.c_char * ((1 << 48) - _BEGIN)).from_address(_BEGIN)
 
@@ -42,7 +43,7 @@ class View(np.ndarray):
     owner: Any
 
     def __repr__(self) -> str:
-        return f"View(shape={self.shape}, strides={self.strides}, dtype={self.dtype})"
+        return f"View(shape={self.shape}, strides={self.strides}, dtype={type_name(self.dtype)})"
 
     __str__ = __repr__
 
@@ -75,25 +76,25 @@ def strides_like(x: np.ndarray) -> tuple[int, ...]:
 
 # --- reading an array ------------------------------------------------------------------------------
 
-_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(("PyCapsule_GetName", ctypes.pythonapi))
-
 # DLPack's types: a code, the bits of an element, and the lanes of a vector, in 8, 8 and 16 bits.
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _STORAGES = {s.dlpack | 8 * s.dtype.itemsize << 8 | 1 << 16: s for s in STORAGES}
+_KINDS: dict[Storage | None, int] = {storage: kind for kind, storage in _STORAGES.items()}
 _READ_ONLY, _COPIED = 1, 2  # DLPack's flags
 # Where DLPack's devices are for nbbn. Pinned memory (3) is the host's, managed memory (13) a GPU's.
-_DEVICES = {1: CPU, 2: "cuda", 3: CPU, 13: "cuda"}
-LEGACY_STREAM = 1  # what DLPack calls the default stream 0, which it reserves
-NO_ORDER = -1  # asks a producer for no ordering: what is to read the array runs on the producer's stream
+_DEVICES = {dlpack.CPU: CPU, dlpack.CUDA: "cuda", 3: CPU, 13: "cuda"}
 
 
 @functools.cache
 def _named(kind: Any) -> np.dtype | None:
     """Return NumPy's type for a library's own (``torch.float32``), if it is computed with."""
     return next((s.dtype for s in STORAGES if s.name == str(kind).rpartition(".")[2]), None)
+
+
+def type_name(dtype: np.dtype) -> str:
+    """Return how the type of an array's elements is called."""
+    storage = storage_of(dtype)
+    return str(dtype) if storage is None else storage.name
 
 
 def unsupported(name: str, dtype: Any) -> TypeError:
@@ -158,8 +159,8 @@ def _read_dlpack(name: str, value: Any, stream: int | None) -> np.ndarray:
         except TypeError:
             capsule = value.__dlpack__(**options)  # a producer of before version 1.0
         # The capsule is looked into and not consumed: when it dies, it gives the array back by itself.
-        tag = _name(capsule)
-        at, flags = _pointer(capsule, tag) >> 3, 0
+        tag = dlpack.name(capsule)
+        at, flags = dlpack.pointer(capsule, tag) >> 3, 0
     except Exception as error:
         raise _refused(name, value, error) from error
     if tag == b"dltensor_versioned":
@@ -225,19 +226,14 @@ def _contiguous(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
 
 def _wait(name: str, theirs: int, stream: int) -> None:
     """Let what comes on one stream wait for what is on another one; the host waits for neither."""
+    from nbbn.cuda import target
+
     try:
-        driver = importlib.import_module("cuda.bindings.driver")
-        code, event = driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
-        codes = [code, *driver.cuEventRecord(event, driver.CUstream(theirs))]
-        codes += driver.cuStreamWaitEvent(driver.CUstream(stream), event, 0)
-        codes += driver.cuEventDestroy(event)
+        target.wait(stream, theirs)
     except Exception as error:
         raise DeviceError(
             f"{name} is in use on stream {theirs}, which cannot be waited for: {error}"
         ) from error
-    failed = [code for code in codes if code != driver.CUresult.CUDA_SUCCESS]
-    if failed:
-        raise DeviceError(f"{name} is in use on stream {theirs}, which cannot be waited for: {failed[0]}")
 
 
 # --- the frameworks --------------------------------------------------------------------------------
@@ -252,6 +248,7 @@ class Framework:
 
     immutable = False
     has_current_stream = True  # on which all its arrays are; otherwise each one has its own
+    has_hidden_streams = False  # that others cannot wait for, nor let them wait
 
     def owns(self, value: Any) -> bool:
         """Whether a value is an array of this framework."""
@@ -299,6 +296,19 @@ class Framework:
     def on_gpu(self, values: np.ndarray, index: int) -> Any:
         """Return a copy of few values on a GPU."""
         raise NotImplementedError
+
+    def given(self, array: Any) -> Any:
+        """Return what the caller gets, of what `empty` or `on_gpu` returned, when the work is under way."""
+        return array
+
+    def rows(self, array: np.ndarray) -> Iterable[Any]:
+        """Return the rows of a view of what `empty` or `on_gpu` returned, as arrays for the caller."""
+        assert isinstance(array, View)
+        return [array.owner[k] for k in range(array.shape[0])]
+
+    def kept_rows(self, array: np.ndarray) -> Iterable[Any]:
+        """Return the rows as float64 arrays for a later call."""
+        return self.rows(array)
 
 
 class Numpy(Framework):
@@ -365,7 +375,9 @@ class Torch(Framework):
     ) -> tuple[Any, int]:
         torch = sys.modules["torch"]
         steps = [stride // dtype.itemsize for stride in strides]
-        array = torch.empty_strided(shape, steps, dtype=getattr(torch, dtype.name), device=f"cuda:{index}")
+        array = torch.empty_strided(
+            shape, steps, dtype=getattr(torch, type_name(dtype)), device=f"cuda:{index}"
+        )
         return array, array.data_ptr()
 
     def on_gpu(self, values: np.ndarray, index: int) -> Any:  # noqa: D102
@@ -439,9 +451,17 @@ class NumbaCuda(Framework):
 
 
 class Jax(Framework):
-    """JAX arrays, in the memory of the host. They are immutable."""
+    """JAX arrays. They are immutable.
+
+    On a GPU, JAX tells neither the streams that it works on nor when it takes memory for another array. Its
+    arrays are computed with on the default stream, which JAX lets wait for them. All that comes to the device
+    later waits for that, JAX's work too: it may write to the memory of an array that nobody has any more.
+    Results lie in memory of nbbn's own, which is exported to JAX.
+    """
 
     immutable = True
+    has_current_stream = False
+    has_hidden_streams = True
 
     def owns(self, value: Any) -> bool:  # noqa: D102
         kind = getattr(sys.modules.get("jax"), "Array", None)
@@ -454,17 +474,16 @@ class Jax(Framework):
             )
         return device_of(name, value)
 
-    def check(self, name: str, value: Any) -> None:  # noqa: D102
-        try:
-            value.block_until_ready()  # on the CPU, DLPack has no stream that could wait for it
-        except Exception as error:
-            raise _refused(name, value, error) from error
+    def read(self, name: str, value: Any, stream: int | None) -> np.ndarray:  # noqa: D102
+        if stream is None:
+            try:
+                value.block_until_ready()  # on the CPU, DLPack has no stream that could wait for it
+            except Exception as error:
+                raise _refused(name, value, error) from error
+        return read(name, value, stream)
 
     def stream(self, x: Any, index: int) -> int:  # noqa: D102
-        raise DeviceError(
-            f"x must not be a JAX array on a GPU, got one on cuda:{index}: nbbn cannot make results that "
-            "JAX takes there; jax.dlpack and cupy.from_dlpack convert without a copy"
-        )
+        return 0
 
     def wrapper(self, x: Any) -> Any:  # noqa: D102
         return sys.modules["jax"].dlpack.from_dlpack
@@ -474,6 +493,61 @@ class Jax(Framework):
 
     def statistics(self, values: np.ndarray) -> np.ndarray:  # noqa: D102
         return values if sys.modules["jax"].config.jax_enable_x64 else values.astype(np.float32)
+
+    def empty(  # noqa: D102
+        self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, index: int
+    ) -> tuple[Any, int]:
+        from nbbn.cuda import target
+
+        owner = target.Shared(math.prod(shape) * dtype.itemsize, index, 0)
+        return self._exporter(owner.address, shape, strides, dtype, owner, index), owner.address
+
+    def _exporter(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: np.dtype,
+        owner: Any,
+        index: int,
+    ) -> dlpack.Exporter:
+        from nbbn.cuda import target
+
+        def order(stream: int) -> None:
+            if stream != LEGACY_STREAM:
+                with target.current(index):
+                    target.wait(stream, 0)
+
+        # Integers, since NumPy does not export all types.
+        array = view(address, shape, strides, np.dtype(f"u{dtype.itemsize}"), owner)
+        return dlpack.Exporter(array, _KINDS[storage_of(dtype)], (dlpack.CUDA, index), order)
+
+    def on_gpu(self, values: np.ndarray, index: int) -> Any:  # noqa: D102
+        from nbbn.cuda import target
+
+        array, address = self.empty(values.shape, values.strides, values.dtype, index)
+        target.write(address, values, index, 0)
+        return array
+
+    def given(self, array: Any) -> Any:  # noqa: D102
+        try:
+            return sys.modules["jax"].dlpack.from_dlpack(array)
+        except Exception as error:
+            raise DeviceError(f"x is a JAX array, and JAX does not take the result: {error}") from error
+
+    def rows(self, array: np.ndarray) -> Iterable[Any]:
+        """Return the rows; JAX rounds them to float32 where it has no float64."""
+        assert isinstance(array, View)
+        return list(self.given(array.owner))
+
+    def kept_rows(self, array: np.ndarray) -> Iterable[Any]:  # noqa: D102
+        assert isinstance(array, View)
+        address, (rows, channels), (step, stride), dtype = _lies(array)
+        index = array.owner.__dlpack_device__()[1]
+        return [
+            self._exporter(address + k * step, (channels,), (stride,), dtype, array.owner, index)
+            for k in range(rows)
+        ]
 
 
 NUMPY, NUMBA_CUDA = Numpy(), NumbaCuda()
@@ -535,6 +609,10 @@ class Place:
         """Return the rows of what `empty` gave as arrays of the caller's kind."""
         return array
 
+    def kept_rows(self, array: np.ndarray) -> Any:
+        """Return the rows as float64 arrays for a later call, whatever type the library has them in."""
+        return array
+
 
 class _Host(Place):
     """On the CPU, with results of another kind, over memory of NumPy's."""
@@ -545,6 +623,8 @@ class _Host(Place):
         self.empty_like = framework.empty_like
 
     def result(self, array: np.ndarray) -> Any:
+        if array.dtype == BFLOAT16.dtype:  # which NumPy itself does not export
+            return self._wrap(dlpack.Exporter(array.view(np.uint16), _KINDS[BFLOAT16]))
         return self._wrap(array)
 
     def rows(self, array: np.ndarray) -> Any:
@@ -552,18 +632,19 @@ class _Host(Place):
 
 
 class _Gpu(Place):
-    """On a GPU. The views are of arrays of the caller's kind, which are their owners."""
+    """On a GPU. The views are of what the framework makes, which are their owners."""
 
-    def __init__(self, framework: Framework, x: Any, device: str) -> None:
+    def __init__(self, framework: Framework, x: Any, device: str, holds_back: bool) -> None:
         self._framework = framework
         self._index = int(device.partition(":")[2])
+        self._holds_back = holds_back
         self.device = device
         self.stream = framework.stream(x, self._index)
         self.empty_like = self._empty_like
         self.empty = self._empty_rows
 
     def on_stream(self, run: Any) -> Any:
-        return _OnStream(run, self.stream)
+        return _OnStream(run, self.stream, self._index if self._holds_back else None)
 
     def _empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         array, address = self._framework.empty(shape, strides, dtype, self._index)
@@ -584,23 +665,38 @@ class _Gpu(Place):
 
     def result(self, array: np.ndarray) -> Any:
         assert isinstance(array, View)
-        return array.owner
+        return self._framework.given(array.owner)
 
     def rows(self, array: np.ndarray) -> Any:
-        assert isinstance(array, View)
-        return [array.owner[k] for k in range(array.owner.shape[0])]
+        return self._framework.rows(array)
+
+    def kept_rows(self, array: np.ndarray) -> Any:
+        return self._framework.kept_rows(array)
 
 
 class _OnStream:
-    """What runs the stages, with the stream as its last argument."""
+    """What runs the stages, with the stream as its last argument.
 
-    def __init__(self, run: Any, stream: int | None) -> None:
+    All that comes to the device `held_back` later, on whatever stream, waits for them.
+    """
+
+    def __init__(self, run: Any, stream: int | None, held_back: int | None) -> None:
         self._run = run
         self._stream = stream
+        self._held_back = held_back
 
     def __getattr__(self, operation: str) -> Callable[..., None]:
         start = getattr(self._run, operation)
-        return lambda *arguments: start(*arguments, self._stream)
+        if self._held_back is None:
+            return lambda *arguments: start(*arguments, self._stream)
+        return functools.partial(self._start_and_hold_back, start)
+
+    def _start_and_hold_back(self, start: Callable[..., None], *arguments: Any) -> None:
+        from nbbn.cuda import target
+
+        assert self._held_back is not None and self._stream is not None
+        start(*arguments, self._stream)
+        target.hold_back(self._held_back, self._stream)
 
 
 HOST = Place()
@@ -638,7 +734,7 @@ def place(x: Any, arguments: dict[str, Any], written: tuple[str, ...] = ()) -> t
                 f"{name} must be an array that can be written to, got {kind_of(named[name])}, which is "
                 "immutable; batch_norm_forward returns the output and the statistics, and writes to nothing"
             )
-    here = _place(found["x"], x, device)
+    here = _place(found, x, device)
     views: list[Any] = []
     for name, value in named.items():
         if value is None:
@@ -651,9 +747,10 @@ def place(x: Any, arguments: dict[str, Any], written: tuple[str, ...] = ()) -> t
     return here, views
 
 
-def _place(framework: Framework, x: Any, device: str) -> Place:
+def _place(found: dict[str, Framework], x: Any, device: str) -> Place:
+    framework = found["x"]
     if device != CPU:
-        return _Gpu(framework, x, device)
+        return _Gpu(framework, x, device, any(other.has_hidden_streams for other in found.values()))
     return HOST if framework is NUMPY else _Host(framework, x)
 
 

@@ -291,10 +291,8 @@ class BatchNorm:
                 )
                 if count:
                     self.num_batches_tracked[...] = tracked
-        # On the CPU float64, whatever the type is that x's library would have them in.
-        if here.device != CPU:
-            stats = here.rows(stats)
-        self._saved = _Saved(x, stats[0], stats[2], training=True)
+        kept = here.kept_rows(stats)
+        self._saved = _Saved(x, kept[0], kept[2], training=True)
         return out
 
     def backward(self, grad_out: Any) -> Any:

@@ -13,6 +13,7 @@ import types
 
 import numpy as np
 
+import streams
 from nbbn import frameworks
 from nbbn.cpu.run import Run as CpuRun
 
@@ -149,8 +150,137 @@ class NumbaArray(WithInterface, Array):
 
 
 class JaxArray(WithDlpack, Array):
+    """What JAX computes it computes on a stream of its own: see `Jax`."""
+
+    ready = None  # the places in streams after which it has its values
+    deleter = None  # of memory that is not JAX's
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        assert stream not in (None, -1), "JAX waits on the host, or takes this for a stream"
+        with self.gpus.driver.on(self.index):
+            self.gpus.driver.add(stream, self.ready)
+        return super().__dlpack__(stream=stream)
+
     def block_until_ready(self):
-        return self
+        raise AssertionError("the host waits")
+
+    def get(self):
+        self.gpus.driver.run()
+        return super().get()
+
+    def __iter__(self):
+        return iter([self.gpus.jax.computed(self, lambda a, k=k: a[k]) for k in range(self.shape[0])])
+
+    def __del__(self):
+        # Though JAX's stream may not have come so far as to read it.
+        if self.deleter is not None:
+            self.deleter()
+        elif self.gpus.driver is not None:
+            self.gpus.jax.take_memory_of(self)
+
+
+class _Managed(ctypes.Structure):
+    """DLManagedTensor."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", ctypes.c_int32 * 2),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("offset", ctypes.c_uint64),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.CFUNCTYPE(None, ctypes.c_void_p)),
+    )
+
+
+_USED = b"used_dltensor"
+
+
+class Jax:
+    """The module jax, as far as it is used, and what it does on its streams.
+
+    As JAX does, it asks for DLPack of before version 1.0, on one of four streams that it keeps for that.
+    When nobody has an array any more, it gives memory of others back at once, whatever is still to be done
+    with it, and takes its own for another array, in the order of its own stream.
+    """
+
+    Array = JaxArray
+    COMPUTES, READY = 0xC0, (0xE0, 0xE1, 0xE2, 0xE3)
+
+    def __init__(self, gpus):
+        self._gpus = gpus
+        self._taken = 0
+        self.config = types.SimpleNamespace(jax_enable_x64=True)
+        self.dlpack = types.SimpleNamespace(from_dlpack=self.from_dlpack)
+
+    def new(self, index, shape, strides, dtype):
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        return JaxArray(self._gpus, index, self._gpus.memory.take(nbytes), shape, strides, dtype)
+
+    def _compute(self, array, work):
+        driver = self._gpus.driver
+        with driver.on(array.index):
+            driver.add(self.COMPUTES, work)
+            array.ready = self._after(self.COMPUTES)
+
+    def _after(self, stream):
+        event = streams.Event()
+        self._gpus.driver.cuEventRecord(event, stream)
+        return event.places
+
+    @staticmethod
+    def _memory_of(array):
+        """Return a view that does not keep the array."""
+        return frameworks.view(array.address, array.shape, array.strides, array.dtype, None)
+
+    def put(self, values, index):
+        array = self.new(index, values.shape, frameworks.strides_like(values), values.dtype)
+        memory, values = self._memory_of(array), np.array(values)
+        self._compute(array, lambda: np.copyto(memory, values))
+        return array
+
+    def computed(self, source, function, dtype=None):
+        dtype = dtype or source.dtype
+        shape = function(np.broadcast_to(0.0, source.shape)).shape
+        array = self.new(source.index, shape, np.empty(shape, dtype).strides, dtype)
+        read, written = self._memory_of(source), self._memory_of(array)
+        with self._gpus.driver.on(source.index):
+            self._gpus.driver.add(self.COMPUTES, source.ready)
+        self._compute(array, lambda: np.copyto(written, function(read), casting="unsafe"))
+        return array
+
+    def take_memory_of(self, array):
+        address, nbytes = array.address, array.dtype.itemsize * math.prod(array.shape)
+        with self._gpus.driver.on(array.index):
+            self._gpus.driver.add(self.COMPUTES, lambda: ctypes.memset(address, 0x7A, nbytes))
+
+    def from_dlpack(self, exporter):
+        kind, index = exporter.__dlpack_device__()
+        assert kind == 2
+        stream = self.READY[self._taken % len(self.READY)]
+        self._taken += 1
+        capsule = exporter.__dlpack__(stream=stream)
+        at = frameworks.dlpack.pointer(capsule, b"dltensor")
+        tensor = _Managed.from_address(at)
+        assert tuple(tensor.device) == (2, index) and (tensor.code, tensor.lanes) == (2, 1)
+        dtype = np.dtype(f"f{tensor.bits // 8}")
+        shape = tensor.shape[: tensor.ndim]
+        steps = tensor.strides[: tensor.ndim]
+        ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _USED)
+        ctypes.pythonapi.PyCapsule_SetDestructor(ctypes.py_object(capsule), None)
+        array = JaxArray(self._gpus, index, tensor.data + tensor.offset, shape,
+                         [step * dtype.itemsize for step in steps], dtype)  # fmt: skip
+        assert 0 in shape or array.strides == frameworks.strides_like(array.lies())
+        array.deleter = lambda: tensor.deleter(at)
+        with self._gpus.driver.on(index):
+            array.ready = self._after(stream)
+        if dtype == np.float64 and not self.config.jax_enable_x64:
+            return self.computed(array, lambda a: a, np.float32)
+        return array
 
 
 class Unknown(WithInterface, Array):
@@ -170,6 +300,9 @@ class Gpus:
         self.asked = []  # kind of array, the stream that its __dlpack__ was told
         self.streams = {"cupy": 0, "torch": 0}
         self.current = 0
+        self.driver = None
+        self.jax = Jax(self)
+        self._monkeypatch = monkeypatch
         gpus = self
 
         class Run:
@@ -181,8 +314,8 @@ class Gpus:
                 def start(*arguments):
                     *arguments, stream = arguments
                     gpus.ran.append((operation, self._problem.device, stream))
-                    with gpus.memory.open():
-                        getattr(self._run, operation)(*arguments)
+                    index = int(self._problem.device[5:])
+                    gpus.launch(index, stream, lambda: getattr(self._run, operation)(*arguments))
 
                 return start
 
@@ -194,12 +327,40 @@ class Gpus:
             ("cupy", self._cupy()),
             ("torch", self._torch()),
             ("numba.cuda", self._numba()),
-            ("jax", types.SimpleNamespace(Array=JaxArray)),
+            ("jax", self.jax),
         ):
             monkeypatch.setitem(sys.modules, name, module)
 
+    def run_late(self, first):
+        """From now on, do what is launched when somebody looks: see streams.Driver."""
+        self.driver = driver = streams.Driver(self.memory, first)
+
+        class Device:
+            def __init__(self, index):
+                self._index = index
+
+            def set_current(self):
+                driver.cuCtxSetCurrent(self._index)
+
+        for name, module in (
+            ("cuda.bindings", types.SimpleNamespace(driver=driver)),
+            ("cuda.core", types.SimpleNamespace(Device=Device)),
+        ):
+            self._monkeypatch.setitem(sys.modules, name, module)
+
+    def launch(self, index, stream, work):
+        """Do what a kernel does, now or late."""
+        if self.driver is None:
+            with self.memory.open():
+                work()
+        else:
+            with self.driver.on(index):
+                self.driver.add(stream, work)
+
     def array(self, kind, values, index=0):
         """Return an array of a kind, with these values in the same order in memory."""
+        if kind is JaxArray:
+            return self.jax.put(values, index)
         strides = frameworks.strides_like(values)
         array = kind(self, index, self.memory.take(values.nbytes), values.shape, strides, values.dtype)
         array.put(values)

@@ -12,7 +12,7 @@ from cases import POISON
 from checks import assert_same_bits, assert_within
 from nbbn.cuda import plan, target
 from nbbn.cuda.run import Run
-from nbbn.dispatch import Problem
+from nbbn.problem import Problem
 from reference import rows
 
 plan.THREADS, plan.LANES, plan.RADIX = 4, 2, 2

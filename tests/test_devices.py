@@ -4,9 +4,12 @@ The GPUs are those of gpus.py, so that all but the kernels is tested on any mach
 """
 
 import copy
+import enum
+import gc
 import logging
 import pickle
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import nbbn
 from cases import DTYPES, type_id
 from checks import assert_same_bits
 from gpus import CupyArray, Gpus, JaxArray, NumbaArray, Tensor, Unknown, UnknownWithDlpack
+from nbbn import frameworks
 from nbbn.dispatch import find
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
@@ -273,11 +277,6 @@ def test_device_that_cannot_be_found_out(gpus, host):
         nbbn.batch_stats(gpus.array(Unknown, host["x"]))
 
 
-def test_jax_on_a_gpu(gpus, host):
-    with pytest.raises(nbbn.DeviceError, match="x must not be a JAX array on a GPU"):
-        nbbn.batch_norm_forward(gpus.array(JaxArray, host["x"]))
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 def test_other_errors(gpus, host, kind):
     """What is refused of NumPy arrays is refused on a GPU, and nothing is written."""
@@ -318,6 +317,173 @@ def test_cuda_that_cannot_be_used(gpus, host, monkeypatch):
     for kind in KINDS:
         with pytest.raises(nbbn.DeviceError, match=r"cuda:1.*numba-cuda is not installed"):
             nbbn.batch_norm_forward(gpus.array(kind, host["x"], 1))
+
+
+# --- JAX, whose streams nobody knows ---------------------------------------------------------------
+
+
+@pytest.fixture(params=["ours", "theirs"])
+def jax(gpus, request):
+    """Everything is done late: first nbbn's work, if it may be, or JAX's."""
+    gpus.run_late(request.param)
+    yield gpus.jax
+    gpus.driver.forget()
+    gc.collect()  # while there is a driver that memory can be given back to
+
+
+def all_is_freed(gpus):
+    """Whether all memory was given back, after all work was done."""
+    gc.collect()
+    gpus.driver.run()
+    return not gpus.driver.live
+
+
+@pytest.mark.parametrize("operation", [name for name in CALLS if name != "training"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_jax(gpus, jax, host, operation, index):
+    """Its arrays are not there yet when nbbn is called, and may be gone before nbbn has read them."""
+    expected = results(CALLS[operation](**arguments_of(operation, host, np.copy)))
+    arguments = arguments_of(operation, host, lambda a: gpus.array(JaxArray, a, index))
+    gone = [weakref.ref(a) for a in arguments.values()]
+    result = CALLS[operation](**arguments)
+    del arguments
+    assert not any(array() for array in gone)
+    assert gpus.ran == [(ON_DEVICE[operation], f"cuda:{index}", 0)]
+    assert {stream for _, stream in gpus.asked} == {1}
+    assert_same_bits(results(result, JaxArray), expected)
+    assert {array.index for array in results(result)} == {index}
+    del result
+    assert all_is_freed(gpus)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 2, 1, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+def test_jax_result_that_is_used_and_gone(gpus, jax, host, dtype, order):
+    """JAX gives it back before it has read it; it lies as x does."""
+    values = host["x"].astype(dtype).transpose(order).copy().transpose(np.argsort(order))
+    out = nbbn.batch_norm(gpus.array(JaxArray, values), training=True)
+    assert (out.shape, out.strides, out.dtype) == (values.shape, values.strides, values.dtype)
+    twice = jax.computed(out, lambda a: a + a)
+    del out
+    assert not gpus.driver.live
+    assert_same_bits(twice.get(), 2 * np.ascontiguousarray(nbbn.batch_norm(values, training=True)))
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_jax_call_after_call(gpus, jax, rng, n):
+    """Each on the result of the one before, of which nothing is kept."""
+    values = rng.normal(size=(n, 5)).astype(np.float32)
+    x = gpus.array(JaxArray, values)
+    for _ in range(4):
+        x = nbbn.batch_norm_forward(x).out
+        values = nbbn.batch_norm_forward(values).out
+    assert_same_bits(x.get(), values)
+    del x
+    assert all_is_freed(gpus)
+
+
+def test_jax_without_float64(gpus, jax, host):
+    jax.config.jax_enable_x64 = False
+    result = nbbn.batch_norm_forward(gpus.array(JaxArray, host["x"]))
+    expected = nbbn.batch_norm_forward(host["x"])
+    assert_same_bits(result.out.get(), expected.out)
+    for name in ("mean", "var", "invstd"):
+        assert_same_bits(getattr(result, name).get(), getattr(expected, name).astype(np.float32))
+
+
+def test_jax_training(gpus, jax, host):
+    """Running statistics cannot be JAX's; those of another library are updated."""
+    x = gpus.array(JaxArray, host["x"])
+    for name in ("running_mean", "running_var"):
+        column = gpus.array(JaxArray, host[name])
+        with pytest.raises(TypeError, match=f"^{name} .*immutable.*batch_norm_forward"):
+            nbbn.batch_norm(x, **{name: column}, training=True)
+        assert_same_bits(column.get(), host[name])
+    assert not gpus.ran
+    columns = [gpus.array(CupyArray, host[name]) for name in ("running_mean", "running_var")]
+    out = nbbn.batch_norm(x, *columns, training=True)
+    on_host = [host["running_mean"], host["running_var"]]
+    assert_same_bits(out.get(), nbbn.batch_norm(host["x"], *on_host, training=True))
+    assert_same_bits(tuple(column.get() for column in columns), tuple(on_host))
+
+
+@pytest.mark.parametrize("operation", CALLS)
+def test_jax_empty(gpus, jax, host, operation):
+    host |= {name: host[name][:0] for name in ("x", "grad_out")}
+    if operation == "training":
+        host |= {"running_mean": None, "running_var": None}
+    expected = results(CALLS[operation](**arguments_of(operation, host, lambda a: a)))
+    result = CALLS[operation](
+        **arguments_of(operation, host, lambda a: None if a is None else gpus.array(JaxArray, a))
+    )
+    assert_same_bits(results(result, JaxArray), expected)
+
+
+def test_jax_array_beside_one_of_another_library(gpus, jax, host):
+    """It is gone, and its memory in use again, before the other library's stream has come to it."""
+    gpus.streams["torch"] = 0x2000
+    expected = nbbn.batch_norm_forward(host["x"], host["weight"])
+    x = gpus.array(Tensor, host["x"])
+    result = nbbn.batch_norm_forward(x, gpus.array(JaxArray, host["weight"]))
+    assert gpus.asked == [("JaxArray", 0x2000)] and gpus.ran == [("forward", "cuda:0", 0x2000)]
+    gpus.driver.run()
+    assert_same_bits(results(result, Tensor), results(expected))
+
+
+def test_jax_that_takes_no_result(gpus, jax, host, monkeypatch):
+    def refuse(exporter):
+        raise RuntimeError("UNIMPLEMENTED")
+
+    monkeypatch.setattr(jax.dlpack, "from_dlpack", refuse)
+    x = gpus.array(JaxArray, host["x"])
+    with pytest.raises(nbbn.DeviceError, match="JAX does not take the result: UNIMPLEMENTED"):
+        nbbn.batch_norm_forward(x)
+    assert all_is_freed(gpus)
+
+
+@pytest.mark.parametrize(("told", "used"), [(0xE0, 0xE0), (2, 2), (1, 1), (None, 1), (-1, 1), (-1, 0xE0)])
+def test_stream_that_is_told_waits_for_a_result(gpus, jax, host, told, used):
+    """As DLPack has it: the stream that it is told, or the default one, and with -1 none."""
+    framework = frameworks.framework_of("x", gpus.array(JaxArray, host["x"]))
+    values, seen = host["weight"], np.zeros(5)
+    exporter = framework.on_gpu(values, 1)
+    capsule = exporter.__dlpack__(stream=told)
+    memory = frameworks.read("values", exporter, -1).view(np.ndarray)
+    with gpus.driver.on(1):
+        gpus.driver.add(used, lambda: np.copyto(seen, memory))
+    gpus.driver.run()
+    assert capsule is not None
+    late = told == -1 and used == 0xE0 and gpus.driver.first == "theirs"
+    assert (seen.tolist() == values.tolist()) != late
+
+
+def test_jax_and_a_driver_that_frees_nothing(gpus, jax, host, monkeypatch, caplog):
+    """As while a graph is captured."""
+    out = nbbn.batch_norm(gpus.array(JaxArray, host["x"]), training=True)
+    refused = enum.IntEnum("CUresult", {"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED": 900})(900)
+    monkeypatch.setattr(gpus.driver, "cuCtxRecordEvent", lambda context, event: (refused,))
+    with caplog.at_level(logging.WARNING, "nbbn"):
+        del out
+    assert "memory on GPU 0 is not freed" in caplog.text and "CAPTURE" in caplog.text
+
+
+@pytest.mark.parametrize("x64", [True, False])
+def test_jax_module(gpus, jax, host, x64):
+    """The same as on the CPU, bit by bit: between its calls it keeps float64 statistics."""
+    jax.config.jax_enable_x64 = x64
+    cpu, gpu = module_on("cpu", host), module_on("cuda:1", host)
+    empty = gpus.array(JaxArray, host["x"][:0], 1)
+    assert gpu(empty).shape == gpu.backward(empty).shape == (0, 5, 6, 7)
+    for mode in (True, True, False):
+        cpu.train(mode)
+        gpu.train(mode)
+        out = gpu(gpus.array(JaxArray, host["x"], 1))
+        assert_same_bits(out.get(), cpu(host["x"]))
+        grad_x = gpu.backward(gpus.array(JaxArray, host["grad_out"], 1))
+        assert_same_bits(grad_x.get(), cpu.backward(host["grad_out"]))
+        for name in ("grad_weight", "grad_bias"):
+            assert_same_bits(getattr(gpu, name).get(), getattr(cpu, name))
+        same_state(gpu, cpu)
 
 
 # --- BatchNorm -------------------------------------------------------------------------------------

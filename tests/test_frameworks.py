@@ -22,7 +22,7 @@ from cases import (
     type_id,
 )
 from checks import assert_same_bits, bits, check_backward, check_evaluation, check_forward
-from nbbn import frameworks
+from nbbn import dlpack, frameworks
 
 
 class Standard:
@@ -548,7 +548,7 @@ class Future(Standard):
 
     def __dlpack__(self, **options):
         capsule = super().__dlpack__(max_version=(1, 0))
-        at = frameworks._pointer(capsule, b"dltensor_versioned")
+        at = dlpack.pointer(capsule, b"dltensor_versioned")
         ctypes.c_uint32.from_address(at).value = 2
         return capsule
 
@@ -575,7 +575,7 @@ class Copied(Standard):
 
     def __dlpack__(self, **options):
         capsule = super().__dlpack__(max_version=(1, 0))
-        at = frameworks._pointer(capsule, b"dltensor_versioned")
+        at = dlpack.pointer(capsule, b"dltensor_versioned")
         ctypes.c_uint64.from_address(at + 24).value |= 2
         return capsule
 

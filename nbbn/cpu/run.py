@@ -12,9 +12,9 @@ from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.simd import ELEMENTS, LANES
-from nbbn.dispatch import Problem
 from nbbn.dtypes import Storage
 from nbbn.geometry import canonical
+from nbbn.problem import Problem
 
 _ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("2q")

@@ -11,8 +11,8 @@ from nbbn.arrays import ABSENT
 from nbbn.cuda import kernels, target
 from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import THREADS, VECTOR_BYTES, Form, Plan
-from nbbn.dispatch import Problem
 from nbbn.geometry import canonical
+from nbbn.problem import Problem
 
 Kernel = Callable[..., Any]
 Where = tuple[int, int, int]  # a parameter: address, stride and size of an element in bytes

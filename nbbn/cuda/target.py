@@ -433,6 +433,76 @@ class Memory:
             driver.cuMemFreeAsync(self.address, self._stream)
 
 
+class Shared:
+    """Memory on a device that others get too: it is freed when nobody has it any more.
+
+    Others use it on streams of their own, and may be done with it on the host only: what they have given the
+    device by then comes first.
+    """
+
+    def __init__(self, nbytes: int, device: int, stream: int) -> None:
+        self._device, self._stream = device, stream
+        with current(device):
+            self._memory = Memory(max(nbytes, 1), 0, stream)
+        self.address = self._memory.address
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        # `_memory` is missing where its allocation failed.
+        memory = self.__dict__.pop("_memory", None)
+        if SIMULATED or memory is None or ending():
+            return
+        try:
+            from cuda.bindings import driver
+
+            with current(self._device), _event() as event:
+                _checked(driver.cuCtxRecordEvent(driver.cuCtxGetCurrent()[1], event))
+                _checked(driver.cuStreamWaitEvent(self._stream, event, 0))
+                memory.free()
+        except Exception as error:  # a graph is being captured, or this process was forked
+            log.warning("memory on GPU %d is not freed: %s", self._device, error)
+
+
+def write(address: int, values: np.ndarray, device: int, stream: int) -> None:
+    """Copy few values to a device, in the order of a stream."""
+    if SIMULATED:
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+        return
+    from cuda.bindings import driver
+
+    if values.nbytes:
+        with current(device):
+            _checked(driver.cuMemcpyHtoDAsync(address, values.ctypes.data, values.nbytes, stream))
+
+
+@contextlib.contextmanager
+def _event() -> Iterator[Any]:
+    from cuda.bindings import driver
+
+    event = _checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DISABLE_TIMING))
+    try:
+        yield event
+    finally:
+        driver.cuEventDestroy(event)  # once nobody waits for it
+
+
+def wait(stream: int, other: int) -> None:
+    """Let what comes on a stream of the current device wait for what is on another one; the host does not."""
+    from cuda.bindings import driver
+
+    with _event() as event:
+        _checked(driver.cuEventRecord(event, other))
+        _checked(driver.cuStreamWaitEvent(stream, event, 0))
+
+
+def hold_back(device: int, stream: int) -> None:
+    """Let all that comes on any stream of a device wait for what is on this one; the host does not."""
+    from cuda.bindings import driver
+
+    with current(device), _event() as event:
+        _checked(driver.cuEventRecord(event, stream))
+        _checked(driver.cuCtxWaitEvent(driver.cuCtxGetCurrent()[1], event))
+
+
 def upload(array: np.ndarray) -> Any:
     """Copy a small array to the current device for good; return something that has its `address`."""
     if SIMULATED:
