@@ -4,6 +4,7 @@ All arrays are NumPy arrays here, or NumPy's views of other arrays (`nbbn.framew
 GPU's memory nothing is read but where and how it lies.
 """
 
+import contextlib
 import ctypes
 import math
 import operator
@@ -14,6 +15,9 @@ import numpy as np
 
 from nbbn.dtypes import NAMES, REALS
 from nbbn.frameworks import SUPPORTED, all_memory, kind_of, unsupported
+
+# Of what is no number, float() takes some all the same: text in a 0-d array, a complex number's real part.
+_NO_NUMBERS = (np.bool_, np.complexfloating, np.flexible, np.object_, np.datetime64, np.timedelta64)
 
 Parameter = tuple[int, int, int]  # address, stride and size of an element in bytes; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
@@ -149,11 +153,13 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     if type(value) is float and low <= value <= high and value != math.inf:
         return value
     if type(value) is not float:
-        if isinstance(value, (bool, np.bool_, str, bytes)):
+        if not _has_value(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         try:
             value = float(value)
-        except (TypeError, ValueError):
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
+        except (TypeError, ValueError, RuntimeError):  # the last one from PyTorch
             raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
     if not (low <= value <= high) or math.isinf(value):
         bound = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
@@ -161,12 +167,21 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def _has_value(value: Any) -> bool:
+    """Whether `value` is a real number: what float() takes, but for text, bools and what else it reads."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        masked = isinstance(value, np.ma.MaskedArray)
+        return value.ndim == 0 and not masked and not issubclass(value.dtype.type, _NO_NUMBERS)
+    return not isinstance(value, bool) and (hasattr(value, "__float__") or hasattr(value, "__index__"))
+
+
 def real(dtype: Any) -> type:
     """Return the scalar type of a supported dtype, however it is named, or raise."""
-    try:
-        return REALS[np.dtype(dtype)]
-    except (KeyError, TypeError):
-        raise TypeError(f"dtype must be {NAMES}, got {dtype!r}") from None
+    if dtype is not None:  # float64 to NumPy
+        # NumPy reads a small language here, and raises what its parser does: SyntaxError, for one.
+        with contextlib.suppress(Exception):
+            return REALS[np.dtype(dtype)]
+    raise TypeError(f"dtype must be {NAMES}, got {dtype!r}")
 
 
 def flag(name: str, value: Any) -> bool:
