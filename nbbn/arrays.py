@@ -108,14 +108,15 @@ def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
     for name, other in {"x": x, **inputs}.items():
-        if other is None or not _overlap(array, other):
+        if other is None or not overlap(array, other):
             continue
         if name == "x" and array.strides == x.strides and address(array) == address(x):
             continue
         raise ValueError(f"out must not overlap {name}, unless it is x itself")
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have memory in common."""
     if not np.may_share_memory(a, b):
         return False
     try:
