@@ -17,6 +17,9 @@ from nbbn.dlpack import all_memory
 from nbbn.dtypes import BFLOAT16, NAMES, Storage, named, storage_of
 from nbbn.frameworks import SUPPORTED, kind_of, type_name, unsupported
 
+# Of what is no number, float() takes some all the same: text in a 0-d array, a complex number's real part.
+_NO_NUMBERS = (np.bool_, np.complexfloating, np.flexible, np.object_, np.datetime64, np.timedelta64)
+
 Parameter = tuple[int, int, int]  # address, stride in bytes, code of the storage; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
@@ -111,14 +114,15 @@ def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
     for name, other in {"x": x, **inputs}.items():
-        if other is None or not _overlap(array, other):
+        if other is None or not overlap(array, other):
             continue
         if name == "x" and array.strides == x.strides and address(array) == address(x):
             continue
         raise ValueError(f"out must not overlap {name}, unless it is x itself")
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have memory in common."""
     if not np.may_share_memory(a, b):
         return False
     try:
@@ -156,16 +160,26 @@ def number(name: str, value: Any, low: float, high: float) -> float:
     if type(value) is float and low <= value <= high and value != math.inf:
         return value
     if type(value) is not float:
-        if isinstance(value, (bool, np.bool_, str, bytes)):
+        if not _has_value(value):
             raise TypeError(f"{name} must be a number, got {type(value).__name__}")
         try:
             value = float(value)
-        except (TypeError, ValueError):
+        except OverflowError:
+            value = math.inf if value > 0 else -math.inf
+        except (TypeError, ValueError, RuntimeError):  # the last one from PyTorch
             raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
     if not (low <= value <= high) or math.isinf(value):
         bound = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {bound} and finite, got {value!r}")
     return float(value)
+
+
+def _has_value(value: Any) -> bool:
+    """Whether `value` is a real number: what float() takes, but for text, bools and what else it reads."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        masked = isinstance(value, np.ma.MaskedArray)
+        return value.ndim == 0 and not masked and not issubclass(value.dtype.type, _NO_NUMBERS)
+    return not isinstance(value, bool) and (hasattr(value, "__float__") or hasattr(value, "__index__"))
 
 
 def storage(dtype: Any) -> Storage:

@@ -1,9 +1,9 @@
 """The only place that holds Numba's options: what is compiled, how, when, and where it is cached.
 
 A kernel is a function `(first, last, call, stored)`: it does the tasks first … last - 1 of the call
-described at the address `call`, for arrays whose elements are stored as type `stored`. It holds the GIL at no time and compiles at
-its first use, once for each type, to a C function `(first, last, call)`. That one function serves both
-ways of running it: called as it is, and from the one parallel loop of this module.
+described at the address `call`, for arrays whose elements are stored as type `stored`. It holds the GIL at
+no time and compiles at its first use, once for each type, to a C function `(first, last, call)`. That one
+function serves both ways of running it: called as it is, and from the one parallel loop of this module.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ Elements of 16 bits are a format to store numbers in: each is widened as it is l
 float32, summed in float64, and rounded once as it is stored.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,9 +59,10 @@ def storage_of(dtype: np.dtype) -> Storage | None:
 
 def named(dtype: object) -> Storage | None:
     """Return the same for anything that NumPy takes for a dtype, and for "bfloat16"."""
-    if dtype == BFLOAT16.name:
+    if isinstance(dtype, str) and dtype == BFLOAT16.name:
         return BFLOAT16
-    try:
-        return storage_of(np.dtype(dtype))  # type: ignore[call-overload]
-    except TypeError:
-        return None
+    if dtype is not None:  # float64 to NumPy
+        # NumPy reads a small language here, and raises what its parser does: SyntaxError, for one.
+        with contextlib.suppress(Exception):
+            return storage_of(np.dtype(dtype))  # type: ignore[call-overload]
+    return None

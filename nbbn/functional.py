@@ -177,6 +177,8 @@ def train(
     beta = arrays.parameter("bias", bias, channels, x)
     mean = arrays.parameter("running_mean", running_mean, channels, x, updated=True)
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
+    if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
+        raise ValueError("running_var must not overlap running_mean, since training updates both")
     eps = arrays.number("eps", eps, 0.0, math.inf)
     count = x.size // channels if x.size else 0
     if x.size and count < 2:
@@ -332,9 +334,9 @@ def batch_norm(
     TypeError
         If an array is not one, or not of float32 or float64, or a number not a number.
     ValueError
-        If a shape or a value does not fit, running statistics are missing in evaluation or cannot be
-        written in training, x has one value per channel in training, or `out` overlaps an input
-        without being x. Nothing has been written then.
+        If a shape or a value does not fit, running statistics are missing in evaluation, or cannot be
+        written in training or overlap each other, x has one value per channel in training, or `out`
+        overlaps an input without being x. Nothing has been written then.
     nbbn.DeviceError
         If the arrays are on different devices, or on one that cannot be computed with.
 

@@ -18,6 +18,8 @@ log = logging.getLogger("nbbn")
 _PARAMETERS = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
+_MOST_FEATURES = 1 << 59  # of float64, NumPy has no larger array
+_MOST_BATCHES = 1 << 62  # counting on from here, nobody arrives where int64 ends
 _GRADIENTS = ("grad_weight", "grad_bias")
 _COLUMNS = (*_PARAMETERS, *_STATISTICS, *_GRADIENTS)  # what lies on the device; the counter never does
 
@@ -126,8 +128,8 @@ class BatchNorm:
         device: str = "cpu",
     ) -> None:
         self.num_features = arrays.integer("num_features", num_features)
-        if self.num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        if not 1 <= self.num_features <= _MOST_FEATURES:
+            raise ValueError(f"num_features must be in [1, 2**59], got {num_features}")
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
         self.momentum = None if momentum is None else arrays.number("momentum", momentum, 0.0, 1.0)
         self.affine = arrays.flag("affine", affine)
@@ -386,14 +388,27 @@ class BatchNorm:
     def _loadable(self, name: str, value: Any) -> np.ndarray:
         """Return a value of a state as an array that can be stored under `name`, or raise."""
         own: np.ndarray = getattr(self, name)
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"state[{name!r}] must be an array of numbers, got a masked array")
         try:
             array = np.asarray(value)
-            loaded = array.astype(own.dtype, casting="same_kind" if name != _COUNTER else "unsafe")
+            if name != _COUNTER:
+                array = array.astype(own.dtype, casting="same_kind")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"state[{name!r}] must be an array of numbers: {error}") from None
         # Some savers make a 1-element array of the 0-d counter.
-        if name == _COUNTER and loaded.size == 1:
-            loaded = loaded.reshape(())
-        if loaded.shape != own.shape:
-            raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {loaded.shape}")
-        return loaded
+        if name == _COUNTER and array.size == 1:
+            array = array.reshape(())
+        if array.shape != own.shape:
+            raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {array.shape}")
+        return _count(array) if name == _COUNTER else array
+
+
+def _count(array: np.ndarray) -> np.ndarray:
+    """Return the value of a 0-d array as a number of batches, or raise."""
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"state[{_COUNTER!r}] must be an int, got dtype {array.dtype}")
+    count = array.item()
+    if not 0 <= count <= _MOST_BATCHES or count != int(count):
+        raise ValueError(f"state[{_COUNTER!r}] must be an int in [0, 2**62], got {count}")
+    return np.array(int(count))

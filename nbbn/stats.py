@@ -2,9 +2,11 @@
 
 from typing import NamedTuple
 
-from nbbn import formulas
+import numpy as np
+
+from nbbn import arrays, formulas
 from nbbn.compiler import interpreted
-from nbbn.frameworks import Array
+from nbbn.frameworks import Array, framework_of
 
 
 class BatchStats(NamedTuple):
@@ -40,9 +42,9 @@ class BatchStats(NamedTuple):
         Raises
         ------
         TypeError
-            If `other` is not a BatchStats, or its arrays have no arithmetic.
+            If `other` is not a BatchStats, or its arrays are not such, or have no arithmetic.
         ValueError
-            If it has another number of channels.
+            If it has another number of channels, or a count or a shape that no such statistics have.
 
         References
         ----------
@@ -58,6 +60,8 @@ class BatchStats(NamedTuple):
         """
         if not isinstance(other, BatchStats):
             raise TypeError(f"other must be a BatchStats, got {type(other).__name__}")
+        for name, stats in (("self", self), ("other", other)):
+            _check(name, stats)
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}")
         if other.count == 0 or self.count == 0:
@@ -74,3 +78,17 @@ class BatchStats(NamedTuple):
             other.var * other.count,
         )
         return BatchStats(count, mean + rest, m2 / count)
+
+
+def _check(name: str, stats: BatchStats) -> None:
+    """Raise if these are no statistics: a BatchStats can be made of anything."""
+    arrays.number(f"{name}.count", arrays.integer(f"{name}.count", stats.count), 0.0, 2.0**63)
+    for field in ("mean", "var"):
+        value = getattr(stats, field)
+        framework_of(f"{name}.{field}", value)
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name}.{field} must be an array without a mask, got a masked one")
+        if isinstance(value, np.ndarray):
+            arrays.checked(f"{name}.{field}", value)
+        if len(value.shape) != 1 or value.shape != stats.mean.shape:
+            raise ValueError(f"{name}.{field} must have shape (C,), got {value.shape}")
