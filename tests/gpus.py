@@ -179,7 +179,7 @@ class JaxArray(WithDlpack, Array):
             self.gpus.jax.take_memory_of(self)
 
 
-class _Managed(ctypes.Structure):
+class Managed(ctypes.Structure):
     """DLManagedTensor."""
 
     _fields_ = (
@@ -265,7 +265,7 @@ class Jax:
         self._taken += 1
         capsule = exporter.__dlpack__(stream=stream)
         at = frameworks.dlpack.pointer(capsule, b"dltensor")
-        tensor = _Managed.from_address(at)
+        tensor = Managed.from_address(at)
         assert tuple(tensor.device) == (2, index) and (tensor.code, tensor.lanes) == (2, 1)
         dtype = np.dtype(f"f{tensor.bits // 8}")
         shape = tensor.shape[: tensor.ndim]
