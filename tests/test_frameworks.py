@@ -399,18 +399,17 @@ def bad_tensors(torch):
         "negative": (torch.imag(torch.ones(3, 4, dtype=torch.complex64).conj()), r"resolve_neg\(\)"),
         "conjugate": (torch.ones(3, 4, dtype=torch.complex64).conj(), "conj"),
         "quantized": (torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8), "QInt"),
-        "bfloat16": (plain.bfloat16(), "float32 or float64.*bfloat16"),
-        "float16": (plain.half(), "float32 or float64.*float16"),
-        "complex": (plain.to(torch.complex64), "float32 or float64.*complex64"),
-        "int64": (plain.long(), "float32 or float64.*int64"),
-        "bool": (plain.bool(), "float32 or float64.*bool8"),
+        "float8": (plain.to(torch.float8_e5m2), "float32, float64, float16 or bfloat16"),
+        "complex": (plain.to(torch.complex64), "float32, float64, float16 or bfloat16.*complex64"),
+        "int64": (plain.long(), "float32, float64, float16 or bfloat16.*int64"),
+        "bool": (plain.bool(), "float32, float64, float16 or bfloat16.*bool8"),
         "zero": (torch._efficientzerotensor((3, 4)), "no memory"),
     }
 
 
 BAD_TENSORS = [
     "requires_grad", "result_of_grad", "sparse", "sparse_csr", "meta", "negative", "conjugate", "quantized",
-    "bfloat16", "float16", "complex", "int64", "bool", "zero",
+    "float8", "complex", "int64", "bool", "zero",
 ]  # fmt: skip
 
 
@@ -520,8 +519,8 @@ def test_traced_and_deleted_arrays_of_jax(jax):
     x.delete()
     with pytest.raises(TypeError, match=r"^x cannot be used where it lies"):
         nbbn.batch_norm_forward(x)
-    with pytest.raises(TypeError, match=r"^x must be float32 or float64.*bfloat16"):
-        nbbn.batch_norm_forward(jax.numpy.ones((3, 4), jax.numpy.bfloat16))
+    with pytest.raises(TypeError, match=r"^x must be float32, float64, float16 or bfloat16.*int32"):
+        nbbn.batch_norm_forward(jax.numpy.ones((3, 4), jax.numpy.int32))
 
 
 class Elsewhere(Standard):
