@@ -18,6 +18,7 @@ from nbbn.cpu.simd import (
     address,
     after,
     below,
+    choose,
     fold,
     keep_first,
     line_of,
@@ -454,8 +455,10 @@ def _refined(result, doubt, precisely, call, place, row, j, end):
         return lambda result, doubt, precisely, call, place, row, j, end: result
 
     def refine(result, doubt, precisely, call, place, row, j, end):
-        if rarely(below(math.fabs(result), doubt) != 0):
-            return precisely(call, place, row, j, min(LANES, end - j))
+        doubtful = below(math.fabs(result), doubt)
+        if rarely(doubtful != 0):
+            # Lane by lane: which columns make a vector must not show in the result.
+            return choose(doubtful, precisely(call, place, row, j, min(LANES, end - j)), result)
         return result
 
     return refine

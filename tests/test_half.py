@@ -1,0 +1,215 @@
+"""float16 and bfloat16: how elements are widened and rounded, and which types go together.
+
+All other tests take these types along with the wider ones.
+"""
+
+import platform
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import nbbn
+import reference
+from cases import type_id
+from checks import unchanged
+
+HALF = (np.float16, ml_dtypes.bfloat16)
+
+
+def patterns(dtype):
+    """All 65536 numbers of a type, and whatever is none."""
+    return np.arange(1 << 16, dtype=np.uint16).view(dtype)
+
+
+def scaled(x, weight):
+    """What evaluation makes of x with mean 0 and variance 1: x · weight, in float32 and then rounded."""
+    zeros, ones = np.zeros(len(weight)), np.ones(len(weight))
+    out = np.full_like(x, np.nan)
+    return nbbn.batch_norm(x, zeros, ones, weight, eps=0.0, out=out)
+
+
+def assert_same_numbers(actual, expected):
+    """Equal as numbers and in sign, infinite or not; where NaN is expected, any NaN will do."""
+    nan = np.isnan(expected.astype(np.float32))
+    assert np.isnan(actual.astype(np.float32))[nan].all()
+    assert np.array_equal(actual[~nan].view(np.uint16), expected[~nan].view(np.uint16))
+
+
+def check_conversions():
+    """Every number survives, and every rounding is to nearest, ties to even: also what is subnormal."""
+    rng = np.random.default_rng()
+    for dtype in HALF:
+        with np.errstate(all="ignore"):
+            x = patterns(dtype)[patterns(dtype).astype(np.float32) != 0]  # 0 + -0 gives up the sign
+            x = x.reshape(1, 1, -1)
+            assert_same_numbers(scaled(x, np.ones(1)), x)
+            for weight in (1 / 3, -0.7, 2.0**-9, 1.0 + 2.0**-11, 1.0 + 2.0**-8, 300.0):
+                weights = np.array([weight], np.float32)
+                expected = (x.astype(np.float32) * weights[0]).astype(dtype)
+                assert_same_numbers(scaled(x, weights), expected)
+            # What lies between: halves of units, and a little more or less; too large, too small.
+            numbers = patterns(dtype).astype(np.float64)
+            finite = np.sort(numbers[np.isfinite(numbers)])
+            between = ((finite[1:] + finite[:-1]) / 2).astype(np.float32)
+            near = [np.nextafter(between, np.float32(side)) for side in (-np.inf, np.inf)]
+            others = rng.normal(size=5000) * 10.0 ** rng.integers(-45, 38, 5000)
+            weights = np.concatenate([between, *near, others.astype(np.float32), [np.inf, -np.inf]])
+            weights = weights[weights != 0]
+            ones = np.ones((1, len(weights), 1), dtype)
+            assert_same_numbers(scaled(ones, weights)[0, :, 0], weights.astype(dtype))
+
+
+def test_conversions():
+    check_conversions()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="there are other CPUs elsewhere")
+@pytest.mark.parametrize("features", ["", "+avx,+avx2,+fma", "+avx,+avx2,+fma,+f16c"])
+def test_conversions_of_other_processors(python, tmp_path, features):
+    """Without F16C nothing may call for functions that are not there; with AVX2, vectors are cut in two."""
+    code = """
+import numba, test_half
+test_half.check_conversions()
+print(numba.core.registry.cpu_target.target_context.codegen()._tm_features)
+"""
+    environment = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": "+sse,+sse2," + features}
+    used = python(code, NUMBA_CACHE_DIR=str(tmp_path), **environment)
+    assert ("+f16c" in used) == ("+f16c" in features)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_running_statistics_are_rounded_once(dtype):
+    """From float64 to 16 bits: by way of float32, what is just beside a tie would be taken for one."""
+    count = 1 << 19
+    low = np.array([1.0], dtype)
+    high = (low.view(np.uint16) + np.uint16(1)).view(dtype)
+    for number, rounded in ((count // 2 - 1, low), (count // 2, low), (count // 2 + 1, high)):
+        x = np.repeat(low, count)
+        x[:number] = high
+        running_mean = np.zeros(1, dtype)
+        nbbn.batch_norm(x[:, None], running_mean, training=True, momentum=1.0)
+        assert running_mean == rounded
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+@pytest.mark.parametrize("count", [2, 3, 1000])
+def test_terms_that_cancel(rng, dtype, count):
+    """Where (x - mean) · scale and bias all but cancel, float32 would be off by more than a last place."""
+    x = (rng.normal(size=(count, 40)) * 2.0 ** rng.integers(-6, 6, 40) + rng.normal(size=40)).astype(dtype)
+    x[0, ::3] = 1e-3 * x[0, ::3].astype(np.float32)
+    own = reference.forward(x, eps=1e-5)
+    deviation = np.sqrt(own.var.hi + 1e-5)[:, 0]
+    mean = own.mean.hi[:, 0]
+    # weight and bias undo it all: out = x, to the last place; and with one off, out is small where x is.
+    for weight, bias in ((deviation, mean), (deviation * 2, mean), (-deviation, mean * (1 + 2.0**-20))):
+        out = np.full_like(x, np.nan)
+        nbbn.batch_norm_forward(x, weight, bias, out=out)
+        expected = reference.forward(x, weight, bias)
+        tolerance = reference.out_tolerance(expected, dtype)
+        assert (expected.out.distance(reference.rows(out)) <= tolerance).all()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_a_constant_channel_is_its_bias(dtype):
+    values = np.array([0.1, 100, -3e4, 6.1e-5, 5.9e-8, 0]).astype(dtype)
+    for count in (2, 3, 9, 49, 1000, 70_001):
+        x = np.repeat(values[None], count, axis=0)
+        bias = np.array([0.5, -1, 3e-5, 100, 0, 2]).astype(dtype)
+        out, _, var, _, _ = nbbn.batch_norm_forward(x, bias=bias)
+        assert not var.any()
+        assert np.array_equal(out, np.repeat(bias[None], count, axis=0))
+
+
+# --- which types go together -----------------------------------------------------------------------
+
+PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+
+def call(x, training, **columns):
+    return nbbn.batch_norm(x, training=training, **columns)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("x_type, other", [HALF, HALF[::-1], (np.float32, HALF[0]), (np.float64, HALF[1])])
+def test_parameters_of_another_short_type(x_type, other, name, training):
+    columns = {"running_mean": np.zeros(3, np.float32), "running_var": np.ones(3, np.float32)}
+    columns[name] = np.ones(3, other)
+    x = np.ones((4, 3), x_type)
+    names = np.dtype(x_type).name, np.dtype(other).name
+    with (
+        unchanged(*columns.values()),
+        pytest.raises(
+            TypeError, match=rf"^{name} must be float32 or float64.* for x of {names[0]}, got {names[1]}"
+        ),
+    ):
+        call(x, training, **columns)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_out_of_another_type(dtype):
+    x = np.ones((4, 3), dtype)
+    for other in {np.float32, *HALF} - {dtype}:
+        out = np.full((4, 3), 7, other)
+        with unchanged(out), pytest.raises(TypeError, match=r"^out must have x's dtype"):
+            nbbn.batch_norm_forward(x, out=out)
+        with pytest.raises(TypeError, match=r"^grad_out must have x's dtype"):
+            nbbn.batch_norm_backward(out, x, mean=np.zeros(3), invstd=np.ones(3))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_large_outputs_are_recycled(rng, dtype):
+    """Memory that was another type's before."""
+    x = rng.normal(size=(16, 64, 32, 33)).astype(dtype)
+    expected = nbbn.batch_norm_forward(x).out
+    before = expected.astype(np.float32)
+    for _ in range(3):
+        nbbn.batch_norm_forward(x.astype(np.float32)[:, :, :16])
+        result = nbbn.batch_norm_forward(x).out
+        assert result.dtype == x.dtype and np.array_equal(result.astype(np.float32), before)
+
+
+# --- modules ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_module(rng, dtype):
+    bn = nbbn.BatchNorm(5, dtype=dtype)
+    x = rng.normal(3, 2, (40, 5)).astype(bn.dtype)
+    dy = rng.normal(size=(40, 5)).astype(bn.dtype)
+    out, grad_x = bn(x), bn.backward(dy)
+    expected = reference.forward(x)
+    assert (expected.out.distance(reference.rows(out)) <= reference.out_tolerance(expected, x.dtype)).all()
+    back = reference.backward(dy, x, mean=expected.mean, invstd=expected.invstd)
+    assert (back.x.distance(reference.rows(grad_x)) <= reference.grad_x_tolerance(back, x.dtype)).all()
+    for name in ("weight", "bias", "grad_weight", "grad_bias", "running_mean", "running_var"):
+        assert getattr(bn, name).dtype == bn.dtype
+    assert np.array_equal(bn.grad_bias, back.bias.hi[:, 0].astype(bn.dtype))
+    twin = nbbn.BatchNorm(5, dtype=dtype)
+    twin.load_state_dict(bn.state_dict())
+    assert np.array_equal(twin.eval()(x), bn.eval()(x))
+    twin.load_state_dict({k: np.asarray(v, np.float64) for k, v in bn.state_dict().items()})
+    assert np.array_equal(twin(x), bn(x))
+    wide = nbbn.BatchNorm(5)
+    assert wide(x).dtype == x.dtype  # of float32, which inputs of any type go with
+    with pytest.raises(TypeError, match=r"must be float32 or float64 for x of float32"):
+        bn(x.astype(np.float32))
+
+
+def test_without_ml_dtypes(python):
+    """nbbn neither imports it nor needs it, but for NumPy arrays of bfloat16, which it makes."""
+    python("""
+import sys
+import numpy as np, nbbn
+assert "ml_dtypes" not in sys.modules
+sys.modules["ml_dtypes"] = None
+nbbn.warmup(["bfloat16"], backward=False)
+nbbn.BatchNorm(3, dtype="float16")(np.ones((4, 3), np.float16))
+try:
+    nbbn.BatchNorm(3, dtype="bfloat16")
+except TypeError as error:
+    assert "pip install ml_dtypes" in str(error), error
+else:
+    raise AssertionError
+""")
