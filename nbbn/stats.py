@@ -60,29 +60,30 @@ class BatchStats(NamedTuple):
         """
         if not isinstance(other, BatchStats):
             raise TypeError(f"other must be a BatchStats, got {type(other).__name__}")
-        for name, stats in (("self", self), ("other", other)):
-            _check(name, stats)
+        own, others = _checked_count("self", self), _checked_count("other", other)
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}")
-        if other.count == 0 or self.count == 0:
-            return self if other.count == 0 else other
-        count = self.count + other.count
+        if others == 0 or own == 0:
+            return self if others == 0 else other
+        count = own + others
         mean, rest, m2 = interpreted(formulas.merge)(
-            float(self.count),
+            float(own),
             self.mean,
             0.0,
-            self.var * self.count,
-            float(other.count),
+            self.var * own,
+            float(others),
             other.mean,
             0.0,
-            other.var * other.count,
+            other.var * others,
         )
         return BatchStats(count, mean + rest, m2 / count)
 
 
-def _check(name: str, stats: BatchStats) -> None:
-    """Raise if these are no statistics: a BatchStats can be made of anything."""
-    arrays.number(f"{name}.count", arrays.integer(f"{name}.count", stats.count), 0.0, 2.0**63)
+def _checked_count(name: str, stats: BatchStats) -> int:
+    """Return the count, or raise if these are no statistics: a BatchStats can be made of anything."""
+    count = arrays.integer(f"{name}.count", stats.count)
+    arrays.number(f"{name}.count", count, 0.0, 2.0**63)
+    shape = None
     for field in ("mean", "var"):
         value = getattr(stats, field)
         framework_of(f"{name}.{field}", value)
@@ -90,5 +91,11 @@ def _check(name: str, stats: BatchStats) -> None:
             raise TypeError(f"{name}.{field} must be an array without a mask, got a masked one")
         if isinstance(value, np.ndarray):
             arrays.checked(f"{name}.{field}", value)
-        if len(value.shape) != 1 or value.shape != stats.mean.shape:
-            raise ValueError(f"{name}.{field} must have shape (C,), got {value.shape}")
+        if not isinstance(getattr(value, "shape", None), tuple):
+            raise TypeError(f"{name}.{field} must be an array with a shape, got {type(value).__name__}")
+        if len(value.shape) != 1 or shape not in (None, value.shape):
+            raise ValueError(
+                f"{name}.{field} must have shape (C,), as mean and var both have, got {value.shape}"
+            )
+        shape = value.shape
+    return count

@@ -220,3 +220,36 @@ def check_running(name, buffer, old, new, new_tolerance, momentum):
     expected = reference.running(old, new, momentum)
     tolerance = reference.running_tolerance(old, new, momentum, expected, buffer.dtype, new_tolerance)
     assert_within(name, column(buffer, 0.0, len(buffer)), expected, tolerance)
+
+
+def check_training(
+    x,
+    running_mean=None,
+    running_var=None,
+    weight=None,
+    bias=None,
+    *,
+    momentum=0.1,
+    eps=1e-5,
+    axis=1,
+    out=None,
+):
+    """Call batch_norm in training and hold output and running statistics against the oracle; return it."""
+    expected = reference.forward(x, weight, bias, eps=eps, axis=axis)
+    old = [None if v is None else v.copy() for v in (running_mean, running_var)]
+    if out is not None and out is not x:
+        out[...] = np.nan
+    with unchanged(None if out is x else x, weight, bias):
+        result = nbbn.batch_norm(
+            x, running_mean, running_var, weight, bias, True, momentum, eps, axis=axis, out=out
+        )
+    _out_of(result, out, x)
+    assert_within("out", rows(result, axis), expected.out, reference.out_tolerance(expected, x.dtype))
+    if running_mean is not None:
+        tolerance = reference.mean_tolerance(expected)
+        check_running("running_mean", running_mean, old[0], expected.mean, tolerance, momentum)
+    if running_var is not None:
+        new = reference.unbiased(expected.var, expected.count)
+        tolerance = expected.count / (expected.count - 1) * reference.var_tolerance(expected, x.dtype)
+        check_running("running_var", running_var, old[1], new, tolerance, momentum)
+    return result

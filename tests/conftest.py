@@ -14,23 +14,42 @@ pytest.register_assert_rewrite("checks")
 
 TESTS = pathlib.Path(__file__).parent
 
-hypothesis.settings.register_profile("nbbn", deadline=None, max_examples=150, print_blob=True)
-hypothesis.settings.load_profile("nbbn")
+# Examples of each property. How long one takes says nothing on a machine that has other things to do.
+PROFILES = {"short": 200, "long": 10_000}
+for _name, _examples in PROFILES.items():
+    hypothesis.settings.register_profile(
+        _name,
+        deadline=None,
+        max_examples=_examples,
+        print_blob=True,
+        report_multiple_bugs=False,  # one is enough, and each is made small at length
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile(os.environ.get("NBBN_TEST_PROFILE", "short"))
 
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, help="the seed of all random data (default: a fresh one)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
 def pytest_configure(config):
     seed = config.getoption("--seed")
     if seed is None:
         seed = os.environ.get("NBBN_TEST_SEED")
     config.nbbn_seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
+    config.option.seed = config.nbbn_seed  # for the processes of pytest-xdist
+    if config.getoption("--hypothesis-seed") is None:
+        config.option.hypothesis_seed = config.nbbn_seed
 
 
 def pytest_report_header(config):
     return f"nbbn: --seed={config.nbbn_seed}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"nbbn: --seed={config.nbbn_seed} repeats the random data of this run")
 
 
 @pytest.fixture

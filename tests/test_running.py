@@ -16,25 +16,9 @@ from cases import (
     running_statistics,
     type_id,
 )
-from checks import assert_same_bits, bits, check_running, unchanged
+from checks import assert_same_bits, bits, check_training, unchanged
 
 SHAPE = Shape((4, 5, 7))
-
-
-def train_and_check(x, running_mean, running_var, momentum, correction=1, **arguments):
-    """Train once and hold the running statistics, each if there is one, against the oracle."""
-    expected = reference.forward(x)
-    before = [None if v is None else v.copy() for v in (running_mean, running_var)]
-    out = nbbn.batch_norm(x, running_mean, running_var, training=True, momentum=momentum, **arguments)
-    if running_mean is not None:
-        tolerance = reference.mean_tolerance(expected)
-        check_running("running_mean", running_mean, before[0], expected.mean, tolerance, momentum)
-    if running_var is not None:
-        factor = expected.count / (expected.count - correction)
-        tolerance = factor * reference.var_tolerance(expected, x.dtype)
-        new = reference.unbiased(expected.var, expected.count, correction)
-        check_running("running_var", running_var, before[1], new, tolerance, momentum)
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
@@ -43,7 +27,7 @@ def train_and_check(x, running_mean, running_var, momentum, correction=1, **argu
 def test_update(rng, momentum, types, dtype):
     """Biased variance normalizes, unbiased is tracked; each in the type of its buffer."""
     x = activations(rng, SHAPE, dtype, offset=3)
-    train_and_check(x, *running_statistics(rng, 5, types), momentum)
+    check_training(x, *running_statistics(rng, 5, types), momentum=momentum)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
@@ -51,24 +35,24 @@ def test_update(rng, momentum, types, dtype):
 def test_few_values(rng, shape, dtype):
     """m / (m - 1) is 2 for two values, and 1.5 for three."""
     x = activations(rng, shape, dtype)
-    train_and_check(x, *running_statistics(rng, shape.channels), 0.3)
+    check_training(x, *running_statistics(rng, shape.channels), momentum=0.3)
 
 
 def test_channels_last(rng):
     x = channels_last(activations(rng, Shape((40, 65, 30, 3)), np.float32))
-    train_and_check(x, *running_statistics(rng, 65), 0.3)
+    check_training(x, *running_statistics(rng, 65), momentum=0.3)
 
 
 @pytest.mark.parametrize("given", ["mean", "var"])
 def test_one_without_the_other(rng, given):
     x = activations(rng, SHAPE, np.float32)
     mean, var = running_statistics(rng, 5)
-    train_and_check(x, mean if given == "mean" else None, var if given == "var" else None, 0.1)
+    check_training(x, mean if given == "mean" else None, var if given == "var" else None, momentum=0.1)
 
 
 def test_output_does_not_depend_on_them(rng):
     x = activations(rng, SHAPE, np.float32)
-    out = train_and_check(x, *running_statistics(rng, 5), 0.1)
+    out = check_training(x, *running_statistics(rng, 5), momentum=0.1)
     assert_same_bits(out, nbbn.batch_norm_forward(x).out)
 
 
@@ -101,7 +85,7 @@ def test_buffers_of_any_stride_are_updated(rng, layout):
     """Where they lie, and not in a copy; their neighbours keep their bits."""
     x = activations(rng, SHAPE, np.float32)
     mean, var = (VECTOR_LAYOUTS[layout](v) for v in running_statistics(rng, 5))
-    train_and_check(x, mean, var, 0.25)
+    check_training(x, mean, var, momentum=0.25)
 
 
 def test_neighbours_in_a_buffer_are_left(rng):
@@ -110,7 +94,7 @@ def test_neighbours_in_a_buffer_are_left(rng):
     mean, var = buffer[0, 1:11:2], buffer[1, 10:0:-2]
     var[...] = np.abs(var)
     others = np.r_[buffer[0, ::2], buffer[1, 1::2], buffer[:, 11], buffer[1, 0]].copy()
-    train_and_check(x, mean, var, 0.25)
+    check_training(x, mean, var, momentum=0.25)
     now = np.r_[buffer[0, ::2], buffer[1, 1::2], buffer[:, 11], buffer[1, 0]]
     assert_same_bits(now, others)
 
@@ -192,7 +176,7 @@ def test_same_buffers_over_many_batches(rng):
     """An exponential average of 20 batches, in float32 as PyTorch keeps it."""
     mean, var = np.zeros(5, np.float32), np.ones(5, np.float32)
     for _ in range(20):
-        train_and_check(activations(rng, SHAPE, np.float32), mean, var, 0.1)
+        check_training(activations(rng, SHAPE, np.float32), mean, var, momentum=0.1)
     assert bits(mean) != bits(np.zeros(5, np.float32))
     evaluated = nbbn.batch_norm(parameter(rng, 20, np.float32).reshape(4, 5), mean, var)
     assert np.isfinite(evaluated).all()
