@@ -18,7 +18,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
-from nbbn.compiler import pool
+from nbbn.compiler import lock, pool
 from nbbn.dispatch import find
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.geometry import Strides
@@ -601,7 +601,8 @@ def warmup(
         "evaluation": arrays.flag("evaluation", evaluation),
         "backward": arrays.flag("backward", backward),
     }
-    from nbbn.cpu.run import compile_for
+    with lock:
+        from nbbn.cpu.run import compile_for
 
     pool.threads()
     for storage in storages:

@@ -1,7 +1,9 @@
 """class BatchNorm: parameters, running statistics, modes, and what a backward pass needs."""
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +24,19 @@ _MOST_FEATURES = 1 << 59  # of float64, NumPy has no larger array
 _MOST_BATCHES = 1 << 62  # counting on from here, nobody arrives where int64 ends
 _GRADIENTS = ("grad_weight", "grad_bias")
 _COLUMNS = (*_PARAMETERS, *_STATISTICS, *_GRADIENTS)  # what lies on the device; the counter never does
+
+
+_modules: weakref.WeakSet["BatchNorm"] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when this process was forked is not in it."""
+    for module in list(_modules):
+        module._renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class _Saved(NamedTuple):
@@ -142,7 +157,7 @@ class BatchNorm:
         self.grad_weight: Any = None
         self.grad_bias: Any = None
         self._saved: _Saved | None = None
-        self._lock = threading.Lock()
+        self._renew_lock()
         self.reset_parameters()
 
     def __repr__(self) -> str:
@@ -163,7 +178,8 @@ class BatchNorm:
         return state if self.device == CPU else state | self._moved(self._columns.host)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _columns=Columns())
+        self.__dict__.update(state, _columns=Columns())
+        self._renew_lock()
         try:
             self.to(state["_columns"])
         except DeviceError as error:
@@ -171,8 +187,13 @@ class BatchNorm:
 
     def __copy__(self) -> "BatchNorm":
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _lock=threading.Lock(), _saved=None)
+        twin.__dict__.update(self.__dict__, _saved=None)
+        twin._renew_lock()
         return twin
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+        _modules.add(self)
 
     def _moved(self, move: Callable[[Any], Any]) -> dict[str, Any]:
         """Return the columns that there are, moved."""
