@@ -6,6 +6,7 @@ no time and compiles at its first use, once for each type, to a C function `(fir
 function serves both ways of running it: called as it is, and from the one parallel loop of this module.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -19,6 +20,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FunctionType
 from typing import Any, cast
 
@@ -266,8 +268,8 @@ class _Cache(FunctionCache):
 def _no_garbage_collection() -> Iterator[None]:
     """Compiling makes millions of objects, and going through them all, time and again, costs a tenth."""
     was_on = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_on:
@@ -301,6 +303,18 @@ A fork waits for it: none of this could be finished in a child, where the thread
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+Step = partial[Any]
+
+
+def in_one(*steps: Step) -> None:
+    """Run C functions, bound to their arguments by functools.partial, with nothing in between.
+
+    Python handles signals, and raises what another thread sent here, between two of its own instructions.
+    There is none between these steps: what they write is written by all of them or by none.
+    """
+    collections.deque(map(partial.__call__, steps), maxlen=0)
 
 
 class Entry:
@@ -440,15 +454,19 @@ class _Pool:
         # is killed meanwhile, as workers are, would never give it back.
         return int(numba.np.ufunc.parallel._get_num_threads())
 
-    def run(self, kernel: Entry, shares: int, tasks: int, call: int) -> None:
-        """Run `tasks` tasks of `kernel` in `shares` parallel shares."""
-        alone = self.layer == "workqueue"
-        if alone and not self._busy.acquire(blocking=False):
-            kernel.run(0, tasks, call)  # workqueue aborts the process when two threads enter it
+    def run(self, kernel: Entry, shares: int, tasks: int, call: int, *then: Step) -> None:
+        """Run `tasks` tasks of `kernel` in `shares` parallel shares, and `then` some steps, as `in_one`."""
+        if shares == 1 and not then:
+            kernel.run(0, tasks, call)
+            return
+        alone = self.layer == "workqueue" and shares > 1
+        # workqueue aborts the process when two threads enter it.
+        if shares == 1 or (alone and not self._busy.acquire(blocking=False)):
+            in_one(partial(kernel.run, 0, tasks, call), *then)
             return
         self._users.add(threading.get_ident())
         try:
-            _parallel_loop()(kernel.address, shares, tasks, call)
+            in_one(partial(_parallel_loop(), kernel.address, shares, tasks, call), *then)
         finally:
             if alone:
                 self._busy.release()

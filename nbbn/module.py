@@ -5,6 +5,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -299,7 +300,7 @@ class BatchNorm:
             with self._lock:
                 tracked = int(self.num_batches_tracked) + 1
                 momentum = 1.0 / tracked if self.momentum is None else self.momentum
-                out, stats, count, here = train(
+                out, stats, _, here = train(
                     x,
                     self.weight,
                     self.bias,
@@ -311,9 +312,8 @@ class BatchNorm:
                     momentum,
                     self.correction,
                     self.num_features,
+                    (partial(self.num_batches_tracked.fill, tracked),),
                 )
-                if count:
-                    self.num_batches_tracked[...] = tracked
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2], training=True)
         return out
@@ -345,8 +345,9 @@ class BatchNorm:
         x, mean, invstd, training = self._saved
         grad_x, gradients, here = differentiate(grad_out, x, self.weight, mean, invstd, self.axis, training)
         if self.affine:
-            self.grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
-            self.grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)
+            grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
+            grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)
+            self.grad_weight, self.grad_bias = grad_weight, grad_bias
         return grad_x
 
     def _state_names(self) -> tuple[str, ...]:
