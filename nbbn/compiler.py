@@ -6,6 +6,7 @@ no time and compiles at its first use, once for each type, to a C function `(fir
 function serves both ways of running it: called as it is, and from the one parallel loop of this module.
 """
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -16,8 +17,10 @@ import logging
 import os
 import pathlib
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FunctionType
 from typing import Any, cast
 
@@ -28,6 +31,7 @@ from numba.core import cgutils, types
 from numba.core.caching import FunctionCache, NullCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic, overload
@@ -264,8 +268,8 @@ class _Cache(FunctionCache):
 def _no_garbage_collection() -> Iterator[None]:
     """Compiling makes millions of objects, and going through them all, time and again, costs a tenth."""
     was_on = gc.isenabled()
-    gc.disable()
     try:
+        gc.disable()
         yield
     finally:
         if was_on:
@@ -291,16 +295,26 @@ def _compile(function: Callable[..., None], signature: Any) -> CFunc:
     return compiled
 
 
-_lock = threading.RLock()
+lock = global_compiler_lock
+"""Numba's own, held while kernels are imported, compiled or loaded, and while the threads are started.
 
-
-def _renew_lock() -> None:
-    global _lock
-    _lock = threading.RLock()  # a thread that held it when this process was forked is not in it
-
+A fork waits for it: none of this could be finished in a child, where the thread that began it is not.
+"""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+
+
+Step = partial[Any]
+
+
+def in_one(*steps: Step) -> None:
+    """Run C functions, bound to their arguments by functools.partial, with nothing in between.
+
+    Python handles signals, and raises what another thread sent here, between two of its own instructions.
+    There is none between these steps: what they write is written by all of them or by none.
+    """
+    collections.deque(map(partial.__call__, steps), maxlen=0)
 
 
 class Entry:
@@ -325,7 +339,7 @@ def entry(name: str, element: types.Type) -> Entry:
     try:
         return _entries[name, element]
     except KeyError:
-        with _lock:
+        with lock:
             if (name, element) not in _entries:
                 _entries[name, element] = Entry(name, element)
             return _entries[name, element]
@@ -381,42 +395,54 @@ def _load_tbb() -> None:
             return
 
 
+def _layer() -> str:
+    """Return the threading layer that Numba's threads were started with, by whomever, or nothing."""
+    try:
+        return str(numba.threading_layer())
+    except ValueError:
+        return ""
+
+
 class _Pool:
     """Numba's threads, and what may be asked of them: each threading layer has its own limits."""
 
     def __init__(self) -> None:
         self.layer = "none"  # until the first parallel call
-        self._process = 0
-        self._busy = threading.Lock()
-        self._users: set[int] = set()  # the threads that have been in the parallel loop
+        self._busy = threading.RLock()
+        self._users: set[int] = set()  # the threads that have been in the parallel loop; 0: unknown ones
+        self._in_company = False  # whether there were other threads at the last fork
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._after_fork)
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
+
+    def _before_fork(self) -> None:
+        self._in_company = len(sys._current_frames()) > 1
 
     def _after_fork(self) -> None:
-        """Compute on one thread in a child that was forked from a process where several threads did.
+        """Compute on one thread in a child of a process that had threads of Numba's, with an exception.
 
-        Only where the forking thread was alone can tbb end its workers before the fork. Otherwise the
+        That is where tbb could end its workers before the fork: where the forking thread is the one that
+        started them, and no other may have been using them, for nbbn or for anything else. Otherwise the
         child has what they left behind, their locks too, and not them.
         """
-        if self._users - {threading.get_ident()}:
+        alone = self._users == {threading.get_ident()} and not self._in_company
+        layer = _layer()
+        if layer and not (layer == "tbb" and alone):
             self.layer = "serial"
-        self._users.clear()
 
     def start(self) -> None:
         """Start the threads, with tbb where it is installed. Not done at import."""
-        with _lock:
+        with lock:
             if self.layer != "none":
                 return
-            process = os.getpid()
+            self._users.add(0 if _layer() else threading.get_ident())
             _load_tbb()
             try:
                 _parallel_loop()(0, 0, 0, 0)
-                self.layer = numba.threading_layer()
+                self.layer = _layer()
             except ValueError as error:
                 # The layer that NUMBA_THREADING_LAYER asks for is not there.
                 log.warning("nbbn runs on one thread: %s", error)
                 self.layer = "serial"
-            self._process = process
 
     def threads(self) -> int:
         """Return how many threads the next call may use."""
@@ -424,20 +450,23 @@ class _Pool:
             self.start()
         if self.layer == "serial":
             return 1
-        # omp and workqueue do not survive a fork: the child must not touch them.
-        if self.layer != "tbb" and os.getpid() != self._process:
-            return 1
-        return int(numba.get_num_threads())
+        # Not numba.get_num_threads, which takes a lock that is shared with all forked processes: one that
+        # is killed meanwhile, as workers are, would never give it back.
+        return int(numba.np.ufunc.parallel._get_num_threads())
 
-    def run(self, kernel: Entry, shares: int, tasks: int, call: int) -> None:
-        """Run `tasks` tasks of `kernel` in `shares` parallel shares."""
-        alone = self.layer == "workqueue"
-        if alone and not self._busy.acquire(blocking=False):
-            kernel.run(0, tasks, call)  # workqueue aborts the process when two threads enter it
+    def run(self, kernel: Entry, shares: int, tasks: int, call: int, *then: Step) -> None:
+        """Run `tasks` tasks of `kernel` in `shares` parallel shares, and `then` some steps, as `in_one`."""
+        if shares == 1 and not then:
+            kernel.run(0, tasks, call)
+            return
+        alone = self.layer == "workqueue" and shares > 1
+        # workqueue aborts the process when two threads enter it.
+        if shares == 1 or (alone and not self._busy.acquire(blocking=False)):
+            in_one(partial(kernel.run, 0, tasks, call), *then)
             return
         self._users.add(threading.get_ident())
         try:
-            _parallel_loop()(kernel.address, shares, tasks, call)
+            in_one(partial(_parallel_loop(), kernel.address, shares, tasks, call), *then)
         finally:
             if alone:
                 self._busy.release()

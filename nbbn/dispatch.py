@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nbbn.compiler import lock
 from nbbn.dtypes import storage_of
 from nbbn.errors import DeviceError
 from nbbn.geometry import Strides
@@ -17,7 +18,8 @@ from nbbn.problem import Problem
 def _cpu(problem: Problem) -> Any:
     if problem.device != "cpu":
         return None
-    from nbbn.cpu.run import Run  # the kernels are only read when they are wanted
+    with lock:
+        from nbbn.cpu.run import Run  # the kernels are only read when they are wanted
 
     return Run(problem)
 

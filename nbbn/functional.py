@@ -18,7 +18,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
-from nbbn.compiler import pool
+from nbbn.compiler import Step, lock, pool
 from nbbn.dispatch import find
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.geometry import Strides
@@ -144,8 +144,12 @@ def train(
     momentum: float = 0.0,
     correction: float = 1.0,
     features: int | None = None,
+    then: tuple[Step, ...] = (),
 ) -> tuple[Any, np.ndarray, int, Place]:
-    """Check, normalize with x's own statistics, and update the running ones, in this order.
+    """Check, normalize with x's own statistics, update the running ones, and take further steps.
+
+    In this order; the steps if x is not empty. On the CPU, state is written by all of this or none, also
+    where a signal's handler raises.
 
     Return the output, float64[3, C] (mean, var, invstd) as the place of the call has it, the number of
     values per channel, and that place.
@@ -206,7 +210,7 @@ def train(
         mean = var = ABSENT  # they keep their bits
     run = _run(x, axis, (x.strides, out.strides), here)
     run.forward(
-        address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction
+        address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then
     )  # fmt: skip
     return (out if here is HOST else here.result(out)) if result is None else result, stats, count, here
 
@@ -601,7 +605,8 @@ def warmup(
         "evaluation": arrays.flag("evaluation", evaluation),
         "backward": arrays.flag("backward", backward),
     }
-    from nbbn.cpu.run import compile_for
+    with lock:
+        from nbbn.cpu.run import compile_for
 
     pool.threads()
     for storage in storages:

@@ -1,8 +1,11 @@
 """class BatchNorm: parameters, running statistics, modes, and what a backward pass needs."""
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +25,19 @@ _MOST_FEATURES = 1 << 59  # of float64, NumPy has no larger array
 _MOST_BATCHES = 1 << 62  # counting on from here, nobody arrives where int64 ends
 _GRADIENTS = ("grad_weight", "grad_bias")
 _COLUMNS = (*_PARAMETERS, *_STATISTICS, *_GRADIENTS)  # what lies on the device; the counter never does
+
+
+_modules: weakref.WeakSet["BatchNorm"] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when this process was forked is not in it."""
+    for module in list(_modules):
+        module._renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class _Saved(NamedTuple):
@@ -142,7 +158,7 @@ class BatchNorm:
         self.grad_weight: Any = None
         self.grad_bias: Any = None
         self._saved: _Saved | None = None
-        self._lock = threading.Lock()
+        self._renew_lock()
         self.reset_parameters()
 
     def __repr__(self) -> str:
@@ -163,7 +179,8 @@ class BatchNorm:
         return state if self.device == CPU else state | self._moved(self._columns.host)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock(), _columns=Columns())
+        self.__dict__.update(state, _columns=Columns())
+        self._renew_lock()
         try:
             self.to(state["_columns"])
         except DeviceError as error:
@@ -171,8 +188,13 @@ class BatchNorm:
 
     def __copy__(self) -> "BatchNorm":
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _lock=threading.Lock(), _saved=None)
+        twin.__dict__.update(self.__dict__, _saved=None)
+        twin._renew_lock()
         return twin
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+        _modules.add(self)
 
     def _moved(self, move: Callable[[Any], Any]) -> dict[str, Any]:
         """Return the columns that there are, moved."""
@@ -278,7 +300,7 @@ class BatchNorm:
             with self._lock:
                 tracked = int(self.num_batches_tracked) + 1
                 momentum = 1.0 / tracked if self.momentum is None else self.momentum
-                out, stats, count, here = train(
+                out, stats, _, here = train(
                     x,
                     self.weight,
                     self.bias,
@@ -290,9 +312,8 @@ class BatchNorm:
                     momentum,
                     self.correction,
                     self.num_features,
+                    (partial(self.num_batches_tracked.fill, tracked),),
                 )
-                if count:
-                    self.num_batches_tracked[...] = tracked
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2], training=True)
         return out
@@ -324,8 +345,9 @@ class BatchNorm:
         x, mean, invstd, training = self._saved
         grad_x, gradients, here = differentiate(grad_out, x, self.weight, mean, invstd, self.axis, training)
         if self.affine:
-            self.grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
-            self.grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)
+            grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
+            grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)
+            self.grad_weight, self.grad_bias = grad_weight, grad_bias
         return grad_x
 
     def _state_names(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from nbbn.arrays import ABSENT, Parameter, address
-from nbbn.compiler import entry, pool
+from nbbn.compiler import Step, entry, pool
 from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
@@ -107,14 +107,16 @@ class _Call:
         record["x"] = record["grad_out"]
         record["at_x"] = record["at_grad_out"]
 
-    def __call__(self, kernel: str, tasks: int, threads: int | None = None) -> None:
-        """Run a kernel over its tasks, on as many threads as the plan is for."""
-        compiled = entry(kernel, self.plan.element)
+    def __call__(
+        self, kernel: str, tasks: int, threads: int | None = None, then: tuple[Step, ...] = ()
+    ) -> None:
+        """Run a kernel over its tasks, on as many threads as the plan is for, and `then` some steps."""
         shares = min(self.plan.threads if threads is None else threads, tasks)
-        if shares == 1:
-            compiled.run(0, tasks, self._at)
-        else:
-            pool.run(compiled, shares, tasks, self._at)
+        pool.run(entry(kernel, self.plan.element), shares, tasks, self._at, *then)
+
+    def step(self, kernel: str) -> Step:
+        """Return what runs the only task of a kernel."""
+        return partial(entry(kernel, self.plan.element).run, 0, 1, self._at)
 
 
 class Run:
@@ -182,31 +184,31 @@ class Run:
         eps: float,
         momentum: float,
         correction: float,
+        then: tuple[Step, ...] = (),
     ) -> None:
         """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`.
 
-        Then update the running statistics, those that there are.
+        Then update the running statistics, those that there are, and take further steps. All that is
+        written for the caller is written in one: see nbbn.compiler.in_one.
         """
         plan = self.plan
         x += plan.offset_x
         out += plan.offset_out
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
-        if updates and not alone:
-            self._compile(kernels.update_running_stats)
         call = self._take()
         call.set(
             x, 0, out, stats, *weight, *bias, *mean, *var, eps, momentum, correction, 1, updates and alone
         )  # fmt: skip
+        if updates and not alone:
+            then = (call.step(kernels.update_running_stats), *then)
         if plan.resident:
-            call(kernels.forward, self._groups)
+            call(kernels.forward, self._groups, then=then)
         else:
             self._compile(kernels.collect_stats, kernels.finish_stats, self._normalizes[0])
             call(kernels.collect_stats, self._tiles)
             call(kernels.finish_stats, self._blocks, self._finishers)
-            call(*self._normalizes)
-        if updates and not alone:
-            call(kernels.update_running_stats, 1)
+            call(*self._normalizes, then=then)
         self._give_back(call)
 
     def evaluate(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nbbn.arrays import ABSENT
+from nbbn.compiler import Step
 from nbbn.cuda import kernels, target
 from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import THREADS, VECTOR_BYTES, Form, Plan
@@ -116,11 +117,12 @@ class Run:
         eps: float,
         momentum: float,
         correction: float,
+        then: tuple[Step, ...] = (),
         stream: int = 0,
     ) -> None:
         """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`.
 
-        The running statistics, those that there are, are updated.
+        The running statistics, those that there are, are updated; and then some steps are taken, here.
         """
         plan = self.plan
         numbers = Numbers(float(eps), float(momentum), float(correction))
@@ -134,6 +136,8 @@ class Run:
                 call.add(kernels.finish_stats, self._finish, arrays, numbers)
                 call.add(self._normalizes, plan.general, arrays)
             call.launch()
+        for step in then:
+            step()
 
     def evaluate(
         self,
