@@ -53,6 +53,7 @@ from nbbn.cpu.tiles import (
     write_normalized_run,
 )
 from nbbn.formulas import (
+    about_mean,
     gradient_parameters,
     inverse_deviation,
     mean_of,
@@ -223,7 +224,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, real):
             square_down(call, first, last, channel, group, buffer, state, mask, real)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
-                anew = load(again, g) + load(squares_lost, g)
+                anew = about_mean(load(again, g) + load(squares_lost, g), load(lost, g), count)
                 store(squares, g, choose(trust[g], load(squares, g), anew))
         before = float(position(call, first) - position(call, begin))
         for g in range(0, group, LANES):

@@ -27,6 +27,7 @@ from nbbn.cuda.target import (
     store_vector,
 )
 from nbbn.formulas import (
+    about_mean,
     gradient,
     gradient_parameters,
     inverse_deviation,
@@ -312,7 +313,8 @@ def look(cut, operand, c, first, last, high, low):
             element += THREADS * WIDTH
             step, inner = advance(cut, step, inner)
         total, lost = block_sum(total, lost, high, low)
-        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, total + lost)
+        its_m2 = about_mean(total + lost, its_rest, float64(more))
+        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, its_m2)
     return count, mean, rest, m2
 
 
@@ -700,7 +702,7 @@ def forward_rows(arrays, cut, numbers):
                 square = squared_deviation(float64(kept[k * room + place]), mean)
                 total, lost = plus_some(total, lost, square)
         total, lost = block_sum(total, lost, high, low)
-        m2 = total + lost
+        m2 = about_mean(total + lost, rest, float64(last - first))
         if TEAMS:
             tell(arrays, cut, turn, team, rank, (mean, rest, m2, float64(0)))
             if t < cut.team:
@@ -865,8 +867,9 @@ def collect_columns(arrays, cut):
                     square = squared_deviation(float64(values[u * WIDTH + k]), its_mean)
                     total, lost = plus_some(total, lost, square)
             total, lost = column_sum(total, lost, high, low)
+            its_m2 = about_mean(total + lost, its_rest, float64(more))
             _, mean[k], rest[k], m2[k] = merged(
-                count, mean[k], rest[k], m2[k], more, its_mean, its_rest, total + lost
+                count, mean[k], rest[k], m2[k], more, its_mean, its_rest, its_m2
             )
         count += more
     if cuda.threadIdx.x < LANES and c < cut.channels:
