@@ -220,3 +220,12 @@ def check_running(name, buffer, old, new, new_tolerance, momentum):
     expected = reference.running(old, new, momentum)
     tolerance = reference.running_tolerance(old, new, momentum, expected, buffer.dtype, new_tolerance)
     assert_within(name, column(buffer, 0.0, len(buffer)), expected, tolerance)
+
+
+def check_updates(buffers, old, found, count, momentum):
+    """Hold running statistics against the oracle's update of `old` with the mean and var that were found."""
+    mean = Twofold.of(found[0][:, None])
+    check_running("running_mean", buffers[0], old[0], mean, 0.0, momentum)
+    var = reference.unbiased(Twofold.of(found[1][:, None]), count)
+    tolerance = 4 * reference.unit(reference.STATISTICS) * var.hi
+    check_running("running_var", buffers[1], old[1], var, tolerance, momentum)
