@@ -41,6 +41,15 @@ def squared_deviation(x, mean):
 
 
 @formula
+def about_mean(squares, rest, count):
+    """Σ (x - mean - rest)² = Σ (x - mean)² - count · rest²
+
+    Where values are a few units in their last place apart, rest is as large as they are.
+    """
+    return squares - rest * rest * count
+
+
+@formula
 def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
     """Pool two sets of statistics (Chan et al.); a constant channel keeps m2 == 0 exactly.
 

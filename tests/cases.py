@@ -4,10 +4,14 @@ import itertools
 import math
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
-DTYPES = (np.float32, np.float64)
+HALF = (np.float16, ml_dtypes.bfloat16)
+DTYPES = (np.float32, np.float64, *HALF)
+"""What the elements of x may be."""
+
 POISON = np.nan  # around every view: whoever reads a neighbour shows it
 
 
@@ -256,8 +260,10 @@ def record_field(a):
 
 
 def complex_part(a):
-    """The imaginary part of a complex array."""
-    return (POISON + 1j * a).astype(np.result_type(a, np.complex64)).imag
+    """As the imaginary part of a complex array lies: one of each pair, from the second number on."""
+    pairs = np.full((*a.shape, 2), POISON, a.dtype)
+    pairs[..., 1] = a
+    return pairs[..., 1]
 
 
 def odd_strides_of_ones(a):

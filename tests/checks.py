@@ -253,3 +253,12 @@ def check_training(
         tolerance = expected.count / (expected.count - 1) * reference.var_tolerance(expected, x.dtype)
         check_running("running_var", running_var, old[1], new, tolerance, momentum)
     return result
+
+
+def check_updates(buffers, old, found, count, momentum):
+    """Hold running statistics against the oracle's update of `old` with the mean and var that were found."""
+    mean = Twofold.of(found[0][:, None])
+    check_running("running_mean", buffers[0], old[0], mean, 0.0, momentum)
+    var = reference.unbiased(Twofold.of(found[1][:, None]), count)
+    tolerance = 4 * reference.unit(reference.STATISTICS) * var.hi
+    check_running("running_var", buffers[1], old[1], var, tolerance, momentum)

@@ -10,6 +10,7 @@ number a channel. `rows` brings an array into that form.
 S. Ioffe and C. Szegedy, "Batch Normalization", arXiv 1502.03167.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Forward:
     weight: np.ndarray  # (C, 1)
     bias: np.ndarray  # (C, 1)
     out: Twofold  # (C, m)
-    largest: np.ndarray | float = 0.0  # (C, 1): max |x| of float32 inputs
+    largest: np.ndarray | float = 0.0  # (C, 1): max |x| of inputs narrower than float64
 
 
 def statistics(x, axis=1):
@@ -69,7 +70,7 @@ def forward(x, weight=None, bias=None, *, eps=1e-5, axis=1):
     sizes = np.abs(rows(x, axis).astype(np.float64))
     mean_abs = sizes.mean(axis=1, keepdims=True)
     expected = _normalize(x, count, mean_abs, mean, var, weight, bias, eps, axis)
-    if x.dtype == np.float32:
+    if x.dtype != np.float64:
         expected.largest = sizes.max(axis=1, keepdims=True)
     return expected
 
@@ -149,13 +150,38 @@ def unbiased(var, count, correction=1):
 
 # --- how far the result may be from it -------------------------------------------------------------
 #
-# u is half a unit in the last place of the type, c = 4 + log2(m): the depth of a tree of m terms, and
-# four roundings. Each bound is scaled by sums of absolute values, never by a result that may cancel.
+# u is half a unit in the last place of the type that computes, c = 4 + log2(m): the depth of a tree of m
+# terms, and four roundings. Each bound is scaled by sums of absolute values, never by a result that may
+# cancel. The types of half precision only store: they are computed with in float32 at least, and a result
+# is rounded to them once.
+
+
+def finfo(dtype):
+    """Return what NumPy, or ml_dtypes for its own types, knows of a floating type."""
+    dtype = np.dtype(dtype)
+    return np.finfo(dtype) if dtype.kind == "f" else importlib.import_module("ml_dtypes").finfo(dtype)
+
+
+def is_half(dtype):
+    """Whether this is float16 or bfloat16."""
+    return np.dtype(dtype).itemsize == 2
 
 
 def unit(dtype):
-    """u: 2⁻²⁴ for float32, 2⁻⁵³ for float64."""
-    return float(np.finfo(dtype).eps) / 2
+    """u: 2⁻²⁴ for float32 and all that is narrower, 2⁻⁵³ for float64."""
+    return float(finfo(np.float32 if is_half(dtype) else dtype).eps) / 2
+
+
+def ulp_tolerance(expected, dtype):
+    """One unit in the last place, at the nearest number of the type: that one and its two neighbours will do
+
+    Where the nearest is infinite, anything will do but NaN.
+    """
+    with np.errstate(over="ignore"):
+        nearest = expected.rounded().astype(dtype).astype(np.float64)
+    info = finfo(dtype)
+    exponent = np.frexp(np.maximum(np.abs(nearest), float(info.smallest_normal)))[1] - 1
+    return np.ldexp(float(info.eps), exponent) + expected.distance(nearest)
 
 
 def depth(count):
@@ -164,7 +190,12 @@ def depth(count):
 
 
 def out_tolerance(expected, dtype):
-    """|γ| u (8 |x_hat| + 2 (|x - mean|/s + |x_hat|)) + u (|out| + |β|), with |x - mean|/s = |x_hat|"""
+    """|γ| u (8 |x_hat| + 2 (|x - mean|/s + |x_hat|)) + u (|out| + |β|), with |x - mean|/s = |x_hat|
+
+    Half precision: `ulp_tolerance`.
+    """
+    if is_half(dtype):
+        return ulp_tolerance(expected.out, dtype)
     u, x_hat = unit(dtype), np.abs(expected.x_hat.hi)
     scale = np.abs(expected.weight) * (8 * x_hat + 2 * (x_hat + x_hat))
     return u * scale + u * (np.abs(expected.out.hi) + np.abs(expected.bias))
@@ -173,8 +204,8 @@ def out_tolerance(expected, dtype):
 def mean_tolerance(expected):
     """2 u_stat · mean|x|, with u_stat = 2⁻⁵³: the mean comes back as float64
 
-    And 8 u_stat · max|x| / m for float32 inputs: eight values at a time are added in plain float64. It
-    shows only where one value outweighs all the others together.
+    And 8 u_stat · max|x| / m for inputs that are narrower: eight values at a time are added in plain
+    float64. It shows only where one value outweighs all the others together.
     """
     slack = 8 * unit(STATISTICS) * expected.largest / expected.count
     return 2 * unit(STATISTICS) * expected.mean_abs + slack
@@ -213,8 +244,10 @@ def grad_x_tolerance(expected, dtype):
 
     And u_stat |γ|/s · |x_hat| Σ|dy · x_hat|/m: x - mean is rounded once, to float64, in every term of
     grad_weight, which may cancel in the sum. It shows in float64 only, where all three terms above are
-    small at once.
+    small at once. Half precision: `ulp_tolerance`.
     """
+    if is_half(dtype):
+        return ulp_tolerance(expected.x, dtype)
     dy, x_hat = np.abs(expected.grad_out), np.abs(expected.x_hat.hi)
     bound = 8 * unit(dtype) * dy
     if expected.training:
@@ -231,4 +264,5 @@ def running_tolerance(old, new, momentum, expected, dtype, new_tolerance):
     """
     old = column(old, 0.0, len(old))
     parts = (1 - momentum) * np.abs(old) + momentum * np.abs(new.hi)
-    return unit(dtype) * np.abs(expected.hi) + 4 * unit(STATISTICS) * parts + momentum * new_tolerance
+    rounding = float(finfo(dtype).eps) / 2 * np.abs(expected.hi)
+    return rounding + 4 * unit(STATISTICS) * parts + momentum * new_tolerance

@@ -5,11 +5,14 @@ that small arrays are cut into several parts and sums go through several steps; 
 milliseconds for every barrier.
 """
 
+import itertools
+
 import numpy as np
 
+import bank
 import reference
-from cases import POISON
-from checks import assert_same_bits, assert_within
+from cases import DTYPES, POISON
+from checks import assert_same_bits, assert_within, check_updates
 from nbbn.cuda import plan, target
 from nbbn.cuda.run import Run
 from nbbn.problem import Problem
@@ -65,6 +68,8 @@ LAYOUTS = {
 class Case:
     """Arrays of one shape, each in a layout, and the operations on them."""
 
+    eps = 1e-5
+
     def __init__(self, rng, shape, axis, dtype, layouts, offset=0.0):
         self.axis = axis
         self.channels = channels = shape[axis]
@@ -73,6 +78,7 @@ class Case:
         self.dy[...] = rng.standard_normal(shape) + 0.5
         self.weight = rng.standard_normal(channels).astype(np.float32)
         self.bias = rng.standard_normal(2 * channels)[::-2]
+        self.running_mean, self.running_var = np.zeros(channels, np.float32), np.ones(channels)
         self.count = self.x.size // channels
 
     def run(self, *arrays):
@@ -92,14 +98,15 @@ class Case:
         found = np.full((3, self.channels), np.nan)
         parameters = (_parameter(a) for a in (weight, bias, mean, var))
         run = self.run(self.out)
-        run.forward(_address(self.x), _address(self.out), _address(found), *parameters, 1e-5, momentum, 1.0)
+        numbers = self.eps, momentum, 1.0
+        run.forward(_address(self.x), _address(self.out), _address(found), *parameters, *numbers)
         return found
 
     def evaluate(self, mean, var, weight=None, bias=None):
         """Evaluation."""
         self.out[...] = np.nan
         parameters = (_parameter(a) for a in (weight, bias, mean, var))
-        self.run(self.out).evaluate(_address(self.x), _address(self.out), *parameters, 1e-5)
+        self.run(self.out).evaluate(_address(self.x), _address(self.out), *parameters, self.eps)
 
     def backward(self, mean, invstd, weight=None, training=True):
         """Gradients of weight and bias; that of x is in out."""
@@ -120,39 +127,56 @@ class Case:
 
     def check(self, parameters=True):
         """Run every operation and hold all results against the oracle."""
-        dtype = self.x.dtype
         weight, bias = (self.weight, self.bias) if parameters else (None, None)
         before = self.x.copy()
-        expected = reference.forward(self.x, weight, bias, axis=self.axis)
+        self.check_evaluation(self.running_mean, self.running_var, weight, bias)
+        mean, invstd = self.running_mean, 1 / np.sqrt(self.running_var.astype(float) + self.eps)
+        self.check_backward(mean, invstd, weight, training=False)
+        if self.count > 1:
+            found = self.check_training(weight, bias)
+            self.check_backward(found[0], found[2], weight, training=True)
+            self.check_backward(found[0], found[2], weight, training=False)
+        assert_same_bits(self.x, before)
+
+    def check_training(self, weight, bias):
+        """Hold statistics and output against the oracle, and the update of the running statistics."""
+        dtype = self.x.dtype
+        expected = reference.forward(self.x, weight, bias, eps=self.eps, axis=self.axis)
         self.check_statistics(self.stats(), expected)
-        mean, var = np.zeros(self.channels, np.float32), np.ones(self.channels)
-        found = self.forward(mean, var, weight, bias)
+        kept = [v.copy() for v in (self.running_mean, self.running_var)]
+        found = self.forward(self.running_mean, self.running_var, weight, bias)
         self.check_statistics(found, expected)
         tolerance = reference.invstd_tolerance(expected, dtype)
         assert_within("invstd", found[2][:, None], expected.invstd, tolerance)
         tolerance = reference.out_tolerance(expected, dtype)
         assert_within("out", rows(self.out, self.axis), expected.out, tolerance)
-        np.testing.assert_allclose(mean, 0.1 * found[0], rtol=1e-6, atol=1e-300)
-        new = found[1] * self.count / (self.count - 1)
-        np.testing.assert_allclose(var, 0.9 + 0.1 * new, rtol=1e-12)
+        constant = expected.var.hi[:, 0] == 0
+        assert not found[1][constant].any()
+        assert (rows(self.out, self.axis) == expected.bias.astype(dtype))[constant].all()
+        check_updates((self.running_mean, self.running_var), kept, found, self.count, 0.1)
+        self.running_mean[...], self.running_var[...] = kept
+        return found
 
+    def check_evaluation(self, mean, var, weight, bias):
+        """Hold the output against the oracle."""
         self.evaluate(mean, var, weight, bias)
-        evaluated = reference.evaluate(self.x, mean, var, weight, bias, axis=self.axis)
-        tolerance = reference.out_tolerance(evaluated, dtype)
-        assert_within("out", rows(self.out, self.axis), evaluated.out, tolerance)
+        expected = reference.evaluate(self.x, mean, var, weight, bias, eps=self.eps, axis=self.axis)
+        tolerance = reference.out_tolerance(expected, self.x.dtype)
+        assert_within("out", rows(self.out, self.axis), expected.out, tolerance)
 
-        for training in (True, False):
-            gradients = self.backward(found[0], found[2], weight, training)
-            expected = reference.backward(
-                self.dy, self.x, weight, mean=found[0], invstd=found[2], axis=self.axis, training=training
-            )
-            tolerance = reference.grad_weight_tolerance(expected, dtype)
-            assert_within("grad_weight", gradients[0][:, None], expected.weight, tolerance)
-            tolerance = reference.grad_bias_tolerance(expected, dtype)
-            assert_within("grad_bias", gradients[1][:, None], expected.bias, tolerance)
-            tolerance = reference.grad_x_tolerance(expected, dtype)
-            assert_within("grad_x", rows(self.out, self.axis), expected.x, tolerance)
-        assert_same_bits(self.x, before)
+    def check_backward(self, mean, invstd, weight, training):
+        """Hold the gradients against the oracle."""
+        dtype = self.x.dtype
+        gradients = self.backward(mean, invstd, weight, training)
+        expected = reference.backward(
+            self.dy, self.x, weight, mean=mean, invstd=invstd, axis=self.axis, training=training
+        )
+        tolerance = reference.grad_weight_tolerance(expected, dtype)
+        assert_within("grad_weight", gradients[0][:, None], expected.weight, tolerance)
+        tolerance = reference.grad_bias_tolerance(expected, dtype)
+        assert_within("grad_bias", gradients[1][:, None], expected.bias, tolerance)
+        tolerance = reference.grad_x_tolerance(expected, dtype)
+        assert_within("grad_x", rows(self.out, self.axis), expected.x, tolerance)
 
 
 def forms(case):
@@ -323,3 +347,107 @@ def check_running(seed):
         assert_same_bits(mean, found[0].copy())
         case.forward(None, var, momentum=1.0)
         assert_same_bits(var, (found[1] * (60 / 59)).astype(np.float32))
+
+
+# --- the bug bank: see test_bugbank.py ---------------------------------------------------------------
+
+
+class BankCase(Case):
+    """A call of the bank, each of its arrays in a layout."""
+
+    def __init__(self, call, layouts):
+        shape, self.axis = call.x.shape, call.axis
+        self.channels, self.count, self.eps = call.channels, call.count, call.eps
+        self.x, self.dy, self.out = (LAYOUTS[name](shape, call.axis, call.x.dtype) for name in layouts)
+        self.x[...], self.dy[...] = call.x, call.grad_out
+        self.weight, self.bias = call.weight, call.bias
+        self.running_mean, self.running_var = call.running_mean, call.running_var
+
+
+def check_row(seed, row):
+    """Check a row of the bank, or some of its calls, in every mode: in one layout, and in a mix."""
+    rng = np.random.default_rng([seed, row])
+    for dtype in DTYPES:
+        calls = list(bank.ROWS[row](rng, dtype))
+        for call in (calls[k] for k in rng.permutation(len(calls))[:7]):
+            layout, *mix = rng.choice(list(LAYOUTS), 4)
+            for layouts in ([layout] * 3, mix):
+                BankCase(call, layouts).check()
+
+
+def small_shapes(rng):
+    """Rows in parts and resident, columns, and teams if there are any."""
+    for shape, layout in (((3, 5, 4, 4), "contiguous"), ((37, 3), "contiguous"), ((3, 4, 9, 5), "inside")):
+        for dtype in (np.float32, np.float64):
+            yield Case(rng, shape, 1, dtype, [layout] * 3, offset=rng.choice([0.0, 1e3]))
+
+
+def check_aliases(seed):
+    """Row 32: a parameter that is also a running statistic is read before the statistic is written."""
+    rng = np.random.default_rng(seed)
+    for shared in (1 << 10, (16 << 10) - 512, (16 << 10) - 1):  # one block holds a channel, a team does, none
+        target.RESERVED = shared
+        for case in small_shapes(rng):
+            for statistic, parameter in itertools.product(("mean", "var"), ("weight", "bias")):
+                values = rng.uniform(0.5, 2.0, case.channels).astype(np.float32)
+                alone = values.copy()
+                expected = case.forward(**{statistic: alone, parameter: values.copy()}, momentum=0.5)
+                out = case.out.copy()
+                found = case.forward(**{statistic: values, parameter: values}, momentum=0.5)
+                assert_same_bits((found, case.out.copy(), values), (expected, out, alone))
+
+
+def check_calls(seed):
+    """Row 36: nothing is left of one call in the next."""
+    rng = np.random.default_rng(seed)
+    for case in small_shapes(rng):
+        mean, invstd = rng.standard_normal(case.channels), rng.uniform(0.5, 2, case.channels)
+        for training in (True, False):
+            first = case.backward(mean, invstd, training=training)
+            grad_x = case.out.copy()
+            case.dy, case.x = case.x, case.dy
+            case.backward(mean, invstd, training=training)
+            case.dy, case.x = case.x, case.dy
+            again = case.backward(mean, invstd, training=training)
+            assert_same_bits((again, case.out.copy()), (first, grad_x))
+
+
+def check_pairs(seed):
+    """Rows 27 and 29: x and grad_out in all pairs of layouts; grad_out with stride 0."""
+    rng = np.random.default_rng(seed)
+    for k, pair in enumerate(itertools.product(LAYOUTS, repeat=2)):
+        dtype = DTYPES[rng.integers(len(DTYPES))]
+        case = Case(rng, (2, 3, 2, 4), 1, dtype, (*pair, rng.choice(list(LAYOUTS))))
+        if k % 5 == 4:
+            case.dy = np.broadcast_to(case.dy[:1, :, :1, :1], case.x.shape)
+        case.check()
+
+
+def check_identities(seed):
+    """x → 2ᵏx with eps → 4ᵏ eps leaves the output, and x → -x with bias 0 turns it round, to the bit."""
+    rng = np.random.default_rng(seed)
+    for case in small_shapes(rng):
+        results = {}
+        for factor in (1.0, -1.0, 2.0**-20, 2.0**6):
+            case.x *= case.x.dtype.type(factor)
+            case.eps = 1e-5 * factor**2
+            found = case.forward(weight=case.weight)
+            out = case.out.copy()
+            gradients = case.backward(found[0], found[2], case.weight)
+            units = np.array([factor, factor**2, 1 / abs(factor)])
+            plain = found / units[:, None], out * np.sign(factor), case.out * abs(factor)
+            results[factor] = (*plain, gradients * np.array([[np.sign(factor)], [1]]))
+            case.x /= case.x.dtype.type(factor)
+        for factor, result in results.items():
+            for one, other in zip(result, results[1.0], strict=True):
+                np.testing.assert_array_equal(one, other, err_msg=f"{factor}")
+
+
+def check_nist():
+    """The sets whose mean is up to 2³⁰ times their deviation, a set a channel."""
+    for dtype in (np.float32, np.float64):
+        values = bank.nist_side_by_side(dtype)
+        for layout in ("contiguous", "last"):
+            case = Case(np.random.default_rng(0), values.shape, 1, dtype, [layout] * 3)
+            case.x[...] = values
+            case.check_training(case.weight, case.bias)

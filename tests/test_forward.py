@@ -7,7 +7,6 @@ import nbbn
 from cases import (
     DTYPES,
     LARGE,
-    PARAMETER_TYPES,
     SMALL,
     Shape,
     activations,
@@ -15,8 +14,8 @@ from cases import (
     some_channels,
     type_id,
 )
-from checks import assert_same_bits, assert_within, check_forward
-from reference import column, rows, unit
+from checks import assert_same_bits, check_forward
+from reference import rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
@@ -26,23 +25,6 @@ def test_every_shape(rng, shape, dtype):
     weight, bias = parameter(rng, shape.channels, dtype), parameter(rng, shape.channels, dtype)
     channels = some_channels(rng, shape)
     check_forward(x, weight, bias, axis=shape.axis, channels=channels)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("parameters", PARAMETER_TYPES, ids=type_id)
-@pytest.mark.parametrize("shape", [Shape((4, 5, 7)), Shape((9, 4, 19), -1)], ids=str)
-def test_weight_and_bias_of_every_type(rng, shape, parameters, dtype):
-    x = activations(rng, shape, dtype)
-    weight, bias = (parameter(rng, shape.channels, kind) for kind in parameters)
-    check_forward(x, weight, bias, axis=shape.axis)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("eps", [0.0, 1e-300, 1e-12, 1e-5, 0.1, 10])
-@pytest.mark.parametrize("sigma", [1e-4, 1.0])
-def test_eps_is_honoured(rng, sigma, eps, dtype):
-    """Also where it is smaller than is usual, and where it is all of the denominator."""
-    check_forward(activations(rng, Shape((3, 4, 11)), dtype, sigma=sigma), eps=eps)
 
 
 @pytest.mark.parametrize("shape", [Shape((4, 5, 7)), Shape((9, 4, 19), -1)], ids=str)
@@ -70,37 +52,6 @@ def test_every_axis_is_the_same_mathematics(rng):
         moved = check_forward(np.ascontiguousarray(np.moveaxis(x, 1, axis)), axis=axis)
         out = np.moveaxis(moved.out, axis, 1)
         np.testing.assert_allclose(out, first.out, rtol=0, atol=2e-14)  # |out| < 5: 100 u
-
-
-def test_output_has_the_bias_as_mean_and_the_weight_as_deviation(rng):
-    """mean(out) = bias and var(out) = weight² · var / (var + eps)"""
-    x = activations(rng, Shape((16, 3, 40)), np.float64, offset=-5)
-    weight, bias, eps = rng.normal(size=3), rng.normal(size=3), 0.5
-    result = nbbn.batch_norm_forward(x, weight, bias, eps=eps)
-    out, u = rows(result.out), unit(np.float64)
-    # Each of the 640 values may be off by some 12 u of itself.
-    bound = 20 * u * np.abs(out).max(axis=1, keepdims=True)
-    assert_within("mean", out.mean(axis=1, keepdims=True), column(bias, 0, 3), bound)
-    var = weight**2 * result.var / (result.var + eps)
-    assert_within("var", out.var(axis=1), var, 60 * u * (weight**2 + bias**2))
-
-
-def test_shift_of_the_input_leaves_the_output(rng):
-    """To the rounding of the shifted input, relative to its deviation."""
-    x = activations(rng, Shape((8, 3, 25)), np.float64)
-    shifted = nbbn.batch_norm_forward(x + 1000.0)
-    bound = 100 * unit(np.float64) * 1000.0 / np.sqrt(shifted.var.min())
-    np.testing.assert_allclose(shifted.out, nbbn.batch_norm_forward(x).out, rtol=0, atol=bound)
-
-
-def test_two_values_become_minus_one_and_one():
-    x = np.array([[3.0, -1.0], [5.0, -9.0]], np.float32)
-    result = nbbn.batch_norm_forward(x, eps=0)
-    assert result.out.tolist() == [[-1.0, 1.0], [1.0, -1.0]]
-    assert result.mean.tolist() == [4.0, -5.0]
-    assert result.var.tolist() == [1.0, 16.0]
-    assert result.invstd.tolist() == [1.0, 0.25]
-    assert result.count == 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)

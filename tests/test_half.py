@@ -5,16 +5,13 @@ All other tests take these types along with the wider ones.
 
 import platform
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import nbbn
 import reference
-from cases import type_id
+from cases import HALF, type_id
 from checks import unchanged
-
-HALF = (np.float16, ml_dtypes.bfloat16)
 
 
 def patterns(dtype):

@@ -127,3 +127,22 @@ def test_tolerances_scale_with_the_type():
     assert reference.depth(expected.count) == 4 + math.log2(6)
     ratio = reference.out_tolerance(expected, np.float32) / reference.out_tolerance(expected, np.float64)
     np.testing.assert_array_equal(ratio, 2.0**29)
+
+
+def test_one_unit_in_the_last_place_of_float16(rng):
+    """The nearest number and its neighbours are within, and the ones after those are not."""
+    values = np.concatenate([rng.normal(size=300), 2.0 ** rng.integers(-24, 15, 100), [0.0, 6e-8, 60000.0]])
+    values[:300] *= 10.0 ** rng.integers(-7, 5, 300)
+    values = values[np.abs(values) < 6e4]
+    exact = Twofold(values)
+    tolerance = reference.ulp_tolerance(exact, np.float16)
+    nearest = values.astype(np.float16)
+    for direction in (np.float16(np.inf), np.float16(-np.inf)):
+        neighbour = np.nextafter(nearest, direction)
+        second = np.nextafter(neighbour, direction)
+        assert (exact.distance(neighbour) <= tolerance).all()
+        # Below a power of two the steps are half as large: the second is one unit away.
+        smaller = np.frexp(np.abs(nearest))[0] == 0.5
+        beyond = exact.distance(second) > tolerance
+        assert (beyond | smaller).all()
+    assert reference.ulp_tolerance(Twofold([1e6]), np.float16) == np.inf

@@ -65,6 +65,7 @@ from nbbn.cpu.tiles import (
 )
 from nbbn.dtypes import FLOAT16, FLOAT32, FLOAT64
 from nbbn.formulas import (
+    about_mean,
     gradient_parameters,
     inverse_deviation,
     mean_of,
@@ -252,7 +253,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
             square_down(call, first, last, channel, group, buffer, state, mask, stored)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
-                anew = load(again, g) + load(squares_lost, g)
+                anew = about_mean(load(again, g) + load(squares_lost, g), load(lost, g), count)
                 store(squares, g, choose(trust[g], load(squares, g), anew))
         before = float(position(call, first) - position(call, begin))
         for g in range(0, group, LANES):

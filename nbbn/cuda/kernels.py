@@ -27,6 +27,7 @@ from nbbn.cuda.target import (
     store_vector,
 )
 from nbbn.formulas import (
+    about_mean,
     gradient,
     gradient_parameters,
     inverse_deviation,
@@ -312,7 +313,8 @@ def look(cut, operand, c, first, last, high, low):
             element += THREADS * WIDTH
             step, inner = advance(cut, step, inner)
         total, lost = block_sum(total, lost, high, low)
-        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, total + lost)
+        its_m2 = about_mean(total + lost, its_rest, float64(more))
+        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, its_m2)
     return count, mean, rest, m2
 
 
@@ -357,12 +359,22 @@ def put_results(arrays, cut, numbers, c, mean, var, invstd):
 
 
 @part
-def tables_of(arrays, c, mean, rest, invstd):
+def affine_of(arrays, c):
+    """Return weight and bias of a channel.
+
+    They may lie where the running statistics do: all threads have them before `put_results`.
+    """
+    return parameter(arrays.weight, c, float64(1)), parameter(arrays.bias, c, float64(0))
+
+
+@part
+def tables_of(affine, mean, rest, invstd):
     """Return what a channel is normalized with: mean, scale and shift."""
-    scale = parameter(arrays.weight, c, float64(1)) * invstd
+    weight, bias = affine
+    scale = weight * invstd
     rounded = real(mean)
     lost = (mean - float64(rounded)) + rest
-    shift = shift_of(parameter(arrays.bias, c, float64(0)), lost, scale)
+    shift = shift_of(bias, lost, scale)
     return rounded, real(scale), real(shift)
 
 
@@ -408,8 +420,8 @@ def finish_stats(arrays, cut, numbers):
     merge_parts(cut.parts, counts, means, rests, m2s)
     if t == 0:
         var, invstd = statistics_of(cut, numbers, m2s[0])
+        set_tables(arrays, cut, c, tables_of(affine_of(arrays, c), means[0], rests[0], invstd))
         put_results(arrays, cut, numbers, c, means[0], var, invstd)
-        set_tables(arrays, cut, c, tables_of(arrays, c, means[0], rests[0], invstd))
 
 
 def use_running_stats(arrays, cut, numbers):
@@ -418,7 +430,7 @@ def use_running_stats(arrays, cut, numbers):
     if c < cut.channels:
         invstd = float64(inverse_deviation(parameter(arrays.var, c, float64(1)), numbers.eps))
         mean = parameter(arrays.mean, c, float64(0))
-        set_tables(arrays, cut, c, tables_of(arrays, c, mean, float64(0), invstd))
+        set_tables(arrays, cut, c, tables_of(affine_of(arrays, c), mean, float64(0), invstd))
 
 
 # --- normalization -----------------------------------------------------------------------------------
@@ -699,8 +711,9 @@ def forward_rows(arrays, cut, numbers):
             for k in range(WIDTH):
                 square = squared_deviation(float64(kept[k * room + place]), mean)
                 total, lost = plus_some(total, lost, square)
+        affine = affine_of(arrays, c)
         total, lost = block_sum(total, lost, high, low)
-        m2 = total + lost
+        m2 = about_mean(total + lost, rest, float64(last - first))
         if TEAMS:
             tell(arrays, cut, turn, team, rank, (mean, rest, m2, float64(0)))
             if t < cut.team:
@@ -709,7 +722,7 @@ def forward_rows(arrays, cut, numbers):
             merge_parts(cut.team, counts, high, low, m2s)
             mean, rest, m2 = high[0], low[0], m2s[0]
         var, invstd = statistics_of(cut, numbers, m2)
-        rounded, scale, shift = tables_of(arrays, c, mean, rest, invstd)
+        rounded, scale, shift = tables_of(affine, mean, rest, invstd)
         if rank == 0 and t == 0:
             put_results(arrays, cut, numbers, c, mean, var, invstd)
         step, inner = begin(cut, first)
@@ -865,8 +878,9 @@ def collect_columns(arrays, cut):
                     square = squared_deviation(float64(values[u * WIDTH + k]), its_mean)
                     total, lost = plus_some(total, lost, square)
             total, lost = column_sum(total, lost, high, low)
+            its_m2 = about_mean(total + lost, its_rest, float64(more))
             _, mean[k], rest[k], m2[k] = merged(
-                count, mean[k], rest[k], m2[k], more, its_mean, its_rest, total + lost
+                count, mean[k], rest[k], m2[k], more, its_mean, its_rest, its_m2
             )
         count += more
     if cuda.threadIdx.x < LANES and c < cut.channels:
