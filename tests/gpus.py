@@ -17,7 +17,7 @@ import streams
 from nbbn import frameworks
 from nbbn.cpu.run import Run as CpuRun
 
-SIZE = 1 << 22
+SIZE = 1 << 26
 _NOT_AT_ALL, _READ_AND_WRITE = 0, 3
 
 

@@ -3,12 +3,14 @@
 The GPUs are those of gpus.py, so that all but the kernels is tested on any machine.
 """
 
+import contextlib
 import copy
 import enum
 import gc
 import logging
 import pickle
 import sys
+import types
 import weakref
 
 import numpy as np
@@ -19,6 +21,8 @@ from cases import DTYPES, type_id
 from checks import assert_same_bits
 from gpus import CupyArray, Gpus, JaxArray, NumbaArray, Tensor, Unknown, UnknownWithDlpack
 from nbbn import frameworks
+from nbbn.cuda import target
+from nbbn.cuda.warmup import warm_up
 from nbbn.dispatch import find
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
@@ -684,6 +688,144 @@ def test_column_of_another_library(gpus, host):
     for mode in (True, False):
         assert_same_bits(bn.train(mode)(x).get(), cpu.train(mode)(host["x"]))
         assert_same_bits(bn.backward(x).get(), cpu.backward(host["x"]))
+
+
+# --- warmup ----------------------------------------------------------------------------------------
+
+OPERATIONS = ["training", "evaluation", "backward"]
+RUN_BY = {
+    "training": {"stats", "forward"},
+    "evaluation": {"evaluate"},
+    "backward": {"backward", "evaluate"},  # and the gradients of parameters, rounded
+}
+
+
+@pytest.mark.parametrize("wanted", [OPERATIONS, *([one] for one in OPERATIONS), []], ids=str)
+def test_warmup(gpus, wanted):
+    """It runs what is wanted, on memory of its own that it gives back."""
+    gpus.run_late("ours")
+    with gpus.device(1):
+        nbbn.warmup(["float32"], device="cuda", **{name: name in wanted for name in OPERATIONS})
+    assert {operation for operation, _, _ in gpus.ran} == set().union(*(RUN_BY[name] for name in wanted))
+    assert {run[1:] for run in gpus.ran} <= {("cuda:1", 0)}
+    assert all_is_freed(gpus)
+
+
+class Recorder:
+    """Stands for target's part of the way to a GPU, and takes note of which kernels are wanted."""
+
+    def __init__(self, monkeypatch, device):
+        self.kernels = set()
+        for name, value in {
+            "properties": lambda number: device,
+            "why_not": lambda: None,
+            "current": lambda number: contextlib.nullcontext(),
+            "upload": lambda array: types.SimpleNamespace(address=1 << 20),
+            "Memory": lambda *arguments: types.SimpleNamespace(address=1 << 20, free=lambda: None),
+            "Shared": lambda *arguments: types.SimpleNamespace(address=1 << 21),
+            "launcher": self.launcher,
+        }.items():
+            monkeypatch.setattr(target, name, value)
+
+    def launcher(self, kernel, names, kinds, device):
+        self.kernels.add((kernel.__name__, names, str(kinds)))
+        return lambda *arguments: None
+
+    def wanted_by(self, work, *arguments):
+        """Return the kernels that a function wants."""
+        self.kernels = set()
+        work(*arguments)
+        return self.kernels
+
+
+def operate(shape, axis, dtype):
+    """Run all operations on arrays without gaps."""
+    strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1]
+    strides = tuple(int(step) for step in strides)
+    one, two, three = (find(shape, axis, (strides,) * n, dtype, 1, "cuda:0") for n in (1, 2, 3))
+    x, column = 1 << 22, (1 << 21, 8, 8)
+    one.stats(x, x, 0)
+    two.forward(x, x, x, column, column, column, column, 1e-5, 0.1, 1.0, 0)
+    two.evaluate(x, x, column, column, column, column, 1e-5, 0)
+    for training in (True, False):
+        three.backward(x, x, x, x, column, column, column, training, 0)
+
+
+# What is known of an H100, a B200, an A100, a GPU with little shared memory, and one without teams.
+PROPERTIES = [
+    ((9, 0), 132, 232448, True),
+    ((10, 0), 148, 232448, True),
+    ((8, 0), 108, 166912, True),
+    ((8, 9), 128, 101376, True),
+    ((9, 0), 132, 232448, False),
+]
+
+
+@pytest.mark.parametrize("properties", PROPERTIES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+def test_warmup_compiles_all_that_usual_arrays_need(monkeypatch, rng, dtype, properties):
+    find.cache_clear()
+    recorder = Recorder(monkeypatch, target.Properties(*properties))
+    dtype = np.dtype(dtype)
+    warmed = recorder.wanted_by(warm_up, "cuda:0", [dtype.type], OPERATIONS)
+    seen = set()
+    for _ in range(300):
+        batch = int(2 ** rng.uniform(1, 9))
+        channels = int(rng.choice([1, 2, 3, 8, 64, 256, 1000, 2048]))
+        image = (int(2 ** rng.uniform(0, 8.9)),) * int(rng.integers(3))
+        shape, axis = (
+            ((batch, channels, *image), 1) if rng.random() < 0.5 else ((batch, *image, channels), -1)
+        )
+        kernels = recorder.wanted_by(operate, shape, axis % len(shape), dtype)
+        assert kernels <= warmed, (shape, axis, [name for name, _, _ in kernels - warmed])
+        seen |= kernels
+    assert len(seen) > 20, "this test sees few of the kernels"
+    find.cache_clear()
+
+
+def test_warmup_keeps_machine_code_on_disk(python, tmp_path):
+    """A second process compiles nothing."""
+    pytest.importorskip("numba_cuda", reason="the CUDA kernels are compiled with numba-cuda")
+    code = """if True:
+        import pytest
+        from test_devices import Recorder
+        from nbbn.cuda import target
+        from nbbn.cuda.warmup import warm_up
+        with pytest.MonkeyPatch.context() as patch:
+            recorder = Recorder(patch, target.Properties((9, 0), 132, 232448, True))
+            def launcher(kernel, names, kinds, device):
+                target.machine_code(kernel, names, kinds, (9, 0))
+                return recorder.launcher(kernel, names, kinds, device)
+            patch.setattr(target, "launcher", launcher)
+            if {compiled}:
+                target.ptx = None  # must not be called
+            import numpy as np
+            warm_up("cuda:0", [np.float32], ["evaluation"])
+            print(len(recorder.kernels))
+        """
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    count = int(python(code.format(compiled=False), **environment))
+    assert count == len(list(tmp_path.rglob("*.cubin"))) > 4
+    assert int(python(code.format(compiled=True), **environment)) == count
+
+
+def test_warmup_of_a_device_that_is_not_there(gpus, monkeypatch):
+    for device, error, says in (
+        ("cuda:2", nbbn.DeviceError, "the number of GPUs here is 2"),
+        ("gpu", nbbn.DeviceError, "'cuda:N'"),
+        (0, TypeError, "must be a str"),
+    ):
+        with pytest.raises(error, match=f"device.*{says}"):
+            nbbn.warmup(device=device)
+    monkeypatch.setattr("nbbn.cuda.target.why_not", lambda: "there is no NVIDIA GPU")
+    with pytest.raises(nbbn.DeviceError, match=r"device 'cuda'.*there is no NVIDIA GPU"):
+        nbbn.warmup(device="cuda")
+    with pytest.raises(TypeError, match="dtype"):
+        nbbn.warmup(["int32"], device="cuda")
+    assert not gpus.ran
+
+
+# --- Numba's simulator -----------------------------------------------------------------------------
 
 
 def test_arrays_of_the_simulator(python):
