@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numba
 import numpy as np
 from limits import Limit, aligned, copy, triad
@@ -31,7 +32,13 @@ SETTLE = 0.01  # seconds
 TIMED = 1e-3  # seconds: shorter calls are timed several at a time
 LARGE = 50e6  # bytes of an output from which the machine's limit is the yardstick
 
-SUMMARY = ("torch/nbbn, geometric mean", "torch/nbbn, least", "nbbn/limit, most, from 50 MB")
+SUMMARY = (
+    "torch/nbbn, geometric mean",
+    "torch/nbbn, least",
+    "nbbn/limit, most, from 50 MB",
+    "nbbn/float32, most, from 50 MB in float32",
+    "nbbn/float32, geometric mean, from 50 MB in float32",
+)
 
 Contender = Callable[[], Any]
 
@@ -63,14 +70,17 @@ def medians(contenders: dict[str, Contender], repetitions: int) -> dict[str, dic
 
 
 class Case:
-    """One operation on one shape in one layout: the arrays, and who does it how."""
+    """One operation on one shape in one layout: the arrays, and who does it how.
 
-    def __init__(self, operation: str, shape: tuple[int, ...], last: bool) -> None:
-        self.operation, self.shape, self.last = operation, shape, last
+    Of 16 bits, PyTorch's arrays are bfloat16, its fast type on CPUs, whatever nbbn's are.
+    """
+
+    def __init__(self, operation: str, shape: tuple[int, ...], last: bool, dtype: Any = np.float32) -> None:
+        self.operation, self.shape, self.last, self.dtype = operation, shape, last, np.dtype(dtype)
         rng = np.random.default_rng(0)
         stored = (shape[0], *shape[2:], shape[1]) if last and len(shape) > 2 else shape
         self.axis = len(shape) - 1 if last else 1
-        self.x, self.grad_out, self.out = aligned(stored), aligned(stored), aligned(stored)
+        self.x, self.grad_out, self.out = (aligned(stored, dtype) for _ in range(3))
         self.x[...] = rng.standard_normal(stored, np.float32)
         self.grad_out[...] = rng.standard_normal(stored, np.float32)
         channels = shape[1]
@@ -93,7 +103,11 @@ class Case:
         import torch
 
         def tensor(array: np.ndarray) -> Any:
-            shared = torch.from_numpy(array)
+            if array.dtype.itemsize == 2:
+                bits = array.astype(ml_dtypes.bfloat16).view(np.int16)
+                shared = torch.from_numpy(bits).view(torch.bfloat16)
+            else:
+                shared = torch.from_numpy(array)
             return shared.movedim(-1, 1) if self.last else shared
 
         x, out = tensor(self.x), tensor(self.out)
@@ -119,9 +133,10 @@ class Case:
         )  # fmt: skip
 
     def limit(self) -> Contender:
+        words = [array.reshape(-1).view(np.float32) for array in (self.out, self.x, self.grad_out)]
         if self.operation == "backward":
-            return Limit(triad, self.out, self.x, self.grad_out)
-        return Limit(copy, self.out, self.x)
+            return Limit(triad, *words)
+        return Limit(copy, *words[:2])
 
     def check(self, contenders: dict[str, Contender]) -> None:
         """Raise where nbbn and PyTorch do not agree: a wrong answer is not worth timing."""
@@ -129,9 +144,14 @@ class Case:
         for name in ("nbbn", "torch"):
             if name in contenders:
                 self.out.fill(np.nan)
-                contenders[name]()
-                results.append(self.out.copy())
-        np.testing.assert_allclose(results[0], results[-1], rtol=1e-3, atol=1e-3)
+                result = contenders[name]()
+                if name == "torch" and self.dtype.itemsize == 2:  # into a tensor of its own
+                    result = result[0].movedim(1, -1) if self.last else result[0]
+                    results.append(result.float().numpy())
+                else:
+                    results.append(self.out.astype(np.float32))
+        close = 1e-3 if self.dtype.itemsize > 2 else 0.1
+        np.testing.assert_allclose(results[0], results[-1], rtol=close, atol=close)
 
 
 def whole_calls(shape: tuple[int, ...], last: bool) -> dict[str, Contender]:
@@ -172,6 +192,9 @@ def row(table: str, shape: tuple[int, ...], times: dict[str, dict[str, float]], 
     if "limit" in times:
         line["nbbn/limit"] = mine / times["limit"]["median"]
         text += f"   nbbn/limit {line['nbbn/limit']:5.2f}"
+    if "float32" in times:
+        line["nbbn/float32"] = mine / times["float32"]["median"]
+        text += f"   nbbn/float32 {line['nbbn/float32']:5.2f}"
     if "out=" in times:
         line["new/out="] = mine / times["out="]["median"]
         text += f"   new/out= {line['new/out=']:5.2f}"
@@ -195,6 +218,15 @@ def summary(lines: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             entry[SUMMARY[1]] = min(ratios)
         if large:
             entry[SUMMARY[2]] = max(large)
+        # The bytes of the same array in float32 say which ones are large.
+        halves = [
+            line["nbbn/float32"]
+            for line in lines
+            if line["table"] == table and "nbbn/float32" in line and 2 * line["bytes"] >= LARGE
+        ]
+        if halves:
+            entry[SUMMARY[3]] = max(halves)
+            entry[SUMMARY[4]] = statistics.geometric_mean(halves)
         result[table] = entry
     print()
     for table, entry in result.items():
@@ -206,10 +238,7 @@ def markdown(results: dict[str, Any]) -> str:
     """Return the results as tables."""
     facts = results["machine"]
     text = ["Measured on " + ", ".join(f"{name}: {value}" for name, value in facts.items()) + ".", ""]
-    text += [
-        "| table | torch/nbbn, geometric mean | least | nbbn/limit, most, from 50 MB |",
-        "|---|---|---|---|",
-    ]
+    text += ["| table | " + " | ".join(SUMMARY) + " |", "|---" * (len(SUMMARY) + 1) + "|"]
     for table, entry in results["summary"].items():
         values = [entry.get(name) for name in SUMMARY]
         if any(values):
@@ -218,7 +247,7 @@ def markdown(results: dict[str, Any]) -> str:
     table = None
     for line in results["lines"]:
         names = list(line["milliseconds"])
-        ratios = [name for name in ("torch/nbbn", "nbbn/limit", "new/out=") if name in line]
+        ratios = [name for name in ("torch/nbbn", "nbbn/limit", "nbbn/float32", "new/out=") if name in line]
         if line["table"] != table:
             table = line["table"]
             heads = ["shape", "MB", *[f"{name}, ms" for name in names], *ratios]
@@ -268,6 +297,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=15, help="rounds per figure (default 15)")
     parser.add_argument("--threads", type=int, default=2, help="for both sides (default 2)")
     parser.add_argument("--batch", type=int, default=32, help="images per batch (default 32)")
+    parser.add_argument(
+        "--half", action="store_true", help="time float16 and bfloat16 instead, against float32 and PyTorch"
+    )
     parser.add_argument("--only", default="", help="tables whose name contains this")
     options = parser.parse_args()
 
@@ -282,6 +314,38 @@ def main() -> None:
         has_torch = False
         print("PyTorch is not installed: no ratios to it.")
 
+    results = {"machine": machine()}
+    lines = half(options, has_torch) if options.half else single(options, has_torch)
+    results |= {"summary": summary(lines), "lines": lines}
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    if options.markdown:
+        options.markdown.write_text(markdown(results))
+
+
+def half(options: argparse.Namespace, has_torch: bool) -> list[dict[str, Any]]:
+    """Time 16-bit arrays beside the same ones in float32."""
+    lines = []
+    for last in (False, True):
+        for operation in ("forward", "backward", "evaluation"):
+            for dtype in (np.float16, ml_dtypes.bfloat16):
+                layout = "channels-last" if last else "channels-first"
+                table = f"{operation}, {layout}, {np.dtype(dtype).name}"
+                if options.only not in table:
+                    continue
+                for shape in resnet50(options.batch):
+                    case = Case(operation, shape, last, dtype)
+                    wide = Case(operation, shape, last).nbbn()
+                    contenders = {"nbbn": case.nbbn(), "limit": case.limit(), "float32": wide}
+                    if has_torch:
+                        contenders["torch"] = case.torch()
+                    case.check(contenders)
+                    lines.append(row(table, shape, medians(contenders, options.repetitions), case.x.nbytes))
+    return lines
+
+
+def single(options: argparse.Namespace, has_torch: bool) -> list[dict[str, Any]]:
+    """Time float32 arrays."""
     lines = []
     for last in (False, True):
         for operation in ("forward", "backward", "evaluation"):
@@ -311,11 +375,7 @@ def main() -> None:
         shape = (options.batch, 256, 56, 56)
         times = medians(fresh_outputs(shape), options.repetitions)
         lines.append(row("new output", shape, times, 4 * math.prod(shape)))
-    results = {"machine": machine(), "summary": summary(lines), "lines": lines}
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
-    if options.markdown:
-        options.markdown.write_text(markdown(results))
+    return lines
 
 
 if __name__ == "__main__":

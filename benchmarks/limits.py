@@ -9,6 +9,7 @@ and another writes.
 import math
 import statistics
 import time
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,17 +17,18 @@ import numpy as np
 from nbbn.arrays import address
 from nbbn.compiler import entry, kernel, pool
 from nbbn.cpu.call import CALL, read
-from nbbn.cpu.simd import LANES, STREAM_BYTES, fence, load, pointer, splat, store, stream
+from nbbn.cpu.simd import ELEMENTS, LANES, STREAM_BYTES, fence, load, pointer, splat, store, stream
 
 BLOCK = 4096  # elements of a task
 
 
-def aligned(shape: tuple[int, ...]) -> np.ndarray:
+def aligned(shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
     """Return an array on a cache line, its pages touched, as PyTorch's allocator would give it."""
-    size = math.prod(shape)
-    memory = np.zeros(size + 16, np.float32)
-    start = -memory.ctypes.data % 64 // 4
-    return memory[start : start + size].reshape(shape)
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @kernel
@@ -105,7 +107,7 @@ class Limit:
         record["grad_out"] = 0 if y is None else address(y)
         self._record = record
         self._arrays = out, x, y
-        self._kernel = entry(name, x.dtype.type)
+        self._kernel = entry(name, ELEMENTS[x.dtype.name])
         self._tasks = x.size // BLOCK
 
     def __call__(self) -> None:

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
+import reference
+
 HALF = (np.float16, ml_dtypes.bfloat16)
 DTYPES = (np.float32, np.float64, *HALF)
 """What the elements of x may be."""
@@ -123,7 +125,12 @@ LARGE = [
 
 
 def activations(rng, shape, dtype, offset=0.0, sigma=1.0):
-    """Return normal values; mean and deviation differ between channels, so that a mix-up shows."""
+    """Return normal values; mean and deviation differ between channels, so that a mix-up shows.
+
+    An offset beyond the type's range is brought back into it.
+    """
+    limit = float(reference.finfo(dtype).max) / 8
+    offset = max(-limit, min(offset, limit))
     across = [1] * len(shape.dims)
     across[shape.axis] = shape.channels
     mean = offset + sigma * rng.normal(size=across)
