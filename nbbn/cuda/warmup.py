@@ -9,7 +9,8 @@ import numpy as np
 
 from nbbn.arrays import ABSENT
 from nbbn.cuda import target
-from nbbn.dispatch import find
+from nbbn.cuda.run import Run
+from nbbn.problem import Problem
 
 # Channels and bytes of a channel: one that stays in shared memory, of each number of threads; that several
 # blocks share; and that is too large for that.
@@ -47,17 +48,18 @@ def _run(
     device: str, address: int, dtype: np.dtype, shape: tuple[int, ...], operations: Collection[str]
 ) -> None:
     strides = np.empty(shape, dtype).strides
+
+    def run(arrays: int) -> Run:
+        return Run(Problem(shape, 1, (strides,) * arrays, dtype, 1, device))
+
     # One array for all: what is in it does not matter.
     x, stats = address, address + LARGEST
     some = stats, 8, 8
     if "training" in operations:
-        find(shape, 1, (strides,), dtype, 1, device).stats(x, stats, 0)
-        run = find(shape, 1, (strides, strides), dtype, 1, device)
-        run.forward(x, x, stats, ABSENT, ABSENT, ABSENT, ABSENT, 1e-5, 0.0, 1.0, 0)
+        run(1).stats(x, stats, 0)
+        run(2).forward(x, x, stats, ABSENT, ABSENT, ABSENT, ABSENT, 1e-5, 0.0, 1.0, 0)
     if "evaluation" in operations:
-        run = find(shape, 1, (strides, strides), dtype, 1, device)
-        run.evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5, 0)
+        run(2).evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5, 0)
     if "backward" in operations:
-        run = find(shape, 1, (strides, strides, strides), dtype, 1, device)
         for training in (True, False):
-            run.backward(x, x, x, stats, ABSENT, some, some, training, 0)
+            run(3).backward(x, x, x, stats, ABSENT, some, some, training, 0)
