@@ -124,13 +124,29 @@ LARGE = [
 # --- data ------------------------------------------------------------------------------------------
 
 
+def columns_for(dtype):
+    """Return the types that parameters and statistics may be of, for x of a type."""
+    return (np.float32, np.float64, *([dtype] if dtype in HALF else ()))
+
+
+def in_range(value, dtype):
+    """Return the value, or the nearest that the type has room around: float16 ends at 65504."""
+    info = reference.finfo(dtype)
+    size = min(abs(value), float(info.max) / 64)
+    return float(np.copysign(max(size, 8 * float(info.smallest_normal)) if value else 0.0, value))
+
+
+def with_types(*values):
+    """Return pairs of a value and a type, each value in the type's range, and none twice."""
+    return [(v, d) for d in DTYPES for v in dict.fromkeys(in_range(v, d) for v in values)]
+
+
 def activations(rng, shape, dtype, offset=0.0, sigma=1.0):
     """Return normal values; mean and deviation differ between channels, so that a mix-up shows.
 
     An offset beyond the type's range is brought back into it.
     """
-    limit = float(reference.finfo(dtype).max) / 8
-    offset = max(-limit, min(offset, limit))
+    offset = in_range(offset, dtype)
     across = [1] * len(shape.dims)
     across[shape.axis] = shape.channels
     mean = offset + sigma * rng.normal(size=across)
@@ -153,7 +169,9 @@ PARAMETER_TYPES = list(itertools.product((None, np.float32, np.float64), repeat=
 
 
 def type_id(dtype):
-    """Name a type, a tuple of types, or None in the id of a test."""
+    """Name a type, a tuple of types, or None in the id of a test; a number names itself."""
+    if isinstance(dtype, float):
+        return f"{dtype:g}"
     if isinstance(dtype, tuple):
         return "-".join(map(type_id, dtype))
     return "None" if dtype is None else np.dtype(dtype).name

@@ -319,6 +319,7 @@ class Gpus:
 
                 return start
 
+        monkeypatch.setattr("nbbn.cuda.warmup.Run", Run)  # before its module is read with the one below
         run = types.ModuleType("nbbn.cuda.run")
         run.Run = Run
         monkeypatch.setitem(sys.modules, "nbbn.cuda.run", run)

@@ -192,10 +192,10 @@ def depth(count):
 def out_tolerance(expected, dtype):
     """|γ| u (8 |x_hat| + 2 (|x - mean|/s + |x_hat|)) + u (|out| + |β|), with |x - mean|/s = |x_hat|
 
-    Half precision: `ulp_tolerance`.
+    Half precision: `ulp_tolerance`, and this with float64's u.
     """
     if is_half(dtype):
-        return ulp_tolerance(expected.out, dtype)
+        return ulp_tolerance(expected.out, dtype) + out_tolerance(expected, np.float64)
     u, x_hat = unit(dtype), np.abs(expected.x_hat.hi)
     scale = np.abs(expected.weight) * (8 * x_hat + 2 * (x_hat + x_hat))
     return u * scale + u * (np.abs(expected.out.hi) + np.abs(expected.bias))
@@ -244,10 +244,10 @@ def grad_x_tolerance(expected, dtype):
 
     And u_stat |γ|/s · |x_hat| Σ|dy · x_hat|/m: x - mean is rounded once, to float64, in every term of
     grad_weight, which may cancel in the sum. It shows in float64 only, where all three terms above are
-    small at once. Half precision: `ulp_tolerance`.
+    small at once. Half precision: `ulp_tolerance`, and this with float64's u.
     """
     if is_half(dtype):
-        return ulp_tolerance(expected.x, dtype)
+        return ulp_tolerance(expected.x, dtype) + grad_x_tolerance(expected, np.float64)
     dy, x_hat = np.abs(expected.grad_out), np.abs(expected.x_hat.hi)
     bound = 8 * unit(dtype) * dy
     if expected.training:

@@ -6,7 +6,7 @@ import pytest
 
 import nbbn
 import reference
-from cases import DTYPES, Shape, activations, channels_last, type_id
+from cases import DTYPES, Shape, activations, channels_last, type_id, with_types
 from checks import check_backward, check_forward, check_statistics
 from reference import rows
 
@@ -50,8 +50,7 @@ def test_offset_gradients(rng, offset, dtype):
 # --- constants -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("value", [0.1, 100.0, -1e10, 1e-30, 1e30, 0.0])
+@pytest.mark.parametrize("value, dtype", with_types(0.1, 100.0, -1e10, 1e-30, 1e30, 0.0), ids=type_id)
 @pytest.mark.parametrize("count", [2, 3, 9, 49, 1000, 4099, 150_000])
 def test_constant_channels_are_exact(rng, count, value, dtype):
     """var is 0 and out is the bias, exactly; the next channel is not a constant."""
@@ -81,8 +80,7 @@ def test_constant_channels_have_no_gradient_of_weight(rng):
 # --- outliers, plateaus, cancellation --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("outlier", [1e8, -1e8, 1e15])
+@pytest.mark.parametrize("outlier, dtype", with_types(1e8, -1e8, 1e15), ids=type_id)
 @pytest.mark.parametrize("place", ["first", "second", "middle", "last"])
 @pytest.mark.parametrize("count", [2, 17, 1000, 70_000])
 def test_one_outlier(rng, count, place, outlier, dtype):
@@ -148,8 +146,7 @@ def test_halves_with_means_of_their_own(rng, jump, shape, dtype):
 # --- magnitudes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-@pytest.mark.parametrize("sigma", [1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e20, 1e30])
+@pytest.mark.parametrize("sigma, dtype", with_types(1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e20, 1e30), ids=type_id)
 @pytest.mark.parametrize("shape", [*GRID[:2], GRID[3], Shape((12, 13, 40, 3), -1)], ids=str)
 def test_tiny_and_huge_values(rng, shape, sigma, dtype):
     """A square of 1e30 is more than a float32 holds, and a square of 1e-30 less; eps 0 shows both."""

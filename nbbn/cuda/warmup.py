@@ -9,8 +9,9 @@ import numpy as np
 
 from nbbn.arrays import ABSENT
 from nbbn.cuda import target
-from nbbn.dispatch import find
+from nbbn.cuda.run import Run
 from nbbn.dtypes import FLOAT64, Storage
+from nbbn.problem import Problem
 
 # Channels and bytes of a channel: one that stays in shared memory, of each number of threads; that several
 # blocks share; and that is too large for that.
@@ -36,29 +37,30 @@ def warm_up(device: str, storages: Collection[Storage], operations: Collection[s
     memory = target.Shared(LARGEST + (1 << 16), int(device.partition(":")[2]), 0)
     for storage in storages:
         for shape in _shapes(storage.dtype.itemsize):
-            _run(device, memory.address, storage.dtype, shape, operations)
+            _run(device, memory.address, storage, shape, operations)
     if "evaluation" in operations or "backward" in operations:
         # What a BatchNorm keeps is converted by evaluation, from and to float64.
         for storage in {*storages, FLOAT64}:
             for channels in (255, 256):
-                _run(device, memory.address, storage.dtype, (1, channels), ["evaluation"])
+                _run(device, memory.address, storage, (1, channels), ["evaluation"])
 
 
 def _run(
-    device: str, address: int, dtype: np.dtype, shape: tuple[int, ...], operations: Collection[str]
+    device: str, address: int, storage: Storage, shape: tuple[int, ...], operations: Collection[str]
 ) -> None:
-    strides = np.empty(shape, dtype).strides
+    strides = np.empty(shape, storage.dtype).strides
+
+    def run(arrays: int) -> Run:
+        return Run(Problem(shape, 1, (strides,) * arrays, storage, 1, device))
+
     # One array for all: what is in it does not matter.
     x, stats = address, address + LARGEST
     some = stats, 8, 8
     if "training" in operations:
-        find(shape, 1, (strides,), dtype, 1, device).stats(x, stats, 0)
-        run = find(shape, 1, (strides, strides), dtype, 1, device)
-        run.forward(x, x, stats, ABSENT, ABSENT, ABSENT, ABSENT, 1e-5, 0.0, 1.0, (), 0)
+        run(1).stats(x, stats, 0)
+        run(2).forward(x, x, stats, ABSENT, ABSENT, ABSENT, ABSENT, 1e-5, 0.0, 1.0, (), 0)
     if "evaluation" in operations:
-        run = find(shape, 1, (strides, strides), dtype, 1, device)
-        run.evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5, 0)
+        run(2).evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5, 0)
     if "backward" in operations:
-        run = find(shape, 1, (strides, strides, strides), dtype, 1, device)
         for training in (True, False):
-            run.backward(x, x, x, stats, ABSENT, some, some, training, 0)
+            run(3).backward(x, x, x, stats, ABSENT, some, some, training, 0)
