@@ -53,6 +53,12 @@ from nbbn.cuda import target
 from reference import column, finfo, rows
 
 ELSEWHERE = {
+    1: (  # on larger arrays than here, and with one value that outweighs all others
+        "test_accuracy::test_offsets",
+        "test_accuracy::test_one_outlier",
+        "test_evaluation::test_large_means",
+        "test_cuda_kernels::test_properties",
+    ),
     12: (  # symengine#1453: an import turned on flush-to-zero for the whole process
         "test_processes::test_subnormal_numbers_stay_numbers",
         "test_processes::test_subnormal_numbers_stay_numbers_in_the_workers",
@@ -434,7 +440,9 @@ for dims in {dims}:
             for form in forms:
                 assert 0 < form.blocks < 2**31 and 0 < form.threads <= 1024, (dims, form)
             cut = plan.general.cut
-            tiles = plan.general.blocks // cut.parts
+            tiles, rest = divmod(plan.general.blocks, cut.parts)
+            wide = 32 * plan.width if plan.columns else 1
+            assert rest == 0 and tiles * wide >= dims[1], (dims, plan.general)
             covered = cut.part * cut.parts
             assert covered >= (plan.outer if plan.columns else plan.outer * plan.inner), (dims, cut)
             assert cut.parts <= run._finish.threads and run._finish.blocks == dims[1]
