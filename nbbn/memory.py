@@ -13,7 +13,7 @@ import collections
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -94,11 +94,12 @@ class _Owner:
             "version": 3,
         }
 
-    def __del__(self) -> None:
+    # At the end of the interpreter, `_pool` may be gone before the last array is.
+    def __del__(self, put: Callable[[np.ndarray], None] = _pool.put) -> None:
         # `_block` is missing where its allocation failed.
         block = self.__dict__.pop("_block", None)
         if block is not None:
-            _pool.put(block)
+            put(block)
 
 
 def set_recycling(max_bytes: int) -> int:
