@@ -48,6 +48,15 @@ class _Pool:
     # So `_blocks` and `_bytes` change together, in one step or with no call between the two.
 
     def take(self, nbytes: int) -> np.ndarray:
+        if (block := self._kept(nbytes)) is not None:
+            return block
+        try:
+            return np.empty(nbytes, np.uint8)
+        except MemoryError:
+            self.trim(0)  # what is kept here may be what is missing
+            return np.empty(nbytes, np.uint8)
+
+    def _kept(self, nbytes: int) -> np.ndarray | None:
         with self._lock:
             for k in range(len(self._blocks) - 1, -1, -1):
                 try:
@@ -58,11 +67,7 @@ class _Pool:
                     del self._blocks[k]
                     self._bytes -= nbytes
                     return block
-        try:
-            return np.empty(nbytes, np.uint8)
-        except MemoryError:
-            self.trim(0)  # what is kept here may be what is missing
-            return np.empty(nbytes, np.uint8)
+        return None
 
     def put(self, block: np.ndarray) -> None:
         with self._lock:
