@@ -13,7 +13,7 @@ import collections
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -44,27 +44,43 @@ class _Pool:
         # child process, where a thread that held it at the fork does not exist.
         self._lock = threading.RLock()
 
+    # Handlers of signals and the garbage collector come in after calls and between the turns of a loop.
+    # So `_blocks` and `_bytes` change together, in one step or with no call between the two.
+
     def take(self, nbytes: int) -> np.ndarray:
+        if (block := self._kept(nbytes)) is not None:
+            return block
+        try:
+            return np.empty(nbytes, np.uint8)
+        except MemoryError:
+            self.trim(0)  # what is kept here may be what is missing
+            return np.empty(nbytes, np.uint8)
+
+    def _kept(self, nbytes: int) -> np.ndarray | None:
         with self._lock:
             for k in range(len(self._blocks) - 1, -1, -1):
-                if self._blocks[k].nbytes == nbytes:
+                try:
                     block = self._blocks[k]
+                except IndexError:  # a collection in this loop has trimmed them
+                    continue
+                if block.nbytes == nbytes:
                     del self._blocks[k]
                     self._bytes -= nbytes
                     return block
-        return np.empty(nbytes, np.uint8)
+        return None
 
     def put(self, block: np.ndarray) -> None:
         with self._lock:
             if block.nbytes <= self.limit:
-                self._blocks.append(block)
                 self._bytes += block.nbytes
-            self.trim()
+                self._blocks.append(block)
+            self.trim(self.limit)
 
-    def trim(self) -> None:
+    def trim(self, limit: int) -> None:
         with self._lock:
-            while self._bytes > self.limit:
-                self._bytes -= self._blocks.popleft().nbytes
+            while self._bytes > limit:
+                self._bytes -= self._blocks[0].nbytes
+                self._blocks.popleft()
 
 
 _pool = _Pool(_configured())
@@ -83,11 +99,12 @@ class _Owner:
             "version": 3,
         }
 
-    def __del__(self) -> None:
+    # At the end of the interpreter, `_pool` may be gone before the last array is.
+    def __del__(self, put: Callable[[np.ndarray], None] = _pool.put) -> None:
         # `_block` is missing where its allocation failed.
         block = self.__dict__.pop("_block", None)
         if block is not None:
-            _pool.put(block)
+            put(block)
 
 
 def set_recycling(max_bytes: int) -> int:
@@ -124,7 +141,7 @@ def set_recycling(max_bytes: int) -> int:
         raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
     before = _pool.limit
     _pool.limit = max_bytes
-    _pool.trim()
+    _pool.trim(max_bytes)
     return before
 
 

@@ -71,14 +71,17 @@ def _run_python(code, *, package=None, timeout=120, **environment):
 
     package = package or pathlib.Path(nbbn.__file__).parent.parent
     path = os.pathsep.join([str(package), str(TESTS)])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=package,  # `python -c` looks there first
-        env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-X", "faulthandler", "-c", code],
+            cwd=package,  # `python -c` looks there first
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired as expired:
+        pytest.fail(f"no end after {timeout} s\n{expired.stdout}\n{expired.stderr}")
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

@@ -1,0 +1,218 @@
+"""Compiled kernels on disk: loaded, never stale, and missed by nothing but time where they cannot be."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numba
+import pytest
+
+import nbbn
+from nbbn import formulas
+from nbbn.cpu import kernels, tiles
+
+PACKAGE = Path(nbbn.__file__).parent
+WORK = """
+import nbbn, numpy as np
+from workload import arrays, work
+"""
+
+
+def copy_of_package(directory):
+    """Return a folder with a copy of nbbn, without anything compiled."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.nbi", "*.nbc", "demo")
+    shutil.copytree(PACKAGE, directory / "nbbn", ignore=ignored)
+    return directory
+
+
+def files_of(cache):
+    """Return the files of a cache, and what would change if they were written again."""
+    files = [path for path in Path(cache).rglob("*") if path.is_file()]
+    return {path.name: (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def test_import_writes_nothing(python, tmp_path):
+    cache, package = tmp_path / "cache", copy_of_package(tmp_path / "a")
+    cache.mkdir()
+    python("import nbbn", package=package, NUMBA_CACHE_DIR=str(cache))
+    assert not list(cache.rglob("*"))
+    assert not list(package.rglob("*.nb[ci]"))
+
+
+# Evaluation: the quickest to compile.
+EVALUATE = """
+import numpy as np, nbbn
+x = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+print(nbbn.batch_norm(x, np.ones(3), np.full(3, 4.0), eps=0.0).tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(python, tmp_path_factory):
+    """A copy of the package, its cache after one process, and what that process printed."""
+    package = copy_of_package(tmp_path_factory.mktemp("package"))
+    cache = tmp_path_factory.mktemp("cache")
+    return package, cache, python(EVALUATE, package=package, NUMBA_CACHE_DIR=str(cache))
+
+
+def test_second_process_loads_from_the_cache(python, compiled):
+    """It writes nothing, since it compiles nothing."""
+    package, cache, first = compiled
+    files = files_of(cache)
+    assert any(name.endswith(".nbc") for name in files)
+    assert python(EVALUATE, package=package, NUMBA_CACHE_DIR=str(cache)) == first
+    assert files_of(cache) == files
+
+
+PHASES = """
+import numpy as np, nbbn
+from nbbn import functional
+functional.SERIAL_ELEMENTS = 1  # threads: the operations that take several kernels
+rng = np.random.default_rng(0)
+x, dy = rng.normal(3, 2, (2, 300, 8))
+deviation = x - x.mean(0)
+invstd = 1 / np.sqrt(x.var(0))
+x_hat = deviation * invstd
+for name in "{order}".split():
+    if name == "evaluation":
+        out = nbbn.batch_norm(x, x.mean(0), x.var(0), eps=0.0)
+        assert abs(out - x_hat).max() < 1e-12, name
+    if name == "forward":
+        assert abs(nbbn.batch_norm_forward(x, eps=0.0).out - x_hat).max() < 1e-12, name
+    if name == "backward":
+        got = nbbn.batch_norm_backward(dy, x, mean=x.mean(0), invstd=invstd).x
+        expected = invstd * (dy - dy.mean(0) - x_hat * (dy * x_hat).mean(0))
+        assert abs(got - expected).max() < 1e-12, name
+"""
+
+
+def test_kernels_of_several_processes_do_not_mix(python, tmp_path):
+    """What one process compiled and another loads is not taken for what that one compiles itself."""
+    orders = ["evaluation", "evaluation backward", "backward evaluation forward", "forward backward"]
+    for order in orders:
+        python(PHASES.format(order=order), NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_parts_of_kernels_have_names_of_their_own():
+    """Two of one name and the same types could be taken for each other: see nbbn.compiler.variant."""
+    parts = [part for module in (tiles, kernels, formulas) for part in vars(module).values()]
+    dispatchers = {id(part): part for part in parts if isinstance(part, numba.core.dispatcher.Dispatcher)}
+    names = [part.py_func.__qualname__ for part in dispatchers.values()]
+    assert len(names) > 40
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_edited_helper_is_compiled_anew(python, compiled, tmp_path):
+    """An edit to a formula, in another file than the kernels', shows in the results, and undone too."""
+    package, cache = (shutil.copytree(path, tmp_path / path.name) for path in compiled[:2])
+    environment = {"package": package, "NUMBA_CACHE_DIR": str(cache)}
+    helper = package / "nbbn" / "formulas.py"
+    source, times = helper.read_text(), helper.stat()
+    edited = source.replace("return 1.0 / math.sqrt(var + eps)", "return 2.0 / math.sqrt(var + eps)")
+    assert edited != source, "the formula of invstd is written differently now: edit this test"
+    before = eval(python(EVALUATE, **environment))
+    helper.write_text(edited)
+    os.utime(helper, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a copy or a checkout may have it
+    after = eval(python(EVALUATE, **environment))
+    assert after == [[[2 * v for v in row] for row in plane] for plane in before]
+    helper.write_text(source)
+    assert eval(python(EVALUATE, **environment)) == before
+
+
+def unwritable(path):
+    """Return a path below which nobody can make a folder, whoever runs the tests."""
+    path.write_text("a file, not a folder")
+    return path / "cache"
+
+
+def test_unwritable_cache(python, tmp_path):
+    """It only means another one, or none: see the next tests for a package that has nowhere to write."""
+    code = WORK + "print(work(*arrays()))"
+    nowhere = unwritable(tmp_path / "file")
+    assert python(code, NUMBA_CACHE_DIR=str(nowhere)) == python(code)
+
+
+@pytest.mark.parametrize("pattern", ["*.nbc", "*.nbi"])
+def test_broken_cache(python, compiled, tmp_path, pattern):
+    """Files that were cut short, are empty, or are something else, are not believed."""
+    package, cache, expected = compiled
+    broken = shutil.copytree(cache, tmp_path / "cache")
+    paths = sorted(broken.rglob(pattern))
+    assert len(paths) >= 2
+    for k, path in enumerate(paths):
+        data = path.read_bytes()
+        path.write_bytes((data[: len(data) // 2], bytes(len(data)), b"")[k % 3])
+    environment = {"package": package, "NUMBA_CACHE_DIR": str(broken)}
+    assert python(EVALUATE, **environment) == expected
+    assert python(EVALUATE, **environment) == expected
+
+
+def test_processes_with_one_fresh_cache(python, compiled, tmp_path):
+    """Two that compile the same kernels at the same time, into the same files; then one that loads."""
+    package, _, expected = compiled
+    environment = {"package": package, "NUMBA_CACHE_DIR": str(tmp_path)}
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: python(EVALUATE, **environment), range(2)))
+    assert results == [expected] * 2
+    assert python(EVALUATE, **environment) == expected
+
+
+def test_package_in_a_folder_that_is_read_only(python, compiled, tmp_path):
+    """And no home either: where Numba would cache beside the sources, and cannot."""
+    package = shutil.copytree(compiled[0], tmp_path / "package")
+    for folder in [package / "nbbn", *(p for p in (package / "nbbn").rglob("*") if p.is_dir())]:
+        (folder / "__pycache__").write_text("a file, so that no folder can be made here")
+    home = str(unwritable(tmp_path / "home"))
+    environment = {"HOME": home, "XDG_CACHE_HOME": home, "LOCALAPPDATA": home}
+    parallel = """
+stats = nbbn.batch_stats(np.broadcast_to(np.arange(100.0), (4, 100, 100)), axis=-1)
+assert stats.mean.tolist() == list(range(100)) and not stats.var.any()
+"""
+    assert python(EVALUATE + parallel, package=package, **environment) == compiled[2]
+
+
+def test_warmup_compiles_all_that_is_used(python):
+    """After it, calls of these types load and compile nothing more; nor does a second warm-up."""
+    python(
+        """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+"""
+        + WORK
+        + """
+def kernels():
+    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
+
+nbbn.warmup(["float32"])
+before = kernels()
+assert before
+work(*arrays())
+work(*(v[:2, :3, :4] for v in arrays()))
+nbbn.batch_stats(arrays()[0])
+nbbn.warmup(["float32"])
+assert kernels() == before, opened
+nbbn.batch_norm(arrays()[0].astype(float), np.zeros(8), np.ones(8))
+assert kernels() > before, "this test does not see what is loaded"
+"""
+    )
+
+
+def test_killed_process_leaves_a_usable_cache(python, compiled, tmp_path):
+    """Killed while it compiles or writes: the next one must not believe half a file."""
+    package, _, expected = compiled
+    for seconds in (0.7, 1.1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", EVALUATE],
+            cwd=package,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            stdout=subprocess.DEVNULL,
+        )
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    assert python(EVALUATE, package=package, NUMBA_CACHE_DIR=str(tmp_path)) == expected
