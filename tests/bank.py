@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cases import HALF, Shape, activations, parameter, running_statistics
+from cases import Shape, activations, columns_for, parameter, running_statistics
 from reference import finfo
 
 
@@ -170,7 +170,7 @@ def strided_statistics(rng, dtype):
 
 def types_of_parameters(rng, dtype):
     """None, float32, float64, and x's own."""
-    kinds = dict.fromkeys((np.float32, np.float64, *([dtype] if dtype in HALF else [])))
+    kinds = columns_for(dtype)
     for shape in (Shape((4, 5, 7)), Shape((9, 4, 19), 2)):
         for weight, bias in itertools.product((None, *kinds), repeat=2):
             for statistics in itertools.product(kinds, repeat=2):
