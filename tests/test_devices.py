@@ -305,7 +305,7 @@ def test_other_errors(gpus, host, kind):
         (ValueError, "out must not overlap x", lambda: nbbn.batch_norm_forward(one, out=other)),
         (ValueError, "out must not overlap weight", lambda: nbbn.batch_norm_forward(
             x, one.like(one.lies()[0, :, 0, 0]), out=one)),
-        (TypeError, "x must be float32, float64, float16 or bfloat16.*int32", lambda: nbbn.batch_norm_forward(integers)),
+        (TypeError, "x must be .* or bfloat16.*int32", lambda: nbbn.batch_norm_forward(integers)),
         (TypeError, "out must have x's dtype", lambda: nbbn.batch_norm_forward(x, out=double)),
         (ValueError, "running_mean", lambda: nbbn.batch_norm(x)),
         (ValueError, "one value per channel", lambda: nbbn.batch_norm_forward(single)),

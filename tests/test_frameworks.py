@@ -11,7 +11,7 @@ import pytest
 
 import nbbn
 from cases import (
-    DTYPES,
+    HALF,
     LAYOUTS,
     PARAMETER_TYPES,
     Shape,
@@ -116,6 +116,7 @@ class JaxLibrary(Library):
         return {"contiguous": np.ascontiguousarray}
 
 
+WIDE = (np.float32, np.float64)
 LIBRARIES = {"torch": TorchLibrary, "jax": JaxLibrary, "standard": StandardLibrary}
 
 
@@ -164,7 +165,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("dtype", WIDE, ids=type_id)
 @pytest.mark.parametrize("types", PARAMETER_TYPES, ids=type_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_functions(rng, library, shape, types, dtype):
@@ -193,7 +194,7 @@ def test_functions(rng, library, shape, types, dtype):
     same(library, gradients, backward)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("dtype", WIDE, ids=type_id)
 def test_training_updates_in_place(rng, library, dtype):
     x = activations(rng, Shape((4, 5, 7)), dtype)
     expected = running_statistics(rng, 5)
@@ -353,7 +354,7 @@ def test_overlaps(rng, library, duplicate):
     assert bits(buffer) == before
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("dtype", WIDE, ids=type_id)
 def test_module(rng, library, dtype):
     """Parameters are NumPy's; outputs and gradients of x are of x's kind."""
     ours, other = nbbn.BatchNorm(5, dtype=dtype), nbbn.BatchNorm(5, dtype=dtype)
@@ -383,6 +384,61 @@ def test_merge(rng, library):
     merged = nbbn.batch_stats(library.of(x[:3])).merge(nbbn.batch_stats(library.of(x[3:])))
     assert (merged.count == 8 and isinstance(merged.mean, library.kind)) or library.kind is Standard
     np.testing.assert_allclose(library.numpy(merged.mean), expected.mean, rtol=1e-15, atol=1e-15)
+
+
+# --- 16 bits ---------------------------------------------------------------------------------------
+
+
+def as_torch(array):
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch, array.dtype.name)
+    return torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(kind), kind
+
+
+def as_jax(array):
+    jax = pytest.importorskip("jax")
+    return jax.numpy.asarray(array), jax.numpy.dtype(array.dtype)
+
+
+def bits_of(array):
+    """Return the bits of a tensor, or of an array of JAX."""
+    if hasattr(array, "detach"):
+        return array.contiguous().view(sys.modules["torch"].int16).numpy().view(np.uint16)
+    return np.asarray(array).view(np.uint16)
+
+
+@pytest.mark.parametrize("to", [as_torch, as_jax])
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+@pytest.mark.parametrize("dims", [(6, 5, 4, 3), (2, 3), (3, 40, 61, 160)], ids=str)
+def test_half_precision(rng, dims, dtype, to):
+    """The same bits as NumPy's arrays have; those are held against the oracle elsewhere."""
+    shape = Shape(dims)
+    x, dy = activations(rng, shape, dtype, 3.0), activations(rng, shape, dtype)
+    weight, bias = (parameter(rng, shape.channels, dtype) for _ in range(2))
+    expected = nbbn.batch_norm_forward(x, weight, bias)
+    (their_x, kind), (their_dy, _), (their_weight, _), (their_bias, _) = map(to, (x, dy, weight, bias))
+    result = nbbn.batch_norm_forward(their_x, their_weight, their_bias)
+    assert type(result.out) is type(their_x) and result.out.dtype == kind
+    np.testing.assert_array_equal(bits_of(result.out), expected.out.view(np.uint16))
+    np.testing.assert_allclose(np.asarray(result.mean), expected.mean, rtol=1e-6)
+    used = {"mean": expected.mean, "invstd": expected.invstd}
+    gradients = nbbn.batch_norm_backward(their_dy, their_x, their_weight, **used)
+    assert type(gradients.x) is type(their_x) and gradients.x.dtype == kind
+    found = nbbn.batch_norm_backward(dy, x, weight, **used)
+    np.testing.assert_array_equal(bits_of(gradients.x), found.x.view(np.uint16))
+    bn = nbbn.BatchNorm(shape.channels)
+    np.testing.assert_array_equal(bits_of(bn(their_x)), nbbn.BatchNorm(shape.channels)(x).view(np.uint16))
+
+
+def test_half_precision_into_a_tensor(rng, torch):
+    x = activations(rng, Shape((6, 5, 4, 3)), np.float32)
+    for kind in (torch.float16, torch.bfloat16):
+        tensor = torch.from_numpy(x).to(kind)
+        out = torch.full_like(tensor, torch.nan)
+        assert nbbn.batch_norm_forward(tensor, out=out).out is out
+        np.testing.assert_array_equal(bits_of(out), bits_of(nbbn.batch_norm_forward(tensor).out))
+        with pytest.raises(TypeError, match=r"^out must have x's dtype (b?float16), got float32"):
+            nbbn.batch_norm_forward(tensor, out=out.float())
 
 
 # --- what is refused -------------------------------------------------------------------------------
