@@ -15,9 +15,10 @@ from nbbn.cuda.run import Run
 from nbbn.dispatch import Problem
 from reference import rows
 
-plan.THREADS, plan.LANES, plan.RADIX = 4, 2, 2
-plan.BLOCKS, plan.FINISHERS = 6, (2, 4)
-plan.RESIDENT_THREADS = ((1 << 9, 2), (1 << 62, 4))
+plan.THREADS, plan.LANES, plan.RADIX, plan.WARP = 4, 2, 2, 2
+plan.BLOCKS, plan.FINISHERS = 6, (1, 2, 4)
+plan.RESIDENT_THREADS = ((1 << 9, 4), (1 << 62, 8))
+plan.TILE_BYTES, plan.TEAM_BYTES = 16, 64
 target.RESERVED = 1 << 10  # of the 16 KB of shared memory that the simulated device has
 
 ABSENT = (0, 0, 0)
@@ -162,7 +163,7 @@ def forms(case):
         (
             "columns" if one.columns else "rows",
             "vectors" if one.width > 1 else "elements",
-            "parts" if one.parts > 1 else "one part",
+            "parts" if one.general.cut.parts > 1 else "one part",
             "resident" if one.resident is not None else "general",
         )
         for one in plans

@@ -1,12 +1,13 @@
 """The kernels: the stages of batch normalization, each cut into blocks by the shape alone.
 
 A kernel is compiled for a type, a width of access and a number of threads, which take the place of the
-names below (`nbbn.cuda.target.specialize`). Two ways through an array:
+names below (`nbbn.cuda.target.specialize`). A block takes a tile of channels, and of each a part. Two
+ways through an array:
 
-* *rows*: a block takes a part of one channel, its elements counted in the order of the walk; a thread
-  takes every THREADS-th access of WIDTH elements of it.
-* *columns*: channels lie side by side, with nothing inside of them. A block takes a tile of channels,
-  LANES threads wide, and some outer steps.
+* *rows*: a lane of MEMBERS threads has one channel, whose elements are counted in the order of the walk;
+  a thread takes every MEMBERS-th access of WIDTH elements of it.
+* *columns*: channels lie side by side, with nothing inside of them. LANES threads side by side have WIDTH
+  channels each, and one outer step; a thread takes every MEMBERS-th step.
 
 Values are loaded into registers, UNROLLED accesses at a time, summed up, looked at again there with
 their own mean, and merged into what the block knows. So no sum is taken around a guess, and memory is
@@ -43,9 +44,11 @@ from nbbn.formulas import (
 )
 
 # What a kernel is compiled for.
-real = np.float32
-KIND = np.dtype(real)
-SIZE = 4  # bytes of an element
+real = np.float32  # what results are computed in
+KIND = np.dtype(real)  # of what is kept in shared memory
+SIZE = 4  # bytes of an element of an array
+REAL = np.dtype(real)
+REAL_SIZE = 4
 WIDTH = 4  # elements of an access: 1, or those of 16 bytes
 ALIGNED = True  # whether those lie at multiples of 16 bytes; who takes what does not depend on it
 UNROLLED = 4  # accesses of a thread whose values are in registers at once
@@ -53,8 +56,18 @@ VALUES = 16  # WIDTH · UNROLLED
 EVEN = True  # whether there is one outer dimension, all steps of which are equal
 EXACT = False  # whether sums of `real` in float64 must be compensated to be good to their last bit
 THREADS = 256  # of a block
-LANES = 32  # threads side by side in a tile of columns
-TEAMS = False  # whether several blocks share a channel
+COLUMNS = False
+LANES = 1  # of a block; a power of two
+MEMBERS = 256  # threads of a lane: THREADS / LANES
+OWN = 1  # channels of a thread: WIDTH in columns
+ALONG = 4  # elements of an access that are of one channel: WIDTH in rows
+TILE = 1  # channels of a block: LANES · OWN
+CHUNK = 4096  # elements of a channel that are in registers at once: MEMBERS · ALONG · UNROLLED
+PITCH = 1  # threads from a member of a lane to the next: LANES in columns
+NUMBERS = 5  # 5 · OWN
+TABLE = 5  # 5 · TILE
+RESIDENT = False  # whether channels stay in shared memory
+TEAMS = False  # whether several blocks share a tile
 RADIX = 8  # partial sums that one thread adds up; a power of two, as THREADS is
 
 # --- where things are --------------------------------------------------------------------------------
@@ -65,6 +78,37 @@ def divided(a, b):
     """Return the quotient and the remainder of two integers that are not negative."""
     quotient = int64(uint64(a) // uint64(b))  # unsigned: without the cases of Python's own
     return quotient, a - quotient * b
+
+
+@part
+def lane_of():
+    """Return which lane a thread is in, and which member of it the thread is."""
+    t = int64(cuda.threadIdx.x)
+    if LANES == 1:
+        return int64(0), t
+    if COLUMNS:
+        member, lane = divided(t, LANES)
+        return lane, member
+    return divided(t, MEMBERS)
+
+
+@part
+def span(cut, tile, piece):
+    """Return a thread's first channel; of the part that its block takes, the first element, that after the
+    last, and the latter as the thread sees it: nothing is left to one without a channel.
+    """  # noqa: D205
+    c = tile * TILE + lane_of()[0] * OWN
+    first = piece * cut.part
+    last = min(first + cut.part, cut.outer * cut.inner)
+    if TILE == 1 or c < cut.channels:
+        return c, first, last, last
+    return c, first, last, first
+
+
+@part
+def tiles_of(cut):
+    """Return how many tiles there are."""
+    return divided(cut.channels + TILE - 1, TILE)[0]
 
 
 @part
@@ -101,44 +145,49 @@ def set_parameter(where, c, value):
 
 
 @part
-def get(address, row, cut, c):
-    """Return element [row, c] of float64[:, channels]."""
-    return load(address + 8 * (row * cut.channels + c), np.float64)
-
-
-@part
 def put(address, row, cut, c, value):
     """Set element [row, c] of float64[:, channels]."""
     store(address + 8 * (row * cut.channels + c), value)
 
 
 @part
-def table(arrays, row, cut, c):
-    """Return number `row` of what a channel's result is computed with."""
-    return load(arrays.tables + SIZE * (row * cut.channels + c), real)
+def get_four(address, piece, pitch, c):
+    """Return elements [piece, :, c] of float64[:, 4, pitch]: what is known of a part of a channel."""
+    at = address + 8 * (piece * 4 * pitch + c)
+    return (
+        load(at, np.float64),
+        load(at + 8 * pitch, np.float64),
+        load(at + 16 * pitch, np.float64),
+        load(at + 24 * pitch, np.float64),
+    )
 
 
 @part
-def set_table(arrays, row, cut, c, value):
-    """Set it."""
-    store(arrays.tables + SIZE * (row * cut.channels + c), real(value))
+def put_four(address, piece, pitch, c, four):
+    """Set them."""
+    at = address + 8 * (piece * 4 * pitch + c)
+    store(at, four[0])
+    store(at + 8 * pitch, four[1])
+    store(at + 16 * pitch, four[2])
+    store(at + 24 * pitch, four[3])
 
 
-@part
-def partial(piece, row):
-    """Return the row of the partials where a part leaves its number `row`."""
-    return piece * 4 + row
+# --- a thread's elements -----------------------------------------------------------------------------
 
 
 @part
 def begin(cut, first):
-    """Return where a thread's walk over the elements of a channel begins: outer step and inner element."""
-    return divided(first + cuda.threadIdx.x * WIDTH, cut.inner)
+    """Return where a thread's walk over a channel's elements begins: outer step and inner element."""
+    if COLUMNS:
+        return int64(0), int64(0)  # the element is the step
+    return divided(first + lane_of()[1] * ALONG, cut.inner)
 
 
 @part
 def advance(cut, step, inner):
     """Return where the next access is."""
+    if COLUMNS:
+        return step, inner
     step += cut.step_outer
     inner += cut.step_inner
     if inner >= cut.inner:
@@ -155,39 +204,24 @@ def advance_all(cut, step, inner):
 
 
 @part
-def take(at, step, values, u):
-    """Load the elements of one access, `step` bytes apart."""
+def address_of(cut, operand, c, step, inner, element):
+    """Return the address of an access, and the bytes from an element of it to the next."""
+    if COLUMNS:
+        return step_address(cut, operand, element) + c * SIZE, int64(SIZE)
+    return step_address(cut, operand, step) + c * operand.channel + inner * operand.inner, operand.inner
+
+
+@part
+def take(where, values, u):
+    """Load the elements of one access."""
+    at, gap = where
     if ALIGNED:
         vector = load_vector(at, real)
         for k in range(WIDTH):
             values[u * WIDTH + k] = vector[k]
     else:
         for k in range(WIDTH):
-            values[u * WIDTH + k] = load(at + k * step, real)
-
-
-@part
-def leave(at, step, values, u):
-    """Store the elements of one access, `step` bytes apart."""
-    if ALIGNED:
-        store_vector(at, vector_of(values, u))
-    else:
-        for k in range(WIDTH):
-            store(at + k * step, values[u * WIDTH + k])
-
-
-@part
-def fetch(cut, operand, c, step, inner, element, last, values):
-    """Load what a thread has of the next elements of a channel into `values`, and zeros beyond `last`."""
-    for u in range(UNROLLED):
-        if element < last:
-            at = step_address(cut, operand, step) + c * operand.channel + inner * operand.inner
-            take(at, operand.inner, values, u)
-        else:
-            for k in range(WIDTH):
-                values[u * WIDTH + k] = real(0)
-        element += THREADS * WIDTH
-        step, inner = advance(cut, step, inner)
+            values[u * WIDTH + k] = load(at + k * gap, real)
 
 
 @part
@@ -199,14 +233,72 @@ def vector_of(values, u):
 
 
 @part
-def write(cut, operand, c, step, inner, element, last, values):
+def leave(where, values, u):
+    """Store the elements of one access."""
+    at, gap = where
+    if ALIGNED:
+        store_vector(at, vector_of(values, u))
+    else:
+        for k in range(WIDTH):
+            store(at + k * gap, values[u * WIDTH + k])
+
+
+@part
+def fetch(cut, operand, c, step, inner, element, stop, values):
+    """Load what a thread has of the next elements of its channels into `values`, and zeros from `stop` on."""
+    for u in range(UNROLLED):
+        if element < stop:
+            take(address_of(cut, operand, c, step, inner, element), values, u)
+        else:
+            for k in range(WIDTH):
+                values[u * WIDTH + k] = real(0)
+        element += MEMBERS * ALONG
+        step, inner = advance(cut, step, inner)
+
+
+@part
+def write(cut, operand, c, step, inner, element, stop, values):
     """Store what `fetch` would load."""
     for u in range(UNROLLED):
-        if element < last:
-            at = step_address(cut, operand, step) + c * operand.channel + inner * operand.inner
-            leave(at, operand.inner, values, u)
-        element += THREADS * WIDTH
+        if element < stop:
+            leave(address_of(cut, operand, c, step, inner, element), values, u)
+        element += MEMBERS * ALONG
         step, inner = advance(cut, step, inner)
+
+
+@part
+def shelf(first, last, element):
+    """Return which access of its block's an element begins, and how many there are, in shared memory."""
+    accesses = (last - first) // ALONG
+    lane, _ = lane_of()
+    at = (element - first) // ALONG * PITCH
+    if COLUMNS:
+        return at + lane, accesses * LANES
+    return at + lane * accesses, accesses * LANES
+
+
+@part
+def keep(kept, plane, first, last, element, stop, values):
+    """Put a thread's values where no other thread looks: a plane of shared memory for each of them."""
+    place, room = shelf(first, last, element)
+    for u in range(UNROLLED):
+        if element < stop:
+            for k in range(WIDTH):
+                kept[(plane + k) * room + place] = values[u * WIDTH + k]
+        element += MEMBERS * ALONG
+        place += MEMBERS * PITCH
+
+
+@part
+def kept_values(kept, plane, first, last, element, stop, values):
+    """Get them back."""
+    place, room = shelf(first, last, element)
+    for u in range(UNROLLED):
+        if element < stop:
+            for k in range(WIDTH):
+                values[u * WIDTH + k] = real(kept[(plane + k) * room + place])
+        element += MEMBERS * ALONG
+        place += MEMBERS * PITCH
 
 
 # --- sums --------------------------------------------------------------------------------------------
@@ -237,40 +329,99 @@ def plus_product(total, lost, a, b):
 
 
 @part
-def block_sum(total, lost, high, low):
-    """Return the sum over all threads of a block, to each of them, and what it lost.
+def clear(numbers):
+    """Set a thread's numbers, one for each of its channels, to 0."""
+    for k in range(OWN):
+        numbers[k] = 0.0
+
+
+@part
+def shared_sum(total, lost, high, low, member, members, pitch):
+    """Return the sum over so many threads, `pitch` apart, to each of them, and what it lost.
 
     `high` and `low` are shared memory. Sums of RADIX, in a fixed order, until few are left, which every
     thread adds up.
     """
-    t = cuda.threadIdx.x
+    t = int64(cuda.threadIdx.x)
     cuda.syncthreads()  # what was there before has been read
     high[t] = total
     low[t] = lost
     cuda.syncthreads()
-    width = THREADS
+    width = members
     while width > RADIX:
         width //= RADIX
-        if t < width:
+        if member < width:
             total, lost = high[t], low[t]
             for k in range(1, RADIX):
-                total, lost = plus(total, lost + low[t + k * width], high[t + k * width])
+                other = t + k * width * pitch
+                total, lost = plus(total, lost + low[other], high[other])
             high[t] = total
             low[t] = lost
         cuda.syncthreads()
-    total, lost = high[0], low[0]
+    first = t - member * pitch
+    total, lost = high[first], low[first]
     for k in range(1, width):
-        total, lost = plus(total, lost + low[k], high[k])
+        total, lost = plus(total, lost + low[first + k * pitch], high[first + k * pitch])
     return total, lost
 
 
 @part
-def sum_of(values):
-    """Return the sum of a thread's values, and what it lost."""
+def lane_sum(total, lost, high, low):
+    """Return the sum over the threads of a lane."""
+    return shared_sum(total, lost, high, low, lane_of()[1], MEMBERS, PITCH)
+
+
+@part
+def kept_squares(kept, first, last, stop, means, totals, losses):
+    """Set the sums of squared deviations from the means of what a thread has kept."""
+    clear(totals)
+    clear(losses)
+    _, member = lane_of()
+    place, room = shelf(first, last, first + member * ALONG)
+    for _ in range(first + member * ALONG, stop, MEMBERS * ALONG):
+        for i in range(WIDTH):
+            k = i // ALONG
+            square = squared_deviation(float64(kept[i * room + place]), means[k])
+            totals[k], losses[k] = plus_some(totals[k], losses[k], square)
+        place += MEMBERS * PITCH
+
+
+@part
+def sum_of(values, k):
+    """Return the sum of what a thread has of one of its channels, and what it lost."""
     total = lost = float64(0)
-    for k in range(VALUES):
-        total, lost = plus_some(total, lost, float64(values[k]))
+    for u in range(UNROLLED):
+        for j in range(ALONG):
+            total, lost = plus_some(total, lost, float64(values[u * WIDTH + k * ALONG + j]))
     return total, lost
+
+
+@part
+def squares_of(values, k, mean, element, stop):
+    """Return the sum of squared deviations from the mean, and what it lost."""
+    total = lost = float64(0)
+    for u in range(UNROLLED):
+        if element < stop:
+            for j in range(ALONG):
+                square = squared_deviation(float64(values[u * WIDTH + k * ALONG + j]), mean)
+                total, lost = plus_some(total, lost, square)
+        element += MEMBERS * ALONG
+    return total, lost
+
+
+@part
+def products_of(values, others, k, mean, element, stop):
+    """Return Σ dy and Σ dy · (x - mean), each with what it lost."""
+    total = lost = product = product_lost = float64(0)
+    for u in range(UNROLLED):
+        if element < stop:
+            for j in range(ALONG):
+                dy = float64(values[u * WIDTH + k * ALONG + j])
+                deviation = float64(others[u * WIDTH + k * ALONG + j]) - mean
+                total, lost = plus_some(total, lost, dy)
+                product, product_lost = plus_product(product, product_lost, dy, deviation)
+        element += MEMBERS * ALONG
+    return total, lost, product, product_lost
 
 
 @part
@@ -284,340 +435,10 @@ def merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2):
     return count + more, mean, rest, m2
 
 
-# --- statistics --------------------------------------------------------------------------------------
-
-
-@part
-def look(cut, operand, c, first, last, high, low):
-    """Return count, mean, its rest, and m2 of the elements first … last - 1 of a channel."""
-    values = cuda.local.array(VALUES, real)
-    step, inner = begin(cut, first)
-    count = int64(0)
-    mean = float64(0)
-    rest = float64(0)
-    m2 = float64(0)
-    for start in range(first, last, THREADS * VALUES):
-        element = start + cuda.threadIdx.x * WIDTH
-        more = min(int64(THREADS * VALUES), last - start)
-        fetch(cut, operand, c, step, inner, element, last, values)
-        total, lost = sum_of(values)
-        total, lost = block_sum(total, lost, high, low)
-        its_mean, its_rest = mean_of(total, lost, float64(more))
-        total = lost = float64(0)
-        for u in range(UNROLLED):
-            if element < last:
-                for k in range(WIDTH):
-                    square = squared_deviation(float64(values[u * WIDTH + k]), its_mean)
-                    total, lost = plus_some(total, lost, square)
-            element += THREADS * WIDTH
-            step, inner = advance(cut, step, inner)
-        total, lost = block_sum(total, lost, high, low)
-        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, total + lost)
-    return count, mean, rest, m2
-
-
-def collect_rows(arrays, cut):
-    """Statistics of parts of channels into the partials. Blocks: channels × parts."""
-    high = cuda.shared.array(THREADS, np.float64)
-    low = cuda.shared.array(THREADS, np.float64)
-    c, piece = divided(int64(cuda.blockIdx.x), cut.parts)
-    first = piece * cut.part
-    last = min(first + cut.part, cut.outer * cut.inner)
-    _, mean, rest, m2 = look(cut, arrays.x, c, first, last, high, low)
-    if cuda.threadIdx.x == 0:
-        put_statistics(arrays, cut, piece, c, mean, rest, m2)
-
-
-@part
-def part_count(cut, piece):
-    """Return how many values of a channel are in a part; of rows, or of columns, whose inner is 1."""
-    return max(int64(0), min(cut.part, cut.outer * cut.inner - piece * cut.part))
-
-
-@part
-def statistics_of(cut, numbers, m2):
-    """Return the variance of a channel, and what it is normalized with."""
-    var = variance(m2, float64(cut.outer * cut.inner))
-    return var, float64(inverse_deviation(var, numbers.eps))
-
-
-@part
-def put_results(arrays, cut, numbers, c, mean, var, invstd):
-    """Leave a channel's statistics; update the running ones."""
-    put(arrays.stats, 0, cut, c, mean)
-    put(arrays.stats, 1, cut, c, var)
-    put(arrays.stats, 2, cut, c, invstd)
-    if arrays.mean.address != 0:
-        old = parameter(arrays.mean, c, float64(0))
-        set_parameter(arrays.mean, c, running(old, mean, numbers.momentum))
-    if arrays.var.address != 0:
-        old = parameter(arrays.var, c, float64(0))
-        new = unbiased(var, float64(cut.outer * cut.inner), numbers.correction)
-        set_parameter(arrays.var, c, running(old, new, numbers.momentum))
-
-
-@part
-def tables_of(arrays, c, mean, rest, invstd):
-    """Return what a channel is normalized with: mean, scale and shift."""
-    scale = parameter(arrays.weight, c, float64(1)) * invstd
-    rounded = real(mean)
-    lost = (mean - float64(rounded)) + rest
-    shift = shift_of(parameter(arrays.bias, c, float64(0)), lost, scale)
-    return rounded, real(scale), real(shift)
-
-
-@part
-def set_tables(arrays, cut, c, tables):
-    """Leave it for `normalize`."""
-    set_table(arrays, 0, cut, c, tables[0])
-    set_table(arrays, 1, cut, c, tables[1])
-    set_table(arrays, 2, cut, c, tables[2])
-
-
-@part
-def merge_parts(parts, counts, means, rests, m2s):
-    """Merge the statistics of parts, in shared memory, into the first: as a tree, a thread for each pair."""
-    t = cuda.threadIdx.x
-    cuda.syncthreads()
-    width = 1
-    while width < parts:  # not known to the compiler, which would write out every step
-        width *= 2
-    while width > 1:
-        width //= 2
-        if t < width and t + width < parts:
-            counts[t], means[t], rests[t], m2s[t] = merged(
-                counts[t], means[t], rests[t], m2s[t],
-                counts[t + width], means[t + width], rests[t + width], m2s[t + width],
-            )  # fmt: skip
-        cuda.syncthreads()
-
-
-def finish_stats(arrays, cut, numbers):
-    """Partials into mean, var, invstd, the tables and the running statistics. Blocks: channels."""
-    counts = cuda.shared.array(THREADS, np.int64)
-    means = cuda.shared.array(THREADS, np.float64)
-    rests = cuda.shared.array(THREADS, np.float64)
-    m2s = cuda.shared.array(THREADS, np.float64)
-    t = int64(cuda.threadIdx.x)
-    c = int64(cuda.blockIdx.x)
-    if t < cut.parts:
-        counts[t] = part_count(cut, t)
-        means[t] = get(arrays.partials, partial(t, 0), cut, c)
-        rests[t] = get(arrays.partials, partial(t, 1), cut, c)
-        m2s[t] = get(arrays.partials, partial(t, 2), cut, c)
-    merge_parts(cut.parts, counts, means, rests, m2s)
-    if t == 0:
-        var, invstd = statistics_of(cut, numbers, m2s[0])
-        put_results(arrays, cut, numbers, c, means[0], var, invstd)
-        set_tables(arrays, cut, c, tables_of(arrays, c, means[0], rests[0], invstd))
-
-
-def use_running_stats(arrays, cut, numbers):
-    """The tables from the running statistics, for evaluation. Threads: channels."""
-    c = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
-    if c < cut.channels:
-        invstd = float64(inverse_deviation(parameter(arrays.var, c, float64(1)), numbers.eps))
-        mean = parameter(arrays.mean, c, float64(0))
-        set_tables(arrays, cut, c, tables_of(arrays, c, mean, float64(0), invstd))
-
-
-# --- normalization -----------------------------------------------------------------------------------
-
-
-def normalize_rows(arrays, cut):
-    """Blocks: channels × parts, the last first: what was read last is still in the cache."""
-    values = cuda.local.array(VALUES, real)
-    c, piece = divided(int64(cuda.gridDim.x) - 1 - int64(cuda.blockIdx.x), cut.parts)
-    first = piece * cut.part
-    last = min(first + cut.part, cut.outer * cut.inner)
-    mean = table(arrays, 0, cut, c)
-    scale = table(arrays, 1, cut, c)
-    shift = table(arrays, 2, cut, c)
-    step, inner = begin(cut, first)
-    for start in range(first, last, THREADS * VALUES):
-        element = start + cuda.threadIdx.x * WIDTH
-        fetch(cut, arrays.x, c, step, inner, element, last, values)
-        for k in range(VALUES):
-            values[k] = normalized(values[k], mean, scale, shift)
-        write(cut, arrays.out, c, step, inner, element, last, values)
-        step, inner = advance_all(cut, step, inner)
-
-
-# --- backward ----------------------------------------------------------------------------------------
-
-
-@part
-def products_of(values, others, mean, element, last):
-    """Return Σ dy and Σ dy · (x - mean) of a thread's values, each with what it lost."""
-    total = lost = product = product_lost = float64(0)
-    for u in range(UNROLLED):
-        if element < last:
-            for k in range(WIDTH):
-                dy = float64(values[u * WIDTH + k])
-                deviation = float64(others[u * WIDTH + k]) - mean
-                total, lost = plus_some(total, lost, dy)
-                product, product_lost = plus_product(product, product_lost, dy, deviation)
-        element += THREADS * WIDTH
-    return total, lost, product, product_lost
-
-
-@part
-def multiply(cut, arrays, c, first, last, mean):
-    """Return a thread's Σ dy and Σ dy · (x - mean) of a part of a channel, each with what it lost."""
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
-    step, inner = begin(cut, first)
-    total = lost = product = product_lost = float64(0)
-    for start in range(first, last, THREADS * VALUES):
-        element = start + cuda.threadIdx.x * WIDTH
-        fetch(cut, arrays.grad_out, c, step, inner, element, last, values)
-        fetch(cut, arrays.x, c, step, inner, element, last, others)
-        more, more_lost, both, both_lost = products_of(values, others, mean, element, last)
-        total, lost = plus(total, lost + more_lost, more)
-        product, product_lost = plus(product, product_lost + both_lost, both)
-        step, inner = advance_all(cut, step, inner)
-    return total, lost, product, product_lost
-
-
-@part
-def put_sums(arrays, cut, piece, c, total, lost, product, product_lost):
-    """Leave the sums of a part of a channel among the partials."""
-    put(arrays.partials, partial(piece, 0), cut, c, total)
-    put(arrays.partials, partial(piece, 1), cut, c, lost)
-    put(arrays.partials, partial(piece, 2), cut, c, product)
-    put(arrays.partials, partial(piece, 3), cut, c, product_lost)
-
-
-@part
-def put_statistics(arrays, cut, piece, c, mean, rest, m2):
-    """Leave the statistics of a part of a channel among the partials."""
-    put(arrays.partials, partial(piece, 0), cut, c, mean)
-    put(arrays.partials, partial(piece, 1), cut, c, rest)
-    put(arrays.partials, partial(piece, 2), cut, c, m2)
-
-
-def reduce_rows(arrays, cut):
-    """Σ dy and Σ dy · (x - mean) of parts of channels into the partials. Blocks: channels × parts."""
-    high = cuda.shared.array(THREADS, np.float64)
-    low = cuda.shared.array(THREADS, np.float64)
-    c, piece = divided(int64(cuda.blockIdx.x), cut.parts)
-    first = piece * cut.part
-    last = min(first + cut.part, cut.outer * cut.inner)
-    mean = parameter(arrays.mean, c, float64(0))
-    total, lost, product, product_lost = multiply(cut, arrays, c, first, last, mean)
-    total, lost = block_sum(total, lost, high, low)
-    product, product_lost = block_sum(product, product_lost, high, low)
-    if cuda.threadIdx.x == 0:
-        put_sums(arrays, cut, piece, c, total, lost, product, product_lost)
-
-
-@part
-def gradients_of(arrays, cut, c, grad_bias, product):
-    """Return grad_weight of a channel, and what its grad_x is computed with."""
-    mean = parameter(arrays.mean, c, float64(0))
-    invstd = parameter(arrays.var, c, float64(1))
-    grad_weight = product * invstd
-    scale = parameter(arrays.weight, c, float64(1)) * invstd
-    rounded = real(mean)
-    lost = mean - float64(rounded)
-    unit = float64(power_of_two(invstd))
-    slope, offset = gradient_parameters(
-        scale, lost, grad_bias, grad_weight, invstd, unit, float64(cut.outer * cut.inner)
-    )
-    if arrays.training == 0:
-        # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
-        rounded = real(0)
-        slope = float64(0)
-    return grad_weight, (rounded, real(scale), real(slope), real(offset), real(unit))
-
-
-def finish_backward(arrays, cut):
-    """Partials into grad_weight, grad_bias and the tables of grad_x. Blocks: channels."""
-    high = cuda.shared.array(THREADS, np.float64)
-    low = cuda.shared.array(THREADS, np.float64)
-    t = int64(cuda.threadIdx.x)
-    c = int64(cuda.blockIdx.x)
-    total = lost = product = product_lost = float64(0)
-    if t < cut.parts:
-        total = get(arrays.partials, partial(t, 0), cut, c)
-        lost = get(arrays.partials, partial(t, 1), cut, c)
-        product = get(arrays.partials, partial(t, 2), cut, c)
-        product_lost = get(arrays.partials, partial(t, 3), cut, c)
-    total, lost = block_sum(total, lost, high, low)
-    product, product_lost = block_sum(product, product_lost, high, low)
-    if t == 0:
-        grad_weight, tables = gradients_of(arrays, cut, c, total + lost, product + product_lost)
-        put(arrays.stats, 0, cut, c, grad_weight)
-        put(arrays.stats, 1, cut, c, total + lost)
-        set_table(arrays, 0, cut, c, tables[0])
-        set_table(arrays, 1, cut, c, tables[1])
-        set_table(arrays, 2, cut, c, tables[2])
-        set_table(arrays, 3, cut, c, tables[3])
-        set_table(arrays, 4, cut, c, tables[4])
-
-
-@part
-def to_gradients(values, others, numbers):
-    """Turn the values of dy, with those of x, into grad_x."""
-    mean, scale, slope, offset, unit = numbers
-    for k in range(VALUES):
-        values[k] = gradient(values[k], others[k], mean, unit, scale, slope, offset)
-
-
-@part
-def gradient_tables(arrays, cut, c):
-    """Return what grad_x of a channel is computed with."""
-    return (
-        table(arrays, 0, cut, c),
-        table(arrays, 1, cut, c),
-        table(arrays, 2, cut, c),
-        table(arrays, 3, cut, c),
-        table(arrays, 4, cut, c),
-    )
-
-
-def apply_rows(arrays, cut):
-    """grad_x. Blocks: channels × parts, the last first."""
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
-    c, piece = divided(int64(cuda.gridDim.x) - 1 - int64(cuda.blockIdx.x), cut.parts)
-    first = piece * cut.part
-    last = min(first + cut.part, cut.outer * cut.inner)
-    numbers = gradient_tables(arrays, cut, c)
-    step, inner = begin(cut, first)
-    for start in range(first, last, THREADS * VALUES):
-        element = start + cuda.threadIdx.x * WIDTH
-        fetch(cut, arrays.grad_out, c, step, inner, element, last, values)
-        fetch(cut, arrays.x, c, step, inner, element, last, others)
-        to_gradients(values, others, numbers)
-        write(cut, arrays.out, c, step, inner, element, last, values)
-        step, inner = advance_all(cut, step, inner)
-
-
-# --- resident: a channel stays in shared memory between its one reading and its writing --------------
+# --- what a block or a team knows of a tile ----------------------------------------------------------
 #
-# A team of blocks, of one or more, shares a channel: each block keeps a part of it, and learns from the
-# others what theirs sum up to.
-
-
-@part
-def keep(kept, room, place, values):
-    """Put a thread's values where no other thread looks: a plane of shared memory for each of them."""
-    for u in range(UNROLLED):
-        if place < room:
-            for k in range(WIDTH):
-                kept[k * room + place] = values[u * WIDTH + k]
-        place += THREADS
-
-
-@part
-def kept_values(kept, room, place, values):
-    """Get them back."""
-    for u in range(UNROLLED):
-        if place < room:
-            for k in range(WIDTH):
-                values[u * WIDTH + k] = kept[k * room + place]
-        place += THREADS
+# In shared memory, thread t's place belongs to channel t % TILE of the tile. A team of blocks, of one or
+# more, shares a tile: each block has a part of it, and learns from the others what theirs sum up to.
 
 
 @part
@@ -640,331 +461,480 @@ def team_barrier(arrays, cut, team, rank):
 
 
 @part
-def place_of(arrays, cut, turn, team, rank):
-    """Return the address of four numbers that a block of a team leaves for the others; turns alternate."""
-    return arrays.partials + 32 * ((turn % 2 * cut.teams + team) * cut.team + rank)
+def notes(arrays, cut, turn, team):
+    """Return where the blocks of a team leave what they know of their parts of a tile.
+
+    Turns alternate between two places: who reads of one turn has not yet come to the barrier of the next.
+    """
+    return arrays.partials + 32 * TILE * ((turn % 2 * cut.teams + team) * cut.team)
 
 
 @part
-def tell(arrays, cut, turn, team, rank, numbers):
-    """Leave what a block knows to its team, and wait until all have done so."""
-    if cuda.threadIdx.x == 0:
-        at = place_of(arrays, cut, turn, team, rank)
-        store(at, numbers[0])
-        store(at + 8, numbers[1])
-        store(at + 16, numbers[2])
-        store(at + 24, numbers[3])
-    team_barrier(arrays, cut, team, rank)
+def tell_statistics(address, piece, pitch, c, means, rests, m2s):
+    """Leave the statistics of a part of a lane's channels."""
+    if lane_of()[1] == 0 and c < pitch:
+        for k in range(OWN):
+            put_four(address, piece, pitch, c + k, (means[k], rests[k], m2s[k], float64(0)))
 
 
 @part
-def told(arrays, cut, turn, team, rank):
-    """Return what a block of the team has left."""
-    at = place_of(arrays, cut, turn, team, rank)
-    return (
-        load(at, np.float64),
-        load(at + 8, np.float64),
-        load(at + 16, np.float64),
-        load(at + 24, np.float64),
-    )
+def tell_sums(address, piece, pitch, c, totals, losses, products, products_lost, high, low):
+    """Leave the sums of a part of a lane's channels."""
+    for k in range(OWN):
+        total, lost = lane_sum(totals[k], losses[k], high, low)
+        product, product_lost = lane_sum(products[k], products_lost[k], high, low)
+        if lane_of()[1] == 0 and c < pitch:
+            put_four(address, piece, pitch, c + k, (total, lost, product, product_lost))
 
 
-def forward_rows(arrays, cut, numbers):
-    """Training forward. Blocks: teams, each of which takes every `teams`-th channel, a part each."""
+@part
+def part_count(cut, piece):
+    """Return how many values of a channel are in a part."""
+    return max(int64(0), min(cut.part, cut.outer * cut.inner - piece * cut.part))
+
+
+@part
+def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
+    """Merge the statistics of parts into shared memory: every thread some of a channel, then as a tree."""
+    t = int64(cuda.threadIdx.x)
+    mine, _ = divided(t, TILE)
+    count = int64(0)
+    mean = rest = m2 = float64(0)
+    for piece in range(mine, parts if c < pitch else int64(0), THREADS // TILE):
+        more = part_count(cut, piece)
+        more_mean, more_rest, more_m2, _ = get_four(address, piece, pitch, c)
+        count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
+    counts[t] = count
+    means[t] = mean
+    rests[t] = rest
+    m2s[t] = m2
+    cuda.syncthreads()
+    width = 1
+    while width < min(
+        parts, int64(THREADS // TILE)
+    ):  # not known to the compiler, which would write out every step
+        width *= 2
+    while width > 1:
+        width //= 2
+        if mine < width:
+            other = t + width * TILE
+            counts[t], means[t], rests[t], m2s[t] = merged(
+                counts[t], means[t], rests[t], m2s[t], counts[other], means[other], rests[other], m2s[other]
+            )  # fmt: skip
+        cuda.syncthreads()
+
+
+@part
+def pool_sums(address, pitch, c, parts, high, low):
+    """Return what the four numbers of all parts sum up to, to every thread of a channel."""
+    mine, _ = divided(int64(cuda.threadIdx.x), TILE)
+    total = lost = product = product_lost = float64(0)
+    for piece in range(mine, parts if c < pitch else int64(0), THREADS // TILE):
+        four = get_four(address, piece, pitch, c)
+        total, lost = plus(total, lost + four[1], four[0])
+        product, product_lost = plus(product, product_lost + four[3], four[2])
+    total, lost = shared_sum(total, lost, high, low, mine, THREADS // TILE, TILE)
+    product, product_lost = shared_sum(product, product_lost, high, low, mine, THREADS // TILE, TILE)
+    return total + lost, product + product_lost
+
+
+# --- statistics --------------------------------------------------------------------------------------
+
+
+def collect(arrays, cut):
+    """Statistics of parts of tiles into the partials. Blocks: tiles × parts."""
+    high = cuda.shared.array(THREADS, np.float64)
+    low = cuda.shared.array(THREADS, np.float64)
+    values = cuda.local.array(VALUES, real)
+    means = cuda.local.array(OWN, np.float64)
+    rests = cuda.local.array(OWN, np.float64)
+    m2s = cuda.local.array(OWN, np.float64)
+    tile, piece = divided(int64(cuda.blockIdx.x), cut.parts)
+    c, first, last, stop = span(cut, tile, piece)
+    _, member = lane_of()
+    clear(means)
+    clear(rests)
+    clear(m2s)
+    count = int64(0)
+    step, inner = begin(cut, first)
+    for start in range(first, last, CHUNK):
+        element = start + member * ALONG
+        more = min(int64(CHUNK), last - start)
+        fetch(cut, arrays.x, c, step, inner, element, stop, values)
+        for k in range(OWN):
+            total, lost = sum_of(values, k)
+            total, lost = lane_sum(total, lost, high, low)
+            mean, rest = mean_of(total, lost, float64(more))
+            total, lost = squares_of(values, k, mean, element, stop)
+            total, lost = lane_sum(total, lost, high, low)
+            _, means[k], rests[k], m2s[k] = merged(
+                count, means[k], rests[k], m2s[k], more, mean, rest, total + lost
+            )
+        count += more
+        step, inner = advance_all(cut, step, inner)
+    tell_statistics(arrays.partials, piece, cut.channels, c, means, rests, m2s)
+
+
+@part
+def to_normalize(arrays, c, mean, rest, invstd, table):
+    """Set what a channel is normalized with: mean, scale and shift."""
+    scale = parameter(arrays.weight, c, float64(1)) * invstd
+    rounded = real(mean)
+    lost = (mean - float64(rounded)) + rest
+    table[0] = rounded
+    table[1] = real(scale)
+    table[2] = real(shift_of(parameter(arrays.bias, c, float64(0)), lost, scale))
+
+
+@part
+def finish_channel(arrays, cut, numbers, c, mean, rest, m2, report, table):
+    """Set what a channel is normalized with.
+
+    To report it is to leave its statistics, and to update the running ones.
+    """
+    count = float64(cut.outer * cut.inner)
+    var = variance(m2, count)
+    invstd = float64(inverse_deviation(var, numbers.eps))
+    if report:
+        put(arrays.stats, 0, cut, c, mean)
+        put(arrays.stats, 1, cut, c, var)
+        put(arrays.stats, 2, cut, c, invstd)
+        if arrays.mean.address != 0:
+            old = parameter(arrays.mean, c, float64(0))
+            set_parameter(arrays.mean, c, running(old, mean, numbers.momentum))
+        if arrays.var.address != 0:
+            old = parameter(arrays.var, c, float64(0))
+            new = unbiased(var, count, numbers.correction)
+            set_parameter(arrays.var, c, running(old, new, numbers.momentum))
+    to_normalize(arrays, c, mean, rest, invstd, table)
+
+
+@part
+def put_table(arrays, cut, c, rows, table):
+    """Leave what a channel's results are computed with, for another kernel."""
+    for row in range(rows):
+        store(arrays.tables + REAL_SIZE * (row * cut.channels + c), table[row])
+
+
+@part
+def channel_of():
+    """Return which channel a thread works for where parts are pooled."""
+    return int64(cuda.blockIdx.x) * TILE + divided(int64(cuda.threadIdx.x), TILE)[1]
+
+
+def finish_stats(arrays, cut, numbers):
+    """Partials into mean, var, invstd, the tables and the running statistics. Blocks: tiles."""
+    counts = cuda.shared.array(THREADS, np.int64)
+    means = cuda.shared.array(THREADS, np.float64)
+    rests = cuda.shared.array(THREADS, np.float64)
+    m2s = cuda.shared.array(THREADS, np.float64)
+    table = cuda.local.array(3, real)
+    t = int64(cuda.threadIdx.x)
+    c = channel_of()
+    pool_statistics(cut, arrays.partials, cut.channels, c, cut.parts, counts, means, rests, m2s)
+    if t < TILE and c < cut.channels:
+        finish_channel(arrays, cut, numbers, c, means[t], rests[t], m2s[t], True, table)
+        put_table(arrays, cut, c, 3, table)
+
+
+def use_running_stats(arrays, cut, numbers):
+    """The tables from the running statistics, for evaluation. Threads: channels."""
+    table = cuda.local.array(3, real)
+    c = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
+    if c < cut.channels:
+        invstd = float64(inverse_deviation(parameter(arrays.var, c, float64(1)), numbers.eps))
+        to_normalize(arrays, c, parameter(arrays.mean, c, float64(0)), float64(0), invstd, table)
+        put_table(arrays, cut, c, 3, table)
+
+
+# --- normalization -----------------------------------------------------------------------------------
+
+
+@part
+def get_tables(arrays, cut, c, rows, numbers):
+    """Get what the results of a thread's channels are computed with."""
+    for row in range(rows):
+        for k in range(OWN):
+            numbers[row * OWN + k] = real(0)
+            if TILE == 1 or c < cut.channels:
+                numbers[row * OWN + k] = load(arrays.tables + REAL_SIZE * (row * cut.channels + c + k), real)
+
+
+@part
+def own_tables(tables, rows, numbers):
+    """Get the same from shared memory."""
+    for row in range(rows):
+        for k in range(OWN):
+            numbers[row * OWN + k] = tables[row * TILE + lane_of()[0] * OWN + k]
+
+
+@part
+def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
+    """Normalize a part of a thread's channels."""
+    _, member = lane_of()
+    step, inner = begin(cut, first)
+    for start in range(first, last, CHUNK):
+        element = start + member * ALONG
+        if RESIDENT:
+            kept_values(kept, 0, first, last, element, stop, values)
+        else:
+            fetch(cut, arrays.x, c, step, inner, element, stop, values)
+        for i in range(VALUES):
+            k = i % WIDTH // ALONG
+            values[i] = normalized(values[i], numbers[k], numbers[OWN + k], numbers[2 * OWN + k])
+        write(cut, arrays.out, c, step, inner, element, stop, values)
+        step, inner = advance_all(cut, step, inner)
+
+
+@part
+def reversed_block():
+    """Return the block's number from the last: what was read last is still in the cache."""
+    return int64(cuda.gridDim.x) - 1 - int64(cuda.blockIdx.x)
+
+
+def normalize(arrays, cut):
+    """The result, or grad_x in evaluation. Blocks: tiles × parts, the last first."""
+    kept = cuda.shared.array(0, KIND)  # nothing
+    values = cuda.local.array(VALUES, real)
+    numbers = cuda.local.array(NUMBERS, real)
+    tile, piece = divided(reversed_block(), cut.parts)
+    c, first, last, stop = span(cut, tile, piece)
+    get_tables(arrays, cut, c, 3, numbers)
+    normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values)
+
+
+def forward(arrays, cut, numbers):
+    """Training forward. Blocks: teams, each of which takes every `teams`-th tile, a part each.
+
+    A tile stays in shared memory between its one reading and its writing.
+    """
     kept = cuda.shared.array(0, KIND)
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     counts = cuda.shared.array(THREADS, np.int64)
     m2s = cuda.shared.array(THREADS, np.float64)
+    tables = cuda.shared.array(TABLE, REAL)
     values = cuda.local.array(VALUES, real)
+    mine = cuda.local.array(NUMBERS, real)
+    means = cuda.local.array(OWN, np.float64)
+    rests = cuda.local.array(OWN, np.float64)
+    totals = cuda.local.array(OWN, np.float64)
+    losses = cuda.local.array(OWN, np.float64)
     t = int64(cuda.threadIdx.x)
+    lane, member = lane_of()
     team, rank = divided(int64(cuda.blockIdx.x), cut.team)
-    first = rank * cut.part
-    last = min(first + cut.part, cut.outer * cut.inner)
-    room = (last - first) // WIDTH  # accesses
     turn = int64(0)
-    for c in range(team, cut.channels, cut.teams):
+    for tile in range(team, tiles_of(cut), cut.teams):
+        c, first, last, stop = span(cut, tile, rank)
+        clear(totals)
+        clear(losses)
         step, inner = begin(cut, first)
-        total = lost = float64(0)
-        for start in range(first, last, THREADS * VALUES):
-            fetch(cut, arrays.x, c, step, inner, start + t * WIDTH, last, values)
-            keep(kept, room, (start - first) // WIDTH + t, values)
-            more, more_lost = sum_of(values)
-            total, lost = plus(total, lost + more_lost, more)
+        for start in range(first, last, CHUNK):
+            element = start + member * ALONG
+            fetch(cut, arrays.x, c, step, inner, element, stop, values)
+            keep(kept, 0, first, last, element, stop, values)
+            for k in range(OWN):
+                total, lost = sum_of(values, k)
+                totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
             step, inner = advance_all(cut, step, inner)
-        total, lost = block_sum(total, lost, high, low)
-        mean, rest = mean_of(total, lost, float64(last - first))
-        total = lost = float64(0)
-        for place in range(t, room, int64(cuda.blockDim.x)):
-            for k in range(WIDTH):
-                square = squared_deviation(float64(kept[k * room + place]), mean)
-                total, lost = plus_some(total, lost, square)
-        total, lost = block_sum(total, lost, high, low)
-        m2 = total + lost
+        for k in range(OWN):
+            total, lost = lane_sum(totals[k], losses[k], high, low)
+            means[k], rests[k] = mean_of(total, lost, float64(last - first))
+        kept_squares(kept, first, last, stop, means, totals, losses)
+        for k in range(OWN):
+            total, lost = lane_sum(totals[k], losses[k], high, low)
+            totals[k] = total + lost
         if TEAMS:
-            tell(arrays, cut, turn, team, rank, (mean, rest, m2, float64(0)))
-            if t < cut.team:
-                counts[t] = part_count(cut, t)
-                high[t], low[t], m2s[t], _ = told(arrays, cut, turn, team, t)
-            merge_parts(cut.team, counts, high, low, m2s)
-            mean, rest, m2 = high[0], low[0], m2s[0]
-        var, invstd = statistics_of(cut, numbers, m2)
-        rounded, scale, shift = tables_of(arrays, c, mean, rest, invstd)
-        if rank == 0 and t == 0:
-            put_results(arrays, cut, numbers, c, mean, var, invstd)
-        step, inner = begin(cut, first)
-        for start in range(first, last, THREADS * VALUES):
-            kept_values(kept, room, (start - first) // WIDTH + t, values)
-            for k in range(VALUES):
-                values[k] = normalized(values[k], rounded, scale, shift)
-            write(cut, arrays.out, c, step, inner, start + t * WIDTH, last, values)
-            step, inner = advance_all(cut, step, inner)
+            address = notes(arrays, cut, turn, team)
+            tell_statistics(address, rank, TILE, lane * OWN, means, rests, totals)
+            team_barrier(arrays, cut, team, rank)
+            pool_statistics(cut, address, TILE, t % TILE, cut.team, counts, high, low, m2s)
+        else:
+            cuda.syncthreads()  # the sums have been read
+            if member == 0:
+                for k in range(OWN):
+                    j = lane * OWN + k
+                    high[j], low[j], m2s[j] = means[k], rests[k], totals[k]
+            cuda.syncthreads()
+        if t < TILE and tile * TILE + t < cut.channels:
+            finish_channel(arrays, cut, numbers, tile * TILE + t, high[t], low[t], m2s[t], rank == 0, mine)
+            for row in range(3):
+                tables[row * TILE + t] = mine[row]
+        cuda.syncthreads()
+        own_tables(tables, 3, mine)
+        normalize_part(arrays, cut, c, first, last, stop, kept, mine, values)
         turn += 1
 
 
-def backward_rows(arrays, cut):
-    """Training backward. Blocks: as in `forward_rows`; x and dy stay in shared memory."""
+# --- backward ----------------------------------------------------------------------------------------
+
+
+@part
+def reduce_part(
+    arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
+):
+    """Set a thread's Σ dy and Σ dy · (x - mean) of a part of its channels, and what each of them lost."""
+    means = cuda.local.array(OWN, np.float64)
+    clear(totals)
+    clear(losses)
+    clear(products)
+    clear(products_lost)
+    clear(means)
+    if TILE == 1 or c < cut.channels:
+        for k in range(OWN):
+            means[k] = parameter(arrays.mean, c + k, float64(0))
+    _, member = lane_of()
+    step, inner = begin(cut, first)
+    for start in range(first, last, CHUNK):
+        element = start + member * ALONG
+        fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
+        fetch(cut, arrays.x, c, step, inner, element, stop, others)
+        if RESIDENT:
+            keep(kept, 0, first, last, element, stop, values)
+            keep(kept, WIDTH, first, last, element, stop, others)
+        for k in range(OWN):
+            total, lost, product, product_lost = products_of(values, others, k, means[k], element, stop)
+            totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
+            products[k], products_lost[k] = plus(products[k], products_lost[k] + product_lost, product)
+        step, inner = advance_all(cut, step, inner)
+
+
+def reduce(arrays, cut):
+    """Σ dy and Σ dy · (x - mean) of parts of tiles into the partials. Blocks: tiles × parts."""
+    kept = cuda.shared.array(0, KIND)  # nothing
+    high = cuda.shared.array(THREADS, np.float64)
+    low = cuda.shared.array(THREADS, np.float64)
+    values = cuda.local.array(VALUES, real)
+    others = cuda.local.array(VALUES, real)
+    totals = cuda.local.array(OWN, np.float64)
+    losses = cuda.local.array(OWN, np.float64)
+    products = cuda.local.array(OWN, np.float64)
+    products_lost = cuda.local.array(OWN, np.float64)
+    tile, piece = divided(int64(cuda.blockIdx.x), cut.parts)
+    c, first, last, stop = span(cut, tile, piece)
+    reduce_part(
+        arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
+    )
+    tell_sums(arrays.partials, piece, cut.channels, c, totals, losses, products, products_lost, high, low)
+
+
+@part
+def finish_gradients(arrays, cut, c, grad_bias, product, report, table):
+    """Set what grad_x of a channel is computed with; to report it is to leave its sums."""
+    mean = parameter(arrays.mean, c, float64(0))
+    invstd = parameter(arrays.var, c, float64(1))
+    grad_weight = product * invstd
+    scale = parameter(arrays.weight, c, float64(1)) * invstd
+    rounded = real(mean)
+    lost = mean - float64(rounded)
+    unit = float64(power_of_two(invstd))
+    slope, offset = gradient_parameters(
+        scale, lost, grad_bias, grad_weight, invstd, unit, float64(cut.outer * cut.inner)
+    )
+    if arrays.training == 0:
+        # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
+        rounded = real(0)
+        slope = float64(0)
+    if report:
+        put(arrays.stats, 0, cut, c, grad_weight)
+        put(arrays.stats, 1, cut, c, grad_bias)
+    table[0] = rounded
+    table[1] = real(scale)
+    table[2] = real(slope)
+    table[3] = real(offset)
+    table[4] = real(unit)
+
+
+def finish_backward(arrays, cut):
+    """Partials into grad_weight, grad_bias and the tables of grad_x. Blocks: tiles."""
+    high = cuda.shared.array(THREADS, np.float64)
+    low = cuda.shared.array(THREADS, np.float64)
+    table = cuda.local.array(5, real)
+    c = channel_of()
+    grad_bias, product = pool_sums(arrays.partials, cut.channels, c, cut.parts, high, low)
+    if cuda.threadIdx.x < TILE and c < cut.channels:
+        finish_gradients(arrays, cut, c, grad_bias, product, True, table)
+        put_table(arrays, cut, c, 5, table)
+
+
+@part
+def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others):
+    """Compute grad_x of a part of a thread's channels."""
+    _, member = lane_of()
+    step, inner = begin(cut, first)
+    for start in range(first, last, CHUNK):
+        element = start + member * ALONG
+        if RESIDENT:
+            kept_values(kept, 0, first, last, element, stop, values)
+            kept_values(kept, WIDTH, first, last, element, stop, others)
+        else:
+            fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
+            fetch(cut, arrays.x, c, step, inner, element, stop, others)
+        for i in range(VALUES):
+            k = i % WIDTH // ALONG
+            mean, scale, slope = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
+            offset, unit = numbers[3 * OWN + k], numbers[4 * OWN + k]
+            values[i] = gradient(values[i], others[i], mean, unit, scale, slope, offset)
+        write(cut, arrays.out, c, step, inner, element, stop, values)
+        step, inner = advance_all(cut, step, inner)
+
+
+def apply(arrays, cut):
+    """grad_x. Blocks: tiles × parts, the last first."""
+    kept = cuda.shared.array(0, KIND)  # nothing
+    values = cuda.local.array(VALUES, real)
+    others = cuda.local.array(VALUES, real)
+    numbers = cuda.local.array(NUMBERS, real)
+    tile, piece = divided(reversed_block(), cut.parts)
+    c, first, last, stop = span(cut, tile, piece)
+    get_tables(arrays, cut, c, 5, numbers)
+    apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
+
+
+def backward(arrays, cut):
+    """Training backward. Blocks: as in `forward`; x and dy stay in shared memory."""
     kept = cuda.shared.array(0, KIND)
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
+    tables = cuda.shared.array(TABLE, REAL)
     values = cuda.local.array(VALUES, real)
     others = cuda.local.array(VALUES, real)
+    mine = cuda.local.array(NUMBERS, real)
+    totals = cuda.local.array(OWN, np.float64)
+    losses = cuda.local.array(OWN, np.float64)
+    products = cuda.local.array(OWN, np.float64)
+    products_lost = cuda.local.array(OWN, np.float64)
     t = int64(cuda.threadIdx.x)
+    lane, member = lane_of()
     team, rank = divided(int64(cuda.blockIdx.x), cut.team)
-    first = rank * cut.part
-    last = min(first + cut.part, cut.outer * cut.inner)
-    room = (last - first) // WIDTH  # accesses
     turn = int64(0)
-    for c in range(team, cut.channels, cut.teams):
-        mean = parameter(arrays.mean, c, float64(0))
-        step, inner = begin(cut, first)
-        total = lost = product = product_lost = float64(0)
-        for start in range(first, last, THREADS * VALUES):
-            element = start + t * WIDTH
-            fetch(cut, arrays.grad_out, c, step, inner, element, last, values)
-            fetch(cut, arrays.x, c, step, inner, element, last, others)
-            keep(kept, room, (start - first) // WIDTH + t, values)
-            keep(kept[last - first :], room, (start - first) // WIDTH + t, others)
-            more, more_lost, both, both_lost = products_of(values, others, mean, element, last)
-            total, lost = plus(total, lost + more_lost, more)
-            product, product_lost = plus(product, product_lost + both_lost, both)
-            step, inner = advance_all(cut, step, inner)
-        total, lost = block_sum(total, lost, high, low)
-        product, product_lost = block_sum(product, product_lost, high, low)
+    for tile in range(team, tiles_of(cut), cut.teams):
+        c, first, last, stop = span(cut, tile, rank)
+        reduce_part(
+            arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
+        )
         if TEAMS:
-            tell(arrays, cut, turn, team, rank, (total, lost, product, product_lost))
-            total = lost = product = product_lost = float64(0)
-            if t < cut.team:
-                total, lost, product, product_lost = told(arrays, cut, turn, team, t)
-            total, lost = block_sum(total, lost, high, low)
-            product, product_lost = block_sum(product, product_lost, high, low)
-        grad_weight, numbers = gradients_of(arrays, cut, c, total + lost, product + product_lost)
-        if rank == 0 and t == 0:
-            put(arrays.stats, 0, cut, c, grad_weight)
-            put(arrays.stats, 1, cut, c, total + lost)
-        step, inner = begin(cut, first)
-        for start in range(first, last, THREADS * VALUES):
-            kept_values(kept, room, (start - first) // WIDTH + t, values)
-            kept_values(kept[last - first :], room, (start - first) // WIDTH + t, others)
-            to_gradients(values, others, numbers)
-            write(cut, arrays.out, c, step, inner, start + t * WIDTH, last, values)
-            step, inner = advance_all(cut, step, inner)
-        turn += 1
-
-
-# --- columns: channels lie side by side --------------------------------------------------------------
-
-
-@part
-def tile_column(cut):
-    """Return a thread's first channel: blocks go over the parts of one tile after the other."""
-    tile, _ = divided(int64(cuda.blockIdx.x), cut.parts)
-    return (tile * LANES + cuda.threadIdx.x % LANES) * WIDTH
-
-
-@part
-def fetch_columns(cut, operand, c, step, last, values):
-    """Load what a thread has of the next outer steps into `values`, and zeros beyond `last`."""
-    for u in range(UNROLLED):
-        if step < last and c < cut.channels:
-            at = step_address(cut, operand, step) + c * SIZE
-            take(at, SIZE, values, u)
+            address = notes(arrays, cut, turn, team)
+            tell_sums(address, rank, TILE, lane * OWN, totals, losses, products, products_lost, high, low)
+            team_barrier(arrays, cut, team, rank)
+            grad_bias, product = pool_sums(address, TILE, t % TILE, cut.team, high, low)
         else:
-            for k in range(WIDTH):
-                values[u * WIDTH + k] = real(0)
-        step += THREADS // LANES
-
-
-@part
-def write_columns(cut, operand, c, step, last, values):
-    """Store what `fetch_columns` would load."""
-    for u in range(UNROLLED):
-        if step < last and c < cut.channels:
-            at = step_address(cut, operand, step) + c * SIZE
-            leave(at, SIZE, values, u)
-        step += THREADS // LANES
-
-
-@part
-def column_sum(total, lost, high, low):
-    """Return the sum over all threads of a column, to each of them, and what it lost."""
-    t = cuda.threadIdx.x
-    cuda.syncthreads()  # what was there before has been read
-    high[t] = total
-    low[t] = lost
-    cuda.syncthreads()
-    lane = t % LANES
-    total, lost = high[lane], low[lane]
-    for k in range(LANES, THREADS, LANES):
-        total, lost = plus(total, lost + low[lane + k], high[lane + k])
-    return total, lost
-
-
-@part
-def piece_of(cut):
-    """Return which part of its tile a block takes."""
-    return divided(int64(cuda.blockIdx.x), cut.parts)[1]
-
-
-@part
-def step_of(cut):
-    """Return the first outer step of a thread, and that after the last of its block."""
-    first = piece_of(cut) * cut.part
-    return first + cuda.threadIdx.x // LANES, min(first + cut.part, cut.outer)
-
-
-def collect_columns(arrays, cut):
-    """Statistics of parts of tiles of channels into the partials. Blocks: tiles × parts."""
-    high = cuda.shared.array(THREADS, np.float64)
-    low = cuda.shared.array(THREADS, np.float64)
-    values = cuda.local.array(VALUES, real)
-    mean = cuda.local.array(WIDTH, np.float64)
-    rest = cuda.local.array(WIDTH, np.float64)
-    m2 = cuda.local.array(WIDTH, np.float64)
-    c = tile_column(cut)
-    mine, last = step_of(cut)
-    first = mine - cuda.threadIdx.x // LANES
-    count = int64(0)
-    for k in range(WIDTH):
-        mean[k] = 0.0
-        rest[k] = 0.0
-        m2[k] = 0.0
-    for start in range(first, last, THREADS // LANES * UNROLLED):
-        more = min(int64(THREADS // LANES * UNROLLED), last - start)
-        step = start + cuda.threadIdx.x // LANES
-        fetch_columns(cut, arrays.x, c, step, last, values)
-        for k in range(WIDTH):
-            total = lost = float64(0)
-            for u in range(UNROLLED):
-                total, lost = plus_some(total, lost, float64(values[u * WIDTH + k]))
-            total, lost = column_sum(total, lost, high, low)
-            its_mean, its_rest = mean_of(total, lost, float64(more))
-            total = lost = float64(0)
-            for u in range(UNROLLED):
-                if step + u * (THREADS // LANES) < last:
-                    square = squared_deviation(float64(values[u * WIDTH + k]), its_mean)
-                    total, lost = plus_some(total, lost, square)
-            total, lost = column_sum(total, lost, high, low)
-            _, mean[k], rest[k], m2[k] = merged(
-                count, mean[k], rest[k], m2[k], more, its_mean, its_rest, total + lost
-            )
-        count += more
-    if cuda.threadIdx.x < LANES and c < cut.channels:
-        piece = piece_of(cut)
-        for k in range(WIDTH):
-            put_statistics(arrays, cut, piece, c + k, mean[k], rest[k], m2[k])
-
-
-@part
-def column_table(arrays, row, cut, c, numbers):
-    """Load number `row` of what the results of a thread's channels are computed with."""
-    for k in range(WIDTH):
-        numbers[k] = table(arrays, row, cut, c + k) if c < cut.channels else real(0)
-
-
-def normalize_columns(arrays, cut):
-    """Blocks: tiles × parts."""
-    values = cuda.local.array(VALUES, real)
-    means = cuda.local.array(WIDTH, real)
-    scales = cuda.local.array(WIDTH, real)
-    shifts = cuda.local.array(WIDTH, real)
-    c = tile_column(cut)
-    mine, last = step_of(cut)
-    column_table(arrays, 0, cut, c, means)
-    column_table(arrays, 1, cut, c, scales)
-    column_table(arrays, 2, cut, c, shifts)
-    for step in range(mine, last, THREADS // LANES * UNROLLED):
-        fetch_columns(cut, arrays.x, c, step, last, values)
-        for u in range(UNROLLED):
-            for k in range(WIDTH):
-                j = u * WIDTH + k
-                values[j] = normalized(values[j], means[k], scales[k], shifts[k])
-        write_columns(cut, arrays.out, c, step, last, values)
-
-
-def reduce_columns(arrays, cut):
-    """Σ dy and Σ dy · (x - mean) of parts of tiles into the partials. Blocks: tiles × parts."""
-    high = cuda.shared.array(THREADS, np.float64)
-    low = cuda.shared.array(THREADS, np.float64)
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
-    means = cuda.local.array(WIDTH, np.float64)
-    totals = cuda.local.array(WIDTH, np.float64)
-    losses = cuda.local.array(WIDTH, np.float64)
-    products = cuda.local.array(WIDTH, np.float64)
-    products_lost = cuda.local.array(WIDTH, np.float64)
-    c = tile_column(cut)
-    mine, last = step_of(cut)
-    for k in range(WIDTH):
-        means[k] = parameter(arrays.mean, c + k, float64(0)) if c < cut.channels else float64(0)
-        totals[k] = 0.0
-        losses[k] = 0.0
-        products[k] = 0.0
-        products_lost[k] = 0.0
-    for step in range(mine, last, THREADS // LANES * UNROLLED):
-        fetch_columns(cut, arrays.grad_out, c, step, last, values)
-        fetch_columns(cut, arrays.x, c, step, last, others)
-        for k in range(WIDTH):
-            total = lost = product = product_lost = float64(0)
-            for u in range(UNROLLED):
-                if step + u * (THREADS // LANES) < last:
-                    dy = float64(values[u * WIDTH + k])
-                    deviation = float64(others[u * WIDTH + k]) - means[k]
-                    total, lost = plus_some(total, lost, dy)
-                    product, product_lost = plus_product(product, product_lost, dy, deviation)
-            totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
-            products[k], products_lost[k] = plus(products[k], products_lost[k] + product_lost, product)
-    piece = piece_of(cut)
-    for k in range(WIDTH):
-        total, lost = column_sum(totals[k], losses[k], high, low)
-        product, product_lost = column_sum(products[k], products_lost[k], high, low)
-        if cuda.threadIdx.x < LANES and c < cut.channels:
-            put_sums(arrays, cut, piece, c + k, total, lost, product, product_lost)
-
-
-def apply_columns(arrays, cut):
-    """grad_x. Blocks: tiles × parts."""
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
-    means = cuda.local.array(WIDTH, real)
-    scales = cuda.local.array(WIDTH, real)
-    slopes = cuda.local.array(WIDTH, real)
-    offsets = cuda.local.array(WIDTH, real)
-    units = cuda.local.array(WIDTH, real)
-    c = tile_column(cut)
-    mine, last = step_of(cut)
-    column_table(arrays, 0, cut, c, means)
-    column_table(arrays, 1, cut, c, scales)
-    column_table(arrays, 2, cut, c, slopes)
-    column_table(arrays, 3, cut, c, offsets)
-    column_table(arrays, 4, cut, c, units)
-    for step in range(mine, last, THREADS // LANES * UNROLLED):
-        fetch_columns(cut, arrays.grad_out, c, step, last, values)
-        fetch_columns(cut, arrays.x, c, step, last, others)
-        for u in range(UNROLLED):
-            for k in range(WIDTH):
-                j = u * WIDTH + k
-                values[j] = gradient(
-                    values[j], others[j], means[k], units[k], scales[k], slopes[k], offsets[k]
-                )
-        write_columns(cut, arrays.out, c, step, last, values)
+            for k in range(OWN):
+                total, lost = lane_sum(totals[k], losses[k], high, low)
+                totals[k] = total + lost
+                total, lost = lane_sum(products[k], products_lost[k], high, low)
+                products[k] = total + lost
+            cuda.syncthreads()  # the sums have been read
+            if member == 0:
+                for k in range(OWN):
+                    high[lane * OWN + k], low[lane * OWN + k] = totals[k], products[k]
+            cuda.syncthreads()
+            grad_bias, product = high[t], low[t]
+        if t < TILE and tile * TILE + t < cut.channels:
+            finish_gradients(arrays, cut, tile * TILE + t, grad_bias, product, rank == 0, mine)
+            for row in range(5):
+                tables[row * TILE + t] = mine[row]
+        cuda.syncthreads()
+        own_tables(tables, 5, mine)
+        apply_part(arrays, cut, c, first, last, stop, kept, mine, values, others)
+        turn += 1

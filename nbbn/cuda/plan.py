@@ -10,21 +10,33 @@ from nbbn.geometry import Geometry, Layout
 
 VECTOR_BYTES = 16  # of the widest access
 THREADS = 256  # of a block
-LANES = 32  # of them side by side in a tile of columns
+LANES = 32  # of them side by side in a tile of columns, at most
 BLOCKS = 2048  # about as many keep all of a large GPU busy
-FINISHERS = (32, 256)  # threads that merge the parts of a channel, a part each
-# The threads of a block that keeps a channel in shared memory, up to so many bytes of it.
+WARP = 32  # threads, the fewest of a block
+FINISHERS = (1, 8, 32, 256)  # threads that merge the parts of a channel
+# The threads of a block that keeps channels in shared memory, up to so many bytes of it.
 RESIDENT_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
+RESIDENT_UNROLLED = 4  # accesses of a thread at once; with more, these run out of registers
+TILE_BYTES = 64  # of an outer step that a block reads at least where it keeps a tile of columns
+TEAM_BYTES = 32 << 10  # of an array that a block of a team has at least, where fewer could keep it
 RADIX = 8  # partial sums that one thread adds up
+
+
+def power_above(number: int) -> int:
+    """Return the smallest power of two that is not less."""
+    return 1 << (max(1, number) - 1).bit_length()
 
 
 class Form(NamedTuple):
     """One way to go through the arrays."""
 
     threads: int  # of a block
+    lanes: int  # of threads, in a block
+    columns: bool  # whether the threads of different lanes lie side by side, rather than those of one
+    own: int  # channels of a thread
     blocks: int
     cut: Cut
-    shared: int = 0  # bytes that a block keeps of a channel
+    shared: int = 0  # bytes that a block keeps of its channels
 
     @property
     def teams(self) -> int:
@@ -68,18 +80,19 @@ class Plan:
         self._sizes = at
         self._layouts = [(layout, at + 8 * dims * k) for k, layout in enumerate((x, grad_out, out), start=1)]
 
+        self.own = self.width if self.columns else 1
+        self.along = self.width // self.own  # elements of an access that are of one channel
         self.general = self._general()
-        self.parts = self.general.cut.parts
-        self.finishers = next(threads for threads in FINISHERS if threads >= self.parts)
-        self.resident = None if self.columns else self._resident(max(1, len(layouts) - 1))
+        self.finish = self._finish()
+        self.resident = self._resident(max(1, len(layouts) - 1))
         # The memory that a call works in: barriers, partials, tables.
-        blocks = self.parts * self.channels
+        partials = self.general.cut.parts * self.channels
         self.barriers = 0
         if self.resident is not None and self.resident.teams:
             self.barriers = self.resident.teams
-            blocks = max(blocks, 2 * self.resident.blocks)
+            partials = max(partials, 2 * self.resident.blocks * self.resident.lanes * self.own)
         self.partials = -(-4 * self.barriers // 16) * 16
-        self.tables = self.partials + 8 * 4 * blocks
+        self.tables = self.partials + 8 * 4 * partials
         self.nbytes = self.tables + 5 * self.size * self.channels
 
     def _width(self, geometry: Geometry) -> int:
@@ -94,49 +107,94 @@ class Plan:
                 return 1
         return width
 
-    def _cut(self, part: int, parts: int, threads: int, team: int = 1, teams: int = 0) -> Cut:
-        steps = divmod(threads * self.width, self.inner)
-        return Cut(
-            self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team, teams
-        )
+    def _form(
+        self, threads: int, lanes: int, part: int, parts: int, reads: int = 0, team: int = 1, teams: int = 0
+    ) -> Form:
+        """Return a form whose blocks take `part` elements of each channel of a tile, and keep them or not."""
+        steps = divmod(threads // lanes * self.along, self.inner)
+        tiles = self._tiles(lanes)
+        cut = Cut(
+            self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team,
+            teams or tiles,
+        )  # fmt: skip
+        shared = reads * part * lanes * self.own * self.size
+        return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, shared)
+
+    def _tiles(self, lanes: int) -> int:
+        return -(-self.channels // (lanes * self.own))
+
+    def _lanes(self, threads: int, members: int) -> int:
+        """Return how many lanes a block has: of channels that lie side by side, or of `members` threads."""
+        if self.columns:
+            return min(LANES, threads, power_above(-(-self.channels // self.own)))
+        return threads // min(threads, members)
 
     def _general(self) -> Form:
-        """Several blocks a channel, or a tile of channels: as many as there is work for."""
-        if self.columns:
-            tiles = -(-self.channels // (LANES * self.width))
-            chunk, amount = THREADS // LANES * self.unrolled, self.outer
-        else:
-            tiles = self.channels
-            chunk, amount = THREADS * self.unrolled * self.width, self.outer * self.inner
+        """Several blocks a tile of channels: as many as there is work for."""
+        amount = self.outer * self.inner
+        lanes = self._lanes(THREADS, power_above(-(-amount // (self.along * self.unrolled))))
+        chunk = THREADS // lanes * self.along * self.unrolled
         chunks = -(-amount // chunk)
-        each = max(-(-chunks * tiles // BLOCKS), -(-chunks // FINISHERS[-1]))
-        parts = -(-chunks // each)
-        return Form(THREADS, tiles * parts, self._cut(each * chunk, parts, THREADS))
+        each = max(-(-chunks * self._tiles(lanes) // BLOCKS), -(-chunks // FINISHERS[-1]))
+        return self._form(THREADS, lanes, each * chunk, -(-chunks // each))
+
+    def _finish(self) -> Form:
+        """The parts of each channel are pooled."""
+        general = self.general
+        members = next(threads for threads in FINISHERS if threads >= general.cut.parts)
+        threads = max(WARP, members)
+        lanes = threads // members
+        return general._replace(
+            threads=threads, lanes=lanes, columns=True, own=1, blocks=-(-self.channels // lanes)
+        )
+
+    def _resident_lanes(self, accesses: int, reads: int, room: int, multiprocessors: int) -> int:
+        if self.columns:
+            # As wide as leaves every multiprocessor a tile, and as one block can keep.
+            lanes = self._lanes(LANES, 1)
+            while lanes * self.own * self.size > TILE_BYTES and (
+                self._tiles(lanes) < multiprocessors or reads * accesses * lanes * self.own * self.size > room
+            ):
+                lanes //= 2
+            return lanes
+        threads = RESIDENT_THREADS[0][1]
+        members = power_above(-(-accesses // RESIDENT_UNROLLED))
+        if members > threads:
+            return 1
+        # A short channel has a warp where there are more of them than all threads could have at once.
+        if members > WARP and members * self.channels > target.RESIDENT * multiprocessors:
+            members = WARP
+        return min(threads // members, power_above(self.channels))
 
     def _resident(self, reads: int) -> Form | None:
-        """A channel stays in shared memory, of one block or of a team; None where that does not pay."""
+        """Channels stay in shared memory, of one block or of a team; None where they do not fit."""
         device = target.properties(self.device)
-        count = self.outer * self.inner
         room = device.shared - target.RESERVED
-        least = -(-reads * count * self.size // room)  # blocks that hold a channel
-        # Few channels need teams to keep the GPU busy, unless they are short.
-        wanted = max(least, device.multiprocessors // self.channels if self.parts > 1 else 1)
-        if wanted == 1:
-            threads = next(threads for most, threads in RESIDENT_THREADS if count * self.size <= most)
-            shared = reads * count * self.size
-            return Form(threads, self.channels, self._cut(count, 1, threads, 1, self.channels), shared)
-        threads = RESIDENT_THREADS[-1][1]
-        if not device.cooperative or wanted > min(threads, device.multiprocessors):
+        count = self.outer * self.inner
+        accesses = -(-count // self.along)  # of a channel, or of the channels of a thread
+        lanes = self._resident_lanes(accesses, reads, room, device.multiprocessors)
+        tiles = self._tiles(lanes)
+        tile_bytes = count * lanes * self.own * self.size
+        least = -(-reads * tile_bytes // room)  # blocks that hold a tile
+        if least > device.multiprocessors:
+            return None
+        # As many rounds as it takes with the fewest blocks a tile, and then as many blocks as there is room for.
+        rounds = -(-tiles // (device.multiprocessors // least))
+        teams = -(-tiles // rounds)
+        team = max(least, min(device.multiprocessors // teams, tile_bytes // TEAM_BYTES))
+        if team == 1:
+            threads = next(threads for most, threads in RESIDENT_THREADS if tile_bytes <= most)
+            useful = lanes * power_above(-(-accesses // RESIDENT_UNROLLED))
+            threads = max(WARP, lanes * self.own, min(threads, useful))
+            return self._form(threads, lanes, count, 1, reads)
+        if not device.cooperative:
             return None
         # One block of a team on a multiprocessor, so that all of them run at once.
-        part = -(-count // wanted)
-        part = -(-part // self.width) * self.width
-        team = -(-count // part)
-        shared = reads * part * self.size
-        if team == 1 or shared > room:
-            return None
-        teams = min(self.channels, device.multiprocessors // team)
-        return Form(threads, team * teams, self._cut(part, team, threads, team, teams), shared)
+        threads = RESIDENT_THREADS[-1][1]
+        part = -(-count // team)
+        part = -(-part // self.along) * self.along
+        form = self._form(threads, lanes, part, 1, reads, -(-count // part), teams)
+        return form if form.cut.team > 1 and form.shared <= room else None
 
     def operands(self, x: int, grad_out: int, out: int) -> tuple[Operand, Operand, Operand]:
         """Return the arrays at these addresses, as the kernels see them."""
@@ -152,11 +210,15 @@ class Plan:
 
     def names(self, form: Form, aligned: bool) -> target.Names:
         """Return what a kernel is compiled for: see `nbbn.cuda.kernels`."""
-        unrolled = 4 if form.shared else self.unrolled  # with more, these run out of registers
+        unrolled = RESIDENT_UNROLLED if form.shared else self.unrolled
+        members, along = form.threads // form.lanes, self.width // form.own
+        tile = form.lanes * form.own
         return (
             ("real", self.real),
             ("KIND", np.dtype(self.real)),
             ("SIZE", self.size),
+            ("REAL", np.dtype(self.real)),
+            ("REAL_SIZE", self.size),
             ("WIDTH", self.width),
             ("UNROLLED", unrolled),
             ("VALUES", self.width * unrolled),
@@ -164,7 +226,17 @@ class Plan:
             ("EXACT", self.size == 8),
             ("ALIGNED", aligned and self.width > 1),
             ("THREADS", form.threads),
-            ("LANES", LANES),
+            ("COLUMNS", form.columns),
+            ("LANES", form.lanes),
+            ("MEMBERS", members),
+            ("OWN", form.own),
+            ("ALONG", along),
+            ("TILE", tile),
+            ("CHUNK", members * along * unrolled),
+            ("PITCH", form.lanes if form.columns else 1),
+            ("NUMBERS", 5 * form.own),
+            ("TABLE", 5 * tile),
+            ("RESIDENT", form.shared > 0),
             ("TEAMS", form.teams > 0),
             ("RADIX", RADIX),
         )
