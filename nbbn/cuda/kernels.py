@@ -66,7 +66,7 @@ CHUNK = 4096  # elements of a channel that are in registers at once: MEMBERS · 
 PITCH = 1  # threads from a member of a lane to the next: LANES in columns
 NUMBERS = 5  # 5 · OWN
 TABLE = 5  # 5 · TILE
-RESIDENT = False  # whether channels stay in shared memory
+READS = 0  # arrays that stay in shared memory
 TEAMS = False  # whether several blocks share a tile
 RADIX = 8  # partial sums that one thread adds up; a power of two, as THREADS is
 
@@ -267,38 +267,29 @@ def write(cut, operand, c, step, inner, element, stop, values):
 
 
 @part
-def shelf(first, last, element):
-    """Return which access of its block's an element begins, and how many there are, in shared memory."""
-    accesses = (last - first) // ALONG
-    lane, _ = lane_of()
-    at = (element - first) // ALONG * PITCH
-    if COLUMNS:
-        return at + lane, accesses * LANES
-    return at + lane * accesses, accesses * LANES
+def kept_at(first, element):
+    """Return where in shared memory a thread keeps the accesses from that with `element` on."""
+    return int64(cuda.threadIdx.x) + (element - first) * (READS * TILE)
 
 
 @part
-def keep(kept, plane, first, last, element, stop, values):
-    """Put a thread's values where no other thread looks: a plane of shared memory for each of them."""
-    place, room = shelf(first, last, element)
+def keep(kept, array, place, element, stop, values):
+    """Put a thread's values of one of READS arrays where no other thread looks, THREADS elements apart."""
     for u in range(UNROLLED):
         if element < stop:
             for k in range(WIDTH):
-                kept[(plane + k) * room + place] = values[u * WIDTH + k]
+                kept[place + ((u * READS + array) * WIDTH + k) * THREADS] = values[u * WIDTH + k]
         element += MEMBERS * ALONG
-        place += MEMBERS * PITCH
 
 
 @part
-def kept_values(kept, plane, first, last, element, stop, values):
+def kept_values(kept, array, place, element, stop, values):
     """Get them back."""
-    place, room = shelf(first, last, element)
     for u in range(UNROLLED):
         if element < stop:
             for k in range(WIDTH):
-                values[u * WIDTH + k] = real(kept[(plane + k) * room + place])
+                values[u * WIDTH + k] = real(kept[place + ((u * READS + array) * WIDTH + k) * THREADS])
         element += MEMBERS * ALONG
-        place += MEMBERS * PITCH
 
 
 # --- sums --------------------------------------------------------------------------------------------
@@ -372,18 +363,25 @@ def lane_sum(total, lost, high, low):
 
 
 @part
-def kept_squares(kept, first, last, stop, means, totals, losses):
+def lane_sums(totals, losses, high, low):
+    """Sum up the numbers of a thread's channels over the threads of its lane."""
+    for k in range(OWN):
+        totals[k], losses[k] = lane_sum(totals[k], losses[k], high, low)
+
+
+@part
+def kept_squares(kept, first, stop, means, totals, losses):
     """Set the sums of squared deviations from the means of what a thread has kept."""
     clear(totals)
     clear(losses)
     _, member = lane_of()
-    place, room = shelf(first, last, first + member * ALONG)
-    for _ in range(first + member * ALONG, stop, MEMBERS * ALONG):
+    place = kept_at(first, first)
+    for _ in range(first + member * ALONG, stop, int64(cuda.blockDim.x) // LANES * ALONG):
         for i in range(WIDTH):
             k = i // ALONG
-            square = squared_deviation(float64(kept[i * room + place]), means[k])
+            square = squared_deviation(float64(kept[place + i * THREADS]), means[k])
             totals[k], losses[k] = plus_some(totals[k], losses[k], square)
-        place += MEMBERS * PITCH
+        place += WIDTH * THREADS
 
 
 @part
@@ -478,13 +476,11 @@ def tell_statistics(address, piece, pitch, c, means, rests, m2s):
 
 
 @part
-def tell_sums(address, piece, pitch, c, totals, losses, products, products_lost, high, low):
+def tell_sums(address, piece, pitch, c, totals, losses, products, products_lost):
     """Leave the sums of a part of a lane's channels."""
-    for k in range(OWN):
-        total, lost = lane_sum(totals[k], losses[k], high, low)
-        product, product_lost = lane_sum(products[k], products_lost[k], high, low)
-        if lane_of()[1] == 0 and c < pitch:
-            put_four(address, piece, pitch, c + k, (total, lost, product, product_lost))
+    if lane_of()[1] == 0 and c < pitch:
+        for k in range(OWN):
+            put_four(address, piece, pitch, c + k, (totals[k], losses[k], products[k], products_lost[k]))
 
 
 @part
@@ -494,13 +490,19 @@ def part_count(cut, piece):
 
 
 @part
+def threads_a_channel():
+    """Return THREADS / TILE in a way that the compiler does not know, which would unroll loops."""
+    return int64(cuda.blockDim.x) // TILE
+
+
+@part
 def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
     """Merge the statistics of parts into shared memory: every thread some of a channel, then as a tree."""
     t = int64(cuda.threadIdx.x)
     mine, _ = divided(t, TILE)
     count = int64(0)
     mean = rest = m2 = float64(0)
-    for piece in range(mine, parts if c < pitch else int64(0), THREADS // TILE):
+    for piece in range(mine, parts if c < pitch else int64(0), threads_a_channel()):
         more = part_count(cut, piece)
         more_mean, more_rest, more_m2, _ = get_four(address, piece, pitch, c)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
@@ -529,7 +531,7 @@ def pool_sums(address, pitch, c, parts, high, low):
     """Return what the four numbers of all parts sum up to, to every thread of a channel."""
     mine, _ = divided(int64(cuda.threadIdx.x), TILE)
     total = lost = product = product_lost = float64(0)
-    for piece in range(mine, parts if c < pitch else int64(0), THREADS // TILE):
+    for piece in range(mine, parts if c < pitch else int64(0), threads_a_channel()):
         four = get_four(address, piece, pitch, c)
         total, lost = plus(total, lost + four[1], four[0])
         product, product_lost = plus(product, product_lost + four[3], four[2])
@@ -675,8 +677,8 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
     step, inner = begin(cut, first)
     for start in range(first, last, CHUNK):
         element = start + member * ALONG
-        if RESIDENT:
-            kept_values(kept, 0, first, last, element, stop, values)
+        if READS:
+            kept_values(kept, 0, kept_at(first, start), element, stop, values)
         else:
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
         for i in range(VALUES):
@@ -715,6 +717,7 @@ def forward(arrays, cut, numbers):
     m2s = cuda.shared.array(THREADS, np.float64)
     tables = cuda.shared.array(TABLE, REAL)
     values = cuda.local.array(VALUES, real)
+    table = cuda.local.array(5, real)
     mine = cuda.local.array(NUMBERS, real)
     means = cuda.local.array(OWN, np.float64)
     rests = cuda.local.array(OWN, np.float64)
@@ -732,18 +735,18 @@ def forward(arrays, cut, numbers):
         for start in range(first, last, CHUNK):
             element = start + member * ALONG
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
-            keep(kept, 0, first, last, element, stop, values)
+            keep(kept, 0, kept_at(first, start), element, stop, values)
             for k in range(OWN):
                 total, lost = sum_of(values, k)
                 totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
             step, inner = advance_all(cut, step, inner)
+        lane_sums(totals, losses, high, low)
         for k in range(OWN):
-            total, lost = lane_sum(totals[k], losses[k], high, low)
-            means[k], rests[k] = mean_of(total, lost, float64(last - first))
-        kept_squares(kept, first, last, stop, means, totals, losses)
+            means[k], rests[k] = mean_of(totals[k], losses[k], float64(last - first))
+        kept_squares(kept, first, stop, means, totals, losses)
+        lane_sums(totals, losses, high, low)
         for k in range(OWN):
-            total, lost = lane_sum(totals[k], losses[k], high, low)
-            totals[k] = total + lost
+            totals[k] += losses[k]
         if TEAMS:
             address = notes(arrays, cut, turn, team)
             tell_statistics(address, rank, TILE, lane * OWN, means, rests, totals)
@@ -757,9 +760,9 @@ def forward(arrays, cut, numbers):
                     high[j], low[j], m2s[j] = means[k], rests[k], totals[k]
             cuda.syncthreads()
         if t < TILE and tile * TILE + t < cut.channels:
-            finish_channel(arrays, cut, numbers, tile * TILE + t, high[t], low[t], m2s[t], rank == 0, mine)
+            finish_channel(arrays, cut, numbers, tile * TILE + t, high[t], low[t], m2s[t], rank == 0, table)
             for row in range(3):
-                tables[row * TILE + t] = mine[row]
+                tables[row * TILE + t] = table[row]
         cuda.syncthreads()
         own_tables(tables, 3, mine)
         normalize_part(arrays, cut, c, first, last, stop, kept, mine, values)
@@ -789,9 +792,9 @@ def reduce_part(
         element = start + member * ALONG
         fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
         fetch(cut, arrays.x, c, step, inner, element, stop, others)
-        if RESIDENT:
-            keep(kept, 0, first, last, element, stop, values)
-            keep(kept, WIDTH, first, last, element, stop, others)
+        if READS:
+            keep(kept, 0, kept_at(first, start), element, stop, values)
+            keep(kept, 1, kept_at(first, start), element, stop, others)
         for k in range(OWN):
             total, lost, product, product_lost = products_of(values, others, k, means[k], element, stop)
             totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
@@ -815,7 +818,9 @@ def reduce(arrays, cut):
     reduce_part(
         arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
     )
-    tell_sums(arrays.partials, piece, cut.channels, c, totals, losses, products, products_lost, high, low)
+    lane_sums(totals, losses, high, low)
+    lane_sums(products, products_lost, high, low)
+    tell_sums(arrays.partials, piece, cut.channels, c, totals, losses, products, products_lost)
 
 
 @part
@@ -864,9 +869,9 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
     step, inner = begin(cut, first)
     for start in range(first, last, CHUNK):
         element = start + member * ALONG
-        if RESIDENT:
-            kept_values(kept, 0, first, last, element, stop, values)
-            kept_values(kept, WIDTH, first, last, element, stop, others)
+        if READS:
+            kept_values(kept, 0, kept_at(first, start), element, stop, values)
+            kept_values(kept, 1, kept_at(first, start), element, stop, others)
         else:
             fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
             fetch(cut, arrays.x, c, step, inner, element, stop, others)
@@ -899,6 +904,7 @@ def backward(arrays, cut):
     tables = cuda.shared.array(TABLE, REAL)
     values = cuda.local.array(VALUES, real)
     others = cuda.local.array(VALUES, real)
+    table = cuda.local.array(5, real)
     mine = cuda.local.array(NUMBERS, real)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
@@ -913,27 +919,25 @@ def backward(arrays, cut):
         reduce_part(
             arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
         )
+        lane_sums(totals, losses, high, low)
+        lane_sums(products, products_lost, high, low)
         if TEAMS:
             address = notes(arrays, cut, turn, team)
-            tell_sums(address, rank, TILE, lane * OWN, totals, losses, products, products_lost, high, low)
+            tell_sums(address, rank, TILE, lane * OWN, totals, losses, products, products_lost)
             team_barrier(arrays, cut, team, rank)
             grad_bias, product = pool_sums(address, TILE, t % TILE, cut.team, high, low)
         else:
-            for k in range(OWN):
-                total, lost = lane_sum(totals[k], losses[k], high, low)
-                totals[k] = total + lost
-                total, lost = lane_sum(products[k], products_lost[k], high, low)
-                products[k] = total + lost
             cuda.syncthreads()  # the sums have been read
             if member == 0:
                 for k in range(OWN):
-                    high[lane * OWN + k], low[lane * OWN + k] = totals[k], products[k]
+                    high[lane * OWN + k] = totals[k] + losses[k]
+                    low[lane * OWN + k] = products[k] + products_lost[k]
             cuda.syncthreads()
             grad_bias, product = high[t], low[t]
         if t < TILE and tile * TILE + t < cut.channels:
-            finish_gradients(arrays, cut, tile * TILE + t, grad_bias, product, rank == 0, mine)
+            finish_gradients(arrays, cut, tile * TILE + t, grad_bias, product, rank == 0, table)
             for row in range(5):
-                tables[row * TILE + t] = mine[row]
+                tables[row * TILE + t] = table[row]
         cuda.syncthreads()
         own_tables(tables, 5, mine)
         apply_part(arrays, cut, c, first, last, stop, kept, mine, values, others)

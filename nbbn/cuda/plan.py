@@ -16,6 +16,7 @@ WARP = 32  # threads, the fewest of a block
 FINISHERS = (1, 8, 32, 256)  # threads that merge the parts of a channel
 # The threads of a block that keeps channels in shared memory, up to so many bytes of it.
 RESIDENT_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
+SUMS = (0, 4, 2)  # numbers of 8 bytes that kernels share a thread, by the arrays that they keep
 RESIDENT_UNROLLED = 4  # accesses of a thread at once; with more, these run out of registers
 TILE_BYTES = 64  # of an outer step that a block reads at least where it keeps a tile of columns
 TEAM_BYTES = 32 << 10  # of an array that a block of a team has at least, where fewer could keep it
@@ -36,7 +37,8 @@ class Form(NamedTuple):
     own: int  # channels of a thread
     blocks: int
     cut: Cut
-    shared: int = 0  # bytes that a block keeps of its channels
+    reads: int = 0  # arrays that stay in shared memory
+    shared: int = 0  # bytes of it that they take in a block
 
     @property
     def teams(self) -> int:
@@ -117,8 +119,18 @@ class Plan:
             self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team,
             teams or tiles,
         )  # fmt: skip
-        shared = reads * part * lanes * self.own * self.size
-        return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, shared)
+        shared = self._room(reads, threads) * -(-part // (threads // lanes * self.along))
+        return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
+
+    def _room(self, reads: int, threads: int) -> int:
+        """Return how many bytes of shared memory it takes to keep an access of every thread."""
+        return reads * threads * self.width * self.size
+
+    def _capacity(self, reads: int, threads: int, lanes: int) -> int:
+        """Return how many elements of each channel of a tile a block can keep."""
+        tables = 5 * lanes * self.own * self.size
+        room = target.properties(self.device).shared - SUMS[reads] * 8 * threads - tables
+        return room // self._room(reads, threads) * (threads // lanes) * self.along
 
     def _tiles(self, lanes: int) -> int:
         return -(-self.channels // (lanes * self.own))
@@ -148,53 +160,53 @@ class Plan:
             threads=threads, lanes=lanes, columns=True, own=1, blocks=-(-self.channels // lanes)
         )
 
-    def _resident_lanes(self, accesses: int, reads: int, room: int, multiprocessors: int) -> int:
+    def _resident_lanes(self, reads: int, count: int) -> int:
+        most = target.properties(self.device).multiprocessors
         if self.columns:
-            # As wide as leaves every multiprocessor a tile, and as one block can keep.
+            # As wide as leaves every multiprocessor a tile that it can keep.
             lanes = self._lanes(LANES, 1)
             while lanes * self.own * self.size > TILE_BYTES and (
-                self._tiles(lanes) < multiprocessors or reads * accesses * lanes * self.own * self.size > room
+                self._tiles(lanes) < most or self._capacity(reads, RESIDENT_THREADS[-1][1], lanes) < count
             ):
                 lanes //= 2
             return lanes
         threads = RESIDENT_THREADS[0][1]
-        members = power_above(-(-accesses // RESIDENT_UNROLLED))
+        members = power_above(-(-count // (self.along * RESIDENT_UNROLLED)))
         if members > threads:
             return 1
         # A short channel has a warp where there are more of them than all threads could have at once.
-        if members > WARP and members * self.channels > target.RESIDENT * multiprocessors:
+        if members > WARP and members * self.channels > target.RESIDENT * most:
             members = WARP
         return min(threads // members, power_above(self.channels))
 
     def _resident(self, reads: int) -> Form | None:
         """Channels stay in shared memory, of one block or of a team; None where they do not fit."""
         device = target.properties(self.device)
-        room = device.shared - target.RESERVED
         count = self.outer * self.inner
-        accesses = -(-count // self.along)  # of a channel, or of the channels of a thread
-        lanes = self._resident_lanes(accesses, reads, room, device.multiprocessors)
+        lanes = self._resident_lanes(reads, count)
         tiles = self._tiles(lanes)
-        tile_bytes = count * lanes * self.own * self.size
-        least = -(-reads * tile_bytes // room)  # blocks that hold a tile
+        nbytes = count * lanes * self.own * self.size  # of a tile of one array
+        threads = RESIDENT_THREADS[-1][1]
+        least = -(-count // max(1, self._capacity(reads, threads, lanes)))  # blocks that hold a tile
         if least > device.multiprocessors:
             return None
-        # As many rounds as it takes with the fewest blocks a tile, and then as many blocks as there is room for.
+        # As many rounds as the fewest blocks a tile take, and then as many blocks as there are for it.
         rounds = -(-tiles // (device.multiprocessors // least))
         teams = -(-tiles // rounds)
-        team = max(least, min(device.multiprocessors // teams, tile_bytes // TEAM_BYTES))
+        team = max(least, min(device.multiprocessors // teams, nbytes // TEAM_BYTES))
         if team == 1:
-            threads = next(threads for most, threads in RESIDENT_THREADS if tile_bytes <= most)
-            useful = lanes * power_above(-(-accesses // RESIDENT_UNROLLED))
+            threads = next(threads for most, threads in RESIDENT_THREADS if nbytes <= most)
+            useful = lanes * power_above(-(-count // (self.along * RESIDENT_UNROLLED)))
             threads = max(WARP, lanes * self.own, min(threads, useful))
-            return self._form(threads, lanes, count, 1, reads)
+            form = self._form(threads, lanes, count, 1, reads)
+            return form if self._capacity(reads, threads, lanes) >= count else None
         if not device.cooperative:
             return None
         # One block of a team on a multiprocessor, so that all of them run at once.
-        threads = RESIDENT_THREADS[-1][1]
         part = -(-count // team)
         part = -(-part // self.along) * self.along
         form = self._form(threads, lanes, part, 1, reads, -(-count // part), teams)
-        return form if form.cut.team > 1 and form.shared <= room else None
+        return form if form.cut.team > 1 else None
 
     def operands(self, x: int, grad_out: int, out: int) -> tuple[Operand, Operand, Operand]:
         """Return the arrays at these addresses, as the kernels see them."""
@@ -236,7 +248,7 @@ class Plan:
             ("PITCH", form.lanes if form.columns else 1),
             ("NUMBERS", 5 * form.own),
             ("TABLE", 5 * tile),
-            ("RESIDENT", form.shared > 0),
+            ("READS", form.reads),
             ("TEAMS", form.teams > 0),
             ("RADIX", RADIX),
         )
