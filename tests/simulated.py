@@ -15,11 +15,10 @@ from nbbn.cuda.run import Run
 from nbbn.dispatch import Problem
 from reference import rows
 
-plan.THREADS, plan.LANES, plan.RADIX, plan.WARP = 4, 2, 2, 2
+plan.THREADS, plan.LANES, plan.RADIX, plan.WARP = 8, 2, 2, 2
 plan.BLOCKS, plan.FINISHERS = 6, (1, 2, 4)
 plan.RESIDENT_THREADS = ((1 << 9, 4), (1 << 62, 8))
 plan.TILE_BYTES, plan.TEAM_BYTES = 16, 64
-target.RESERVED = 1 << 10  # of the 16 KB of shared memory that the simulated device has
 
 ABSENT = (0, 0, 0)
 
@@ -199,7 +198,8 @@ def emulate(seed):
 
 def check_teams(seed):
     """Several blocks share a channel: too long for one block, or one of few channels."""
-    target.RESERVED = (16 << 10) - 512  # bytes that are left for a channel
+    device = target.properties(0)._replace(shared=1100)
+    target.properties = lambda number: device
     rng = np.random.default_rng(seed)
     teams = set()
     for shape, layout in (

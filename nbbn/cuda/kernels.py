@@ -61,9 +61,10 @@ LANES = 1  # of a block; a power of two
 MEMBERS = 256  # threads of a lane: THREADS / LANES
 OWN = 1  # channels of a thread: WIDTH in columns
 ALONG = 4  # elements of an access that are of one channel: WIDTH in rows
-TILE = 1  # channels of a block: LANES · OWN
+TILE = 1  # channels of a block: LANES · OWN, no more than THREADS
+WORKERS = 256  # threads that sum up for a channel: THREADS / TILE
+PITCH = 1  # threads from such a one to the next: TILE in columns
 CHUNK = 4096  # elements of a channel that are in registers at once: MEMBERS · ALONG · UNROLLED
-PITCH = 1  # threads from a member of a lane to the next: LANES in columns
 NUMBERS = 5  # 5 · OWN
 TABLE = 5  # 5 · TILE
 READS = 0  # arrays that stay in shared memory
@@ -93,10 +94,20 @@ def lane_of():
 
 
 @part
+def worker():
+    """Return which channel of the tile a thread sums up for, and which of those that do so it is."""
+    if COLUMNS:
+        index, channel = divided(int64(cuda.threadIdx.x), TILE)
+        return channel, index
+    return lane_of()
+
+
+@part
 def span(cut, tile, piece):
-    """Return a thread's first channel; of the part that its block takes, the first element, that after the
-    last, and the latter as the thread sees it: nothing is left to one without a channel.
-    """  # noqa: D205
+    """Return a thread's first channel, and which elements its block takes: the first, and that after the last.
+
+    Then the latter as the thread sees it: nothing is left to one without a channel.
+    """
     c = tile * TILE + lane_of()[0] * OWN
     first = piece * cut.part
     last = min(first + cut.part, cut.outer * cut.inner)
@@ -327,46 +338,70 @@ def clear(numbers):
 
 
 @part
-def shared_sum(total, lost, high, low, member, members, pitch):
-    """Return the sum over so many threads, `pitch` apart, to each of them, and what it lost.
+def worker_sum(total, lost, high, low):
+    """Return the sum over all that sum up for a channel, to each of them, and what it lost.
 
     `high` and `low` are shared memory. Sums of RADIX, in a fixed order, until few are left, which every
     thread adds up.
     """
     t = int64(cuda.threadIdx.x)
+    _, index = worker()
     cuda.syncthreads()  # what was there before has been read
     high[t] = total
     low[t] = lost
     cuda.syncthreads()
-    width = members
+    width = WORKERS
     while width > RADIX:
         width //= RADIX
-        if member < width:
+        if index < width:
             total, lost = high[t], low[t]
             for k in range(1, RADIX):
-                other = t + k * width * pitch
+                other = t + k * width * PITCH
                 total, lost = plus(total, lost + low[other], high[other])
             high[t] = total
             low[t] = lost
         cuda.syncthreads()
-    first = t - member * pitch
+    first = t - index * PITCH
     total, lost = high[first], low[first]
     for k in range(1, width):
-        total, lost = plus(total, lost + low[first + k * pitch], high[first + k * pitch])
+        total, lost = plus(total, lost + low[first + k * PITCH], high[first + k * PITCH])
     return total, lost
 
 
 @part
-def lane_sum(total, lost, high, low):
-    """Return the sum over the threads of a lane."""
-    return shared_sum(total, lost, high, low, lane_of()[1], MEMBERS, PITCH)
+def block_sum(totals, losses, high, low):
+    """Return the sum of all threads' numbers for the channel that a thread sums up for, and what it lost.
+
+    The members of a lane hand their numbers out to those who sum up, as many at a time as there is room for.
+    """
+    if OWN == 1:
+        return worker_sum(totals[0], losses[0], high, low)
+    lane, member = lane_of()
+    turn, row = divided(member, WORKERS)
+    total = lost = float64(0)
+    for now in range(OWN):
+        cuda.syncthreads()  # what was there before has been read
+        if turn == now:
+            for k in range(OWN):
+                high[row * TILE + lane * OWN + k] = totals[k]
+                low[row * TILE + lane * OWN + k] = losses[k]
+        cuda.syncthreads()
+        total, lost = plus(total, lost + low[cuda.threadIdx.x], high[cuda.threadIdx.x])
+    return worker_sum(total, lost, high, low)
 
 
 @part
-def lane_sums(totals, losses, high, low):
-    """Sum up the numbers of a thread's channels over the threads of its lane."""
-    for k in range(OWN):
-        totals[k], losses[k] = lane_sum(totals[k], losses[k], high, low)
+def own_numbers(number, shared, numbers):
+    """Get the numbers of a thread's own channels from those that have summed up for them."""
+    if COLUMNS:
+        channel, index = worker()
+        if index == 0:
+            shared[channel] = number
+        cuda.syncthreads()
+        for k in range(OWN):
+            numbers[k] = shared[lane_of()[0] * OWN + k]
+    else:
+        numbers[0] = number
 
 
 @part
@@ -435,8 +470,8 @@ def merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2):
 
 # --- what a block or a team knows of a tile ----------------------------------------------------------
 #
-# In shared memory, thread t's place belongs to channel t % TILE of the tile. A team of blocks, of one or
-# more, shares a tile: each block has a part of it, and learns from the others what theirs sum up to.
+# A team of blocks, of one or more, shares a tile: each block has a part of it, and learns from the others
+# what theirs sum up to. There is a thread for each number of a channel, or a few.
 
 
 @part
@@ -468,76 +503,60 @@ def notes(arrays, cut, turn, team):
 
 
 @part
-def tell_statistics(address, piece, pitch, c, means, rests, m2s):
-    """Leave the statistics of a part of a lane's channels."""
-    if lane_of()[1] == 0 and c < pitch:
-        for k in range(OWN):
-            put_four(address, piece, pitch, c + k, (means[k], rests[k], m2s[k], float64(0)))
-
-
-@part
-def tell_sums(address, piece, pitch, c, totals, losses, products, products_lost):
-    """Leave the sums of a part of a lane's channels."""
-    if lane_of()[1] == 0 and c < pitch:
-        for k in range(OWN):
-            put_four(address, piece, pitch, c + k, (totals[k], losses[k], products[k], products_lost[k]))
-
-
-@part
 def part_count(cut, piece):
     """Return how many values of a channel are in a part."""
     return max(int64(0), min(cut.part, cut.outer * cut.inner - piece * cut.part))
 
 
 @part
-def threads_a_channel():
-    """Return THREADS / TILE in a way that the compiler does not know, which would unroll loops."""
+def workers():
+    """Return WORKERS in a way that the compiler does not know, which would unroll loops."""
     return int64(cuda.blockDim.x) // TILE
 
 
 @part
 def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
-    """Merge the statistics of parts into shared memory: every thread some of a channel, then as a tree."""
+    """Return mean, rest and m2 of all parts of a channel: each worker merges some, and then as a tree."""
     t = int64(cuda.threadIdx.x)
-    mine, _ = divided(t, TILE)
+    _, index = worker()
     count = int64(0)
     mean = rest = m2 = float64(0)
-    for piece in range(mine, parts if c < pitch else int64(0), threads_a_channel()):
+    for piece in range(index, parts if c < pitch else int64(0), workers()):
         more = part_count(cut, piece)
         more_mean, more_rest, more_m2, _ = get_four(address, piece, pitch, c)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
+    cuda.syncthreads()  # what was there before has been read
     counts[t] = count
     means[t] = mean
     rests[t] = rest
     m2s[t] = m2
     cuda.syncthreads()
     width = 1
-    while width < min(
-        parts, int64(THREADS // TILE)
-    ):  # not known to the compiler, which would write out every step
+    while width < min(parts, workers()):
         width *= 2
     while width > 1:
         width //= 2
-        if mine < width:
-            other = t + width * TILE
+        if index < width:
+            other = t + width * PITCH
             counts[t], means[t], rests[t], m2s[t] = merged(
                 counts[t], means[t], rests[t], m2s[t], counts[other], means[other], rests[other], m2s[other]
             )  # fmt: skip
         cuda.syncthreads()
+    first = t - index * PITCH
+    return means[first], rests[first], m2s[first]
 
 
 @part
 def pool_sums(address, pitch, c, parts, high, low):
-    """Return what the four numbers of all parts sum up to, to every thread of a channel."""
-    mine, _ = divided(int64(cuda.threadIdx.x), TILE)
+    """Return what the two sums, and what they lost, of all parts of a channel sum up to."""
     total = lost = product = product_lost = float64(0)
-    for piece in range(mine, parts if c < pitch else int64(0), threads_a_channel()):
+    for piece in range(worker()[1], parts if c < pitch else int64(0), workers()):
         four = get_four(address, piece, pitch, c)
         total, lost = plus(total, lost + four[1], four[0])
         product, product_lost = plus(product, product_lost + four[3], four[2])
-    total, lost = shared_sum(total, lost, high, low, mine, THREADS // TILE, TILE)
-    product, product_lost = shared_sum(product, product_lost, high, low, mine, THREADS // TILE, TILE)
-    return total + lost, product + product_lost
+    total, lost = worker_sum(total, lost, high, low)
+    product, product_lost = worker_sum(product, product_lost, high, low)
+    return total, lost, product, product_lost
 
 
 # --- statistics --------------------------------------------------------------------------------------
@@ -547,34 +566,34 @@ def collect(arrays, cut):
     """Statistics of parts of tiles into the partials. Blocks: tiles × parts."""
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
+    known = cuda.shared.array(TILE, np.float64)
     values = cuda.local.array(VALUES, real)
     means = cuda.local.array(OWN, np.float64)
-    rests = cuda.local.array(OWN, np.float64)
-    m2s = cuda.local.array(OWN, np.float64)
+    totals = cuda.local.array(OWN, np.float64)
+    losses = cuda.local.array(OWN, np.float64)
     tile, piece = divided(int64(cuda.blockIdx.x), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
-    _, member = lane_of()
-    clear(means)
-    clear(rests)
-    clear(m2s)
+    channel, index = worker()
     count = int64(0)
+    mean = rest = m2 = float64(0)
     step, inner = begin(cut, first)
     for start in range(first, last, CHUNK):
-        element = start + member * ALONG
+        element = start + lane_of()[1] * ALONG
         more = min(int64(CHUNK), last - start)
         fetch(cut, arrays.x, c, step, inner, element, stop, values)
         for k in range(OWN):
-            total, lost = sum_of(values, k)
-            total, lost = lane_sum(total, lost, high, low)
-            mean, rest = mean_of(total, lost, float64(more))
-            total, lost = squares_of(values, k, mean, element, stop)
-            total, lost = lane_sum(total, lost, high, low)
-            _, means[k], rests[k], m2s[k] = merged(
-                count, means[k], rests[k], m2s[k], more, mean, rest, total + lost
-            )
-        count += more
+            totals[k], losses[k] = sum_of(values, k)
+        total, lost = block_sum(totals, losses, high, low)
+        its_mean, its_rest = mean_of(total, lost, float64(more))
+        own_numbers(its_mean, known, means)
+        for k in range(OWN):
+            totals[k], losses[k] = squares_of(values, k, means[k], element, stop)
+        total, lost = block_sum(totals, losses, high, low)
+        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, total + lost)
         step, inner = advance_all(cut, step, inner)
-    tell_statistics(arrays.partials, piece, cut.channels, c, means, rests, m2s)
+    c = tile * TILE + channel
+    if index == 0 and c < cut.channels:
+        put_four(arrays.partials, piece, cut.channels, c, (mean, rest, m2, float64(0)))
 
 
 @part
@@ -618,24 +637,20 @@ def put_table(arrays, cut, c, rows, table):
         store(arrays.tables + REAL_SIZE * (row * cut.channels + c), table[row])
 
 
-@part
-def channel_of():
-    """Return which channel a thread works for where parts are pooled."""
-    return int64(cuda.blockIdx.x) * TILE + divided(int64(cuda.threadIdx.x), TILE)[1]
-
-
 def finish_stats(arrays, cut, numbers):
     """Partials into mean, var, invstd, the tables and the running statistics. Blocks: tiles."""
     counts = cuda.shared.array(THREADS, np.int64)
     means = cuda.shared.array(THREADS, np.float64)
     rests = cuda.shared.array(THREADS, np.float64)
     m2s = cuda.shared.array(THREADS, np.float64)
-    table = cuda.local.array(3, real)
-    t = int64(cuda.threadIdx.x)
-    c = channel_of()
-    pool_statistics(cut, arrays.partials, cut.channels, c, cut.parts, counts, means, rests, m2s)
-    if t < TILE and c < cut.channels:
-        finish_channel(arrays, cut, numbers, c, means[t], rests[t], m2s[t], True, table)
+    table = cuda.local.array(5, real)
+    channel, index = worker()
+    c = int64(cuda.blockIdx.x) * TILE + channel
+    mean, rest, m2 = pool_statistics(
+        cut, arrays.partials, cut.channels, c, cut.parts, counts, means, rests, m2s
+    )
+    if index == 0 and c < cut.channels:
+        finish_channel(arrays, cut, numbers, c, mean, rest, m2, True, table)
         put_table(arrays, cut, c, 3, table)
 
 
@@ -663,8 +678,15 @@ def get_tables(arrays, cut, c, rows, numbers):
 
 
 @part
-def own_tables(tables, rows, numbers):
-    """Get the same from shared memory."""
+def put_shared(tables, channel, rows, table):
+    """Leave what a channel's results are computed with, for the threads of the block."""
+    for row in range(rows):
+        tables[row * TILE + channel] = table[row]
+
+
+@part
+def get_shared(tables, rows, numbers):
+    """Get it for a thread's channels."""
     for row in range(rows):
         for k in range(OWN):
             numbers[row * OWN + k] = tables[row * TILE + lane_of()[0] * OWN + k]
@@ -715,17 +737,16 @@ def forward(arrays, cut, numbers):
     low = cuda.shared.array(THREADS, np.float64)
     counts = cuda.shared.array(THREADS, np.int64)
     m2s = cuda.shared.array(THREADS, np.float64)
+    known = cuda.shared.array(TILE, np.float64)
     tables = cuda.shared.array(TABLE, REAL)
     values = cuda.local.array(VALUES, real)
     table = cuda.local.array(5, real)
     mine = cuda.local.array(NUMBERS, real)
     means = cuda.local.array(OWN, np.float64)
-    rests = cuda.local.array(OWN, np.float64)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
-    t = int64(cuda.threadIdx.x)
-    lane, member = lane_of()
     team, rank = divided(int64(cuda.blockIdx.x), cut.team)
+    channel, index = worker()
     turn = int64(0)
     for tile in range(team, tiles_of(cut), cut.teams):
         c, first, last, stop = span(cut, tile, rank)
@@ -733,38 +754,30 @@ def forward(arrays, cut, numbers):
         clear(losses)
         step, inner = begin(cut, first)
         for start in range(first, last, CHUNK):
-            element = start + member * ALONG
+            element = start + lane_of()[1] * ALONG
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
             keep(kept, 0, kept_at(first, start), element, stop, values)
             for k in range(OWN):
                 total, lost = sum_of(values, k)
                 totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
             step, inner = advance_all(cut, step, inner)
-        lane_sums(totals, losses, high, low)
-        for k in range(OWN):
-            means[k], rests[k] = mean_of(totals[k], losses[k], float64(last - first))
+        total, lost = block_sum(totals, losses, high, low)
+        mean, rest = mean_of(total, lost, float64(last - first))
+        own_numbers(mean, known, means)
         kept_squares(kept, first, stop, means, totals, losses)
-        lane_sums(totals, losses, high, low)
-        for k in range(OWN):
-            totals[k] += losses[k]
+        total, lost = block_sum(totals, losses, high, low)
+        m2 = total + lost
         if TEAMS:
             address = notes(arrays, cut, turn, team)
-            tell_statistics(address, rank, TILE, lane * OWN, means, rests, totals)
+            if index == 0:
+                put_four(address, rank, TILE, channel, (mean, rest, m2, float64(0)))
             team_barrier(arrays, cut, team, rank)
-            pool_statistics(cut, address, TILE, t % TILE, cut.team, counts, high, low, m2s)
-        else:
-            cuda.syncthreads()  # the sums have been read
-            if member == 0:
-                for k in range(OWN):
-                    j = lane * OWN + k
-                    high[j], low[j], m2s[j] = means[k], rests[k], totals[k]
-            cuda.syncthreads()
-        if t < TILE and tile * TILE + t < cut.channels:
-            finish_channel(arrays, cut, numbers, tile * TILE + t, high[t], low[t], m2s[t], rank == 0, table)
-            for row in range(3):
-                tables[row * TILE + t] = table[row]
+            mean, rest, m2 = pool_statistics(cut, address, TILE, channel, cut.team, counts, high, low, m2s)
+        if index == 0 and tile * TILE + channel < cut.channels:
+            finish_channel(arrays, cut, numbers, tile * TILE + channel, mean, rest, m2, rank == 0, table)
+            put_shared(tables, channel, 3, table)
         cuda.syncthreads()
-        own_tables(tables, 3, mine)
+        get_shared(tables, 3, mine)
         normalize_part(arrays, cut, c, first, last, stop, kept, mine, values)
         turn += 1
 
@@ -818,17 +831,21 @@ def reduce(arrays, cut):
     reduce_part(
         arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
     )
-    lane_sums(totals, losses, high, low)
-    lane_sums(products, products_lost, high, low)
-    tell_sums(arrays.partials, piece, cut.channels, c, totals, losses, products, products_lost)
+    channel, index = worker()
+    c = tile * TILE + channel
+    total, lost = block_sum(totals, losses, high, low)
+    product, product_lost = block_sum(products, products_lost, high, low)
+    if index == 0 and c < cut.channels:
+        put_four(arrays.partials, piece, cut.channels, c, (total, lost, product, product_lost))
 
 
 @part
-def finish_gradients(arrays, cut, c, grad_bias, product, report, table):
+def finish_gradients(arrays, cut, c, four, report, table):
     """Set what grad_x of a channel is computed with; to report it is to leave its sums."""
     mean = parameter(arrays.mean, c, float64(0))
     invstd = parameter(arrays.var, c, float64(1))
-    grad_weight = product * invstd
+    grad_bias = four[0] + four[1]
+    grad_weight = (four[2] + four[3]) * invstd
     scale = parameter(arrays.weight, c, float64(1)) * invstd
     rounded = real(mean)
     lost = mean - float64(rounded)
@@ -855,10 +872,11 @@ def finish_backward(arrays, cut):
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     table = cuda.local.array(5, real)
-    c = channel_of()
-    grad_bias, product = pool_sums(arrays.partials, cut.channels, c, cut.parts, high, low)
-    if cuda.threadIdx.x < TILE and c < cut.channels:
-        finish_gradients(arrays, cut, c, grad_bias, product, True, table)
+    channel, index = worker()
+    c = int64(cuda.blockIdx.x) * TILE + channel
+    four = pool_sums(arrays.partials, cut.channels, c, cut.parts, high, low)
+    if index == 0 and c < cut.channels:
+        finish_gradients(arrays, cut, c, four, True, table)
         put_table(arrays, cut, c, 5, table)
 
 
@@ -910,35 +928,27 @@ def backward(arrays, cut):
     losses = cuda.local.array(OWN, np.float64)
     products = cuda.local.array(OWN, np.float64)
     products_lost = cuda.local.array(OWN, np.float64)
-    t = int64(cuda.threadIdx.x)
-    lane, member = lane_of()
     team, rank = divided(int64(cuda.blockIdx.x), cut.team)
+    channel, index = worker()
     turn = int64(0)
     for tile in range(team, tiles_of(cut), cut.teams):
         c, first, last, stop = span(cut, tile, rank)
         reduce_part(
             arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
         )
-        lane_sums(totals, losses, high, low)
-        lane_sums(products, products_lost, high, low)
+        total, lost = block_sum(totals, losses, high, low)
+        product, product_lost = block_sum(products, products_lost, high, low)
+        four = total, lost, product, product_lost
         if TEAMS:
             address = notes(arrays, cut, turn, team)
-            tell_sums(address, rank, TILE, lane * OWN, totals, losses, products, products_lost)
+            if index == 0:
+                put_four(address, rank, TILE, channel, four)
             team_barrier(arrays, cut, team, rank)
-            grad_bias, product = pool_sums(address, TILE, t % TILE, cut.team, high, low)
-        else:
-            cuda.syncthreads()  # the sums have been read
-            if member == 0:
-                for k in range(OWN):
-                    high[lane * OWN + k] = totals[k] + losses[k]
-                    low[lane * OWN + k] = products[k] + products_lost[k]
-            cuda.syncthreads()
-            grad_bias, product = high[t], low[t]
-        if t < TILE and tile * TILE + t < cut.channels:
-            finish_gradients(arrays, cut, tile * TILE + t, grad_bias, product, rank == 0, table)
-            for row in range(5):
-                tables[row * TILE + t] = table[row]
+            four = pool_sums(address, TILE, channel, cut.team, high, low)
+        if index == 0 and tile * TILE + channel < cut.channels:
+            finish_gradients(arrays, cut, tile * TILE + channel, four, rank == 0, table)
+            put_shared(tables, channel, 5, table)
         cuda.syncthreads()
-        own_tables(tables, 5, mine)
+        get_shared(tables, 5, mine)
         apply_part(arrays, cut, c, first, last, stop, kept, mine, values, others)
         turn += 1

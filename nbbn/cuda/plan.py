@@ -16,7 +16,6 @@ WARP = 32  # threads, the fewest of a block
 FINISHERS = (1, 8, 32, 256)  # threads that merge the parts of a channel
 # The threads of a block that keeps channels in shared memory, up to so many bytes of it.
 RESIDENT_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
-SUMS = (0, 4, 2)  # numbers of 8 bytes that kernels share a thread, by the arrays that they keep
 RESIDENT_UNROLLED = 4  # accesses of a thread at once; with more, these run out of registers
 TILE_BYTES = 64  # of an outer step that a block reads at least where it keeps a tile of columns
 TEAM_BYTES = 32 << 10  # of an array that a block of a team has at least, where fewer could keep it
@@ -128,8 +127,9 @@ class Plan:
 
     def _capacity(self, reads: int, threads: int, lanes: int) -> int:
         """Return how many elements of each channel of a tile a block can keep."""
-        tables = 5 * lanes * self.own * self.size
-        room = target.properties(self.device).shared - SUMS[reads] * 8 * threads - tables
+        # Beside that: 4 or 2 numbers of 8 bytes a thread, and one of these and 5 others a channel.
+        other = (4, 2)[reads - 1] * 8 * threads + (8 + 5 * self.size) * lanes * self.own
+        room = target.properties(self.device).shared - other
         return room // self._room(reads, threads) * (threads // lanes) * self.along
 
     def _tiles(self, lanes: int) -> int:
@@ -245,7 +245,8 @@ class Plan:
             ("ALONG", along),
             ("TILE", tile),
             ("CHUNK", members * along * unrolled),
-            ("PITCH", form.lanes if form.columns else 1),
+            ("WORKERS", form.threads // tile),
+            ("PITCH", tile if form.columns else 1),
             ("NUMBERS", 5 * form.own),
             ("TABLE", 5 * tile),
             ("READS", form.reads),
