@@ -15,7 +15,7 @@ read once for the statistics. All sums have a fixed order.
 """
 
 import numpy as np
-from numba import cuda, float64, int64, uint32, uint64
+from numba import cuda, float64, int32, int64, uint32, uint64
 
 from nbbn.compiler import fma
 from nbbn.cuda.target import (
@@ -82,22 +82,33 @@ def divided(a, b):
 
 
 @part
+def share_of(block, count):
+    """Return the quotient and the remainder of a block's number: these are small, as a grid is."""
+    quotient = int64(uint32(block) // uint32(count))
+    return quotient, block - quotient * count
+
+
+@part
+def split(count):
+    """Return a thread's number divided by a power of two, and the remainder: few bits, few registers."""
+    t = uint32(cuda.threadIdx.x)
+    return int32(t // uint32(count)), int32(t % uint32(count))
+
+
+@part
 def lane_of():
     """Return which lane a thread is in, and which member of it the thread is."""
-    t = int64(cuda.threadIdx.x)
-    if LANES == 1:
-        return int64(0), t
     if COLUMNS:
-        member, lane = divided(t, LANES)
+        member, lane = split(LANES)
         return lane, member
-    return divided(t, MEMBERS)
+    return split(MEMBERS)
 
 
 @part
 def worker():
     """Return which channel of the tile a thread sums up for, and which of those that do so it is."""
     if COLUMNS:
-        index, channel = divided(int64(cuda.threadIdx.x), TILE)
+        index, channel = split(TILE)
         return channel, index
     return lane_of()
 
@@ -114,12 +125,6 @@ def span(cut, tile, piece):
     if TILE == 1 or c < cut.channels:
         return c, first, last, last
     return c, first, last, first
-
-
-@part
-def tiles_of(cut):
-    """Return how many tiles there are."""
-    return divided(cut.channels + TILE - 1, TILE)[0]
 
 
 @part
@@ -184,6 +189,15 @@ def put_four(address, piece, pitch, c, four):
 
 
 # --- a thread's elements -----------------------------------------------------------------------------
+
+
+@part
+def chunk():
+    """Return how many elements of a channel are in a block's registers at once.
+
+    In a way that the compiler does not know, which would unroll loops once more.
+    """
+    return int64(cuda.blockDim.x) // LANES * (ALONG * UNROLLED)
 
 
 @part
@@ -344,7 +358,7 @@ def worker_sum(total, lost, high, low):
     `high` and `low` are shared memory. Sums of RADIX, in a fixed order, until few are left, which every
     thread adds up.
     """
-    t = int64(cuda.threadIdx.x)
+    t = cuda.threadIdx.x
     _, index = worker()
     cuda.syncthreads()  # what was there before has been read
     high[t] = total
@@ -377,7 +391,7 @@ def block_sum(totals, losses, high, low):
     if OWN == 1:
         return worker_sum(totals[0], losses[0], high, low)
     lane, member = lane_of()
-    turn, row = divided(member, WORKERS)
+    turn, row = member // WORKERS, member % WORKERS
     total = lost = float64(0)
     for now in range(OWN):
         cuda.syncthreads()  # what was there before has been read
@@ -411,12 +425,14 @@ def kept_squares(kept, first, stop, means, totals, losses):
     clear(losses)
     _, member = lane_of()
     place = kept_at(first, first)
-    for _ in range(first + member * ALONG, stop, int64(cuda.blockDim.x) // LANES * ALONG):
+    element = first + member * ALONG
+    while element < stop:
         for i in range(WIDTH):
             k = i // ALONG
             square = squared_deviation(float64(kept[place + i * THREADS]), means[k])
             totals[k], losses[k] = plus_some(totals[k], losses[k], square)
         place += WIDTH * THREADS
+        element += chunk() // UNROLLED
 
 
 @part
@@ -499,7 +515,7 @@ def notes(arrays, cut, turn, team):
 
     Turns alternate between two places: who reads of one turn has not yet come to the barrier of the next.
     """
-    return arrays.partials + 32 * TILE * ((turn % 2 * cut.teams + team) * cut.team)
+    return arrays.partials + 32 * TILE * ((turn * cut.teams + team) * cut.team)
 
 
 @part
@@ -517,14 +533,16 @@ def workers():
 @part
 def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
     """Return mean, rest and m2 of all parts of a channel: each worker merges some, and then as a tree."""
-    t = int64(cuda.threadIdx.x)
+    t = cuda.threadIdx.x
     _, index = worker()
     count = int64(0)
     mean = rest = m2 = float64(0)
-    for piece in range(index, parts if c < pitch else int64(0), workers()):
+    piece = int64(index)
+    while piece < parts and c < pitch:
         more = part_count(cut, piece)
         more_mean, more_rest, more_m2, _ = get_four(address, piece, pitch, c)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
+        piece += workers()
     cuda.syncthreads()  # what was there before has been read
     counts[t] = count
     means[t] = mean
@@ -550,10 +568,12 @@ def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
 def pool_sums(address, pitch, c, parts, high, low):
     """Return what the two sums, and what they lost, of all parts of a channel sum up to."""
     total = lost = product = product_lost = float64(0)
-    for piece in range(worker()[1], parts if c < pitch else int64(0), workers()):
+    piece = int64(worker()[1])
+    while piece < parts and c < pitch:
         four = get_four(address, piece, pitch, c)
         total, lost = plus(total, lost + four[1], four[0])
         product, product_lost = plus(product, product_lost + four[3], four[2])
+        piece += workers()
     total, lost = worker_sum(total, lost, high, low)
     product, product_lost = worker_sum(product, product_lost, high, low)
     return total, lost, product, product_lost
@@ -571,15 +591,16 @@ def collect(arrays, cut):
     means = cuda.local.array(OWN, np.float64)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
-    tile, piece = divided(int64(cuda.blockIdx.x), cut.parts)
+    tile, piece = share_of(int64(cuda.blockIdx.x), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
     channel, index = worker()
     count = int64(0)
     mean = rest = m2 = float64(0)
     step, inner = begin(cut, first)
-    for start in range(first, last, CHUNK):
+    start = first
+    while start < last:
         element = start + lane_of()[1] * ALONG
-        more = min(int64(CHUNK), last - start)
+        more = min(chunk(), last - start)
         fetch(cut, arrays.x, c, step, inner, element, stop, values)
         for k in range(OWN):
             totals[k], losses[k] = sum_of(values, k)
@@ -591,6 +612,7 @@ def collect(arrays, cut):
         total, lost = block_sum(totals, losses, high, low)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, total + lost)
         step, inner = advance_all(cut, step, inner)
+        start += chunk()
     c = tile * TILE + channel
     if index == 0 and c < cut.channels:
         put_four(arrays.partials, piece, cut.channels, c, (mean, rest, m2, float64(0)))
@@ -697,7 +719,8 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
     """Normalize a part of a thread's channels."""
     _, member = lane_of()
     step, inner = begin(cut, first)
-    for start in range(first, last, CHUNK):
+    start = first
+    while start < last:
         element = start + member * ALONG
         if READS:
             kept_values(kept, 0, kept_at(first, start), element, stop, values)
@@ -708,6 +731,7 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
             values[i] = normalized(values[i], numbers[k], numbers[OWN + k], numbers[2 * OWN + k])
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
+        start += chunk()
 
 
 @part
@@ -721,7 +745,7 @@ def normalize(arrays, cut):
     kept = cuda.shared.array(0, KIND)  # nothing
     values = cuda.local.array(VALUES, real)
     numbers = cuda.local.array(NUMBERS, real)
-    tile, piece = divided(reversed_block(), cut.parts)
+    tile, piece = share_of(reversed_block(), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
     get_tables(arrays, cut, c, 3, numbers)
     normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values)
@@ -745,15 +769,17 @@ def forward(arrays, cut, numbers):
     means = cuda.local.array(OWN, np.float64)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
-    team, rank = divided(int64(cuda.blockIdx.x), cut.team)
+    team, rank = share_of(int64(cuda.blockIdx.x), cut.team)
     channel, index = worker()
     turn = int64(0)
-    for tile in range(team, tiles_of(cut), cut.teams):
+    tile = team
+    while tile * TILE < cut.channels:
         c, first, last, stop = span(cut, tile, rank)
         clear(totals)
         clear(losses)
         step, inner = begin(cut, first)
-        for start in range(first, last, CHUNK):
+        start = first
+        while start < last:
             element = start + lane_of()[1] * ALONG
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
             keep(kept, 0, kept_at(first, start), element, stop, values)
@@ -761,6 +787,7 @@ def forward(arrays, cut, numbers):
                 total, lost = sum_of(values, k)
                 totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
             step, inner = advance_all(cut, step, inner)
+            start += chunk()
         total, lost = block_sum(totals, losses, high, low)
         mean, rest = mean_of(total, lost, float64(last - first))
         own_numbers(mean, known, means)
@@ -779,7 +806,8 @@ def forward(arrays, cut, numbers):
         cuda.syncthreads()
         get_shared(tables, 3, mine)
         normalize_part(arrays, cut, c, first, last, stop, kept, mine, values)
-        turn += 1
+        tile += cut.teams
+        turn = 1 - turn
 
 
 # --- backward ----------------------------------------------------------------------------------------
@@ -801,7 +829,8 @@ def reduce_part(
             means[k] = parameter(arrays.mean, c + k, float64(0))
     _, member = lane_of()
     step, inner = begin(cut, first)
-    for start in range(first, last, CHUNK):
+    start = first
+    while start < last:
         element = start + member * ALONG
         fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
         fetch(cut, arrays.x, c, step, inner, element, stop, others)
@@ -813,6 +842,7 @@ def reduce_part(
             totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
             products[k], products_lost[k] = plus(products[k], products_lost[k] + product_lost, product)
         step, inner = advance_all(cut, step, inner)
+        start += chunk()
 
 
 def reduce(arrays, cut):
@@ -826,7 +856,7 @@ def reduce(arrays, cut):
     losses = cuda.local.array(OWN, np.float64)
     products = cuda.local.array(OWN, np.float64)
     products_lost = cuda.local.array(OWN, np.float64)
-    tile, piece = divided(int64(cuda.blockIdx.x), cut.parts)
+    tile, piece = share_of(int64(cuda.blockIdx.x), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
     reduce_part(
         arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
@@ -885,7 +915,8 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
     """Compute grad_x of a part of a thread's channels."""
     _, member = lane_of()
     step, inner = begin(cut, first)
-    for start in range(first, last, CHUNK):
+    start = first
+    while start < last:
         element = start + member * ALONG
         if READS:
             kept_values(kept, 0, kept_at(first, start), element, stop, values)
@@ -900,6 +931,7 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
             values[i] = gradient(values[i], others[i], mean, unit, scale, slope, offset)
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
+        start += chunk()
 
 
 def apply(arrays, cut):
@@ -908,7 +940,7 @@ def apply(arrays, cut):
     values = cuda.local.array(VALUES, real)
     others = cuda.local.array(VALUES, real)
     numbers = cuda.local.array(NUMBERS, real)
-    tile, piece = divided(reversed_block(), cut.parts)
+    tile, piece = share_of(reversed_block(), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
     get_tables(arrays, cut, c, 5, numbers)
     apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
@@ -928,10 +960,11 @@ def backward(arrays, cut):
     losses = cuda.local.array(OWN, np.float64)
     products = cuda.local.array(OWN, np.float64)
     products_lost = cuda.local.array(OWN, np.float64)
-    team, rank = divided(int64(cuda.blockIdx.x), cut.team)
+    team, rank = share_of(int64(cuda.blockIdx.x), cut.team)
     channel, index = worker()
     turn = int64(0)
-    for tile in range(team, tiles_of(cut), cut.teams):
+    tile = team
+    while tile * TILE < cut.channels:
         c, first, last, stop = span(cut, tile, rank)
         reduce_part(
             arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
@@ -951,4 +984,5 @@ def backward(arrays, cut):
         cuda.syncthreads()
         get_shared(tables, 5, mine)
         apply_part(arrays, cut, c, first, last, stop, kept, mine, values, others)
-        turn += 1
+        tile += cut.teams
+        turn = 1 - turn

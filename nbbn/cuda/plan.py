@@ -16,7 +16,7 @@ WARP = 32  # threads, the fewest of a block
 FINISHERS = (1, 8, 32, 256)  # threads that merge the parts of a channel
 # The threads of a block that keeps channels in shared memory, up to so many bytes of it.
 RESIDENT_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
-RESIDENT_UNROLLED = 4  # accesses of a thread at once; with more, these run out of registers
+ACCESSES = 4  # of a thread to its channels, which make it worth while
 TILE_BYTES = 64  # of an outer step that a block reads at least where it keeps a tile of columns
 TEAM_BYTES = 32 << 10  # of an array that a block of a team has at least, where fewer could keep it
 RADIX = 8  # partial sums that one thread adds up
@@ -171,7 +171,7 @@ class Plan:
                 lanes //= 2
             return lanes
         threads = RESIDENT_THREADS[0][1]
-        members = power_above(-(-count // (self.along * RESIDENT_UNROLLED)))
+        members = power_above(-(-count // (self.along * ACCESSES)))
         if members > threads:
             return 1
         # A short channel has a warp where there are more of them than all threads could have at once.
@@ -196,7 +196,7 @@ class Plan:
         team = max(least, min(device.multiprocessors // teams, nbytes // TEAM_BYTES))
         if team == 1:
             threads = next(threads for most, threads in RESIDENT_THREADS if nbytes <= most)
-            useful = lanes * power_above(-(-count // (self.along * RESIDENT_UNROLLED)))
+            useful = lanes * power_above(-(-count // (self.along * ACCESSES)))
             threads = max(WARP, lanes * self.own, min(threads, useful))
             form = self._form(threads, lanes, count, 1, reads)
             return form if self._capacity(reads, threads, lanes) >= count else None
@@ -220,9 +220,17 @@ class Plan:
     def _operand(layout: Layout, strides: int, address: int) -> Operand:
         return Operand(address + layout.offset, layout.channel, layout.inner, layout.outer[0], strides)
 
+    def _unrolled(self, form: Form) -> int:
+        """Return how many accesses of a thread to an array are under way at once: with more, registers run out."""
+        if form.reads == 0:
+            return self.unrolled
+        if form.reads == 1:
+            return 3 if form.teams else 4
+        return 2 if self.width > 1 else 4
+
     def names(self, form: Form, aligned: bool) -> target.Names:
         """Return what a kernel is compiled for: see `nbbn.cuda.kernels`."""
-        unrolled = RESIDENT_UNROLLED if form.shared else self.unrolled
+        unrolled = self._unrolled(form)
         members, along = form.threads // form.lanes, self.width // form.own
         tile = form.lanes * form.own
         return (

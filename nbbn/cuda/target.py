@@ -187,6 +187,7 @@ def _fma(a: float, b: float, c: float) -> Any:
 # Python's own functions raise where the machine returns an infinity or NaN.
 _SIMULATED_NAMES = {
     "fma": _fma,
+    "int32": int,  # NumPy's would stay one in a sum with an address
     "math": python.SimpleNamespace(sqrt=np.sqrt, ldexp=np.ldexp, frexp=np.frexp),
 }
 
