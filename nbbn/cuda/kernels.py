@@ -44,11 +44,12 @@ from nbbn.formulas import (
 )
 
 # What a kernel is compiled for.
-real = np.float32  # what results are computed in
-KIND = np.dtype(real)  # of what is kept in shared memory
-SIZE = 4  # bytes of an element of an array
+stored = np.float32  # what x, grad_out and the result are of
+STORED = np.dtype(stored)  # what is kept of them in shared memory
+SIZE = 4  # bytes of an element
+real = np.float32  # what the result is computed in
 REAL = np.dtype(real)
-REAL_SIZE = 4
+REAL_SIZE = 4  # bytes
 WIDTH = 4  # elements of an access: 1, or those of 16 bytes
 ALIGNED = True  # whether those lie at multiples of 16 bytes; who takes what does not depend on it
 UNROLLED = 4  # accesses of a thread whose values are in registers at once
@@ -56,7 +57,7 @@ VALUES = 16  # WIDTH · UNROLLED
 EVEN = True  # whether there is one outer dimension, all steps of which are equal
 EXACT = False  # whether sums of `real` in float64 must be compensated to be good to their last bit
 THREADS = 256  # of a block
-COLUMNS = False
+COLUMNS = False  # whether channels lie side by side, with nothing inside of them
 LANES = 1  # of a block; a power of two
 MEMBERS = 256  # threads of a lane: THREADS / LANES
 OWN = 1  # channels of a thread: WIDTH in columns
@@ -64,9 +65,8 @@ ALONG = 4  # elements of an access that are of one channel: WIDTH in rows
 TILE = 1  # channels of a block: LANES · OWN, no more than THREADS
 WORKERS = 256  # threads that sum up for a channel: THREADS / TILE
 PITCH = 1  # threads from such a one to the next: TILE in columns
-CHUNK = 4096  # elements of a channel that are in registers at once: MEMBERS · ALONG · UNROLLED
-NUMBERS = 5  # 5 · OWN
-TABLE = 5  # 5 · TILE
+OWN_TABLES = 5  # 5 · OWN
+TILE_TABLES = 5  # 5 · TILE
 READS = 0  # arrays that stay in shared memory
 TEAMS = False  # whether several blocks share a tile
 RADIX = 8  # partial sums that one thread adds up; a power of two, as THREADS is
@@ -115,7 +115,7 @@ def worker():
 
 @part
 def span(cut, tile, piece):
-    """Return a thread's first channel, and which elements its block takes: the first, and that after the last.
+    """Return a thread's first channel, and the elements of its block: the first, and that after the last.
 
     Then the latter as the thread sees it: nothing is left to one without a channel.
     """
@@ -241,20 +241,25 @@ def take(where, values, u):
     """Load the elements of one access."""
     at, gap = where
     if ALIGNED:
-        vector = load_vector(at, real)
+        vector = load_vector(at, stored)
         for k in range(WIDTH):
-            values[u * WIDTH + k] = vector[k]
+            values[u * WIDTH + k] = real(vector[k])
     else:
         for k in range(WIDTH):
-            values[u * WIDTH + k] = load(at + k * gap, real)
+            values[u * WIDTH + k] = real(load(at + k * gap, stored))
 
 
 @part
 def vector_of(values, u):
-    """Return the values of one access."""
+    """Return the values of one access as they are stored."""
     if WIDTH == 4:
-        return values[4 * u], values[4 * u + 1], values[4 * u + 2], values[4 * u + 3]
-    return values[2 * u], values[2 * u + 1]
+        return (
+            stored(values[4 * u]),
+            stored(values[4 * u + 1]),
+            stored(values[4 * u + 2]),
+            stored(values[4 * u + 3]),
+        )
+    return stored(values[2 * u]), stored(values[2 * u + 1])
 
 
 @part
@@ -265,7 +270,7 @@ def leave(where, values, u):
         store_vector(at, vector_of(values, u))
     else:
         for k in range(WIDTH):
-            store(at + k * gap, values[u * WIDTH + k])
+            store(at + k * gap, stored(values[u * WIDTH + k]))
 
 
 @part
@@ -303,7 +308,7 @@ def keep(kept, array, place, element, stop, values):
     for u in range(UNROLLED):
         if element < stop:
             for k in range(WIDTH):
-                kept[place + ((u * READS + array) * WIDTH + k) * THREADS] = values[u * WIDTH + k]
+                kept[place + ((u * READS + array) * WIDTH + k) * THREADS] = stored(values[u * WIDTH + k])
         element += MEMBERS * ALONG
 
 
@@ -487,7 +492,7 @@ def merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2):
 # --- what a block or a team knows of a tile ----------------------------------------------------------
 #
 # A team of blocks, of one or more, shares a tile: each block has a part of it, and learns from the others
-# what theirs sum up to. There is a thread for each number of a channel, or a few.
+# what theirs sum up to.
 
 
 @part
@@ -566,7 +571,7 @@ def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
 
 @part
 def pool_sums(address, pitch, c, parts, high, low):
-    """Return what the two sums, and what they lost, of all parts of a channel sum up to."""
+    """Return what both sums of all parts of a channel sum up to, each with what it lost."""
     total = lost = product = product_lost = float64(0)
     piece = int64(worker()[1])
     while piece < parts and c < pitch:
@@ -742,9 +747,9 @@ def reversed_block():
 
 def normalize(arrays, cut):
     """The result, or grad_x in evaluation. Blocks: tiles × parts, the last first."""
-    kept = cuda.shared.array(0, KIND)  # nothing
+    kept = cuda.shared.array(0, STORED)  # nothing
     values = cuda.local.array(VALUES, real)
-    numbers = cuda.local.array(NUMBERS, real)
+    numbers = cuda.local.array(OWN_TABLES, real)
     tile, piece = share_of(reversed_block(), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
     get_tables(arrays, cut, c, 3, numbers)
@@ -756,16 +761,16 @@ def forward(arrays, cut, numbers):
 
     A tile stays in shared memory between its one reading and its writing.
     """
-    kept = cuda.shared.array(0, KIND)
+    kept = cuda.shared.array(0, STORED)
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     counts = cuda.shared.array(THREADS, np.int64)
     m2s = cuda.shared.array(THREADS, np.float64)
     known = cuda.shared.array(TILE, np.float64)
-    tables = cuda.shared.array(TABLE, REAL)
+    tables = cuda.shared.array(TILE_TABLES, REAL)
     values = cuda.local.array(VALUES, real)
     table = cuda.local.array(5, real)
-    mine = cuda.local.array(NUMBERS, real)
+    mine = cuda.local.array(OWN_TABLES, real)
     means = cuda.local.array(OWN, np.float64)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
@@ -847,7 +852,7 @@ def reduce_part(
 
 def reduce(arrays, cut):
     """Σ dy and Σ dy · (x - mean) of parts of tiles into the partials. Blocks: tiles × parts."""
-    kept = cuda.shared.array(0, KIND)  # nothing
+    kept = cuda.shared.array(0, STORED)  # nothing
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     values = cuda.local.array(VALUES, real)
@@ -936,10 +941,10 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
 
 def apply(arrays, cut):
     """grad_x. Blocks: tiles × parts, the last first."""
-    kept = cuda.shared.array(0, KIND)  # nothing
+    kept = cuda.shared.array(0, STORED)  # nothing
     values = cuda.local.array(VALUES, real)
     others = cuda.local.array(VALUES, real)
-    numbers = cuda.local.array(NUMBERS, real)
+    numbers = cuda.local.array(OWN_TABLES, real)
     tile, piece = share_of(reversed_block(), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
     get_tables(arrays, cut, c, 5, numbers)
@@ -948,14 +953,14 @@ def apply(arrays, cut):
 
 def backward(arrays, cut):
     """Training backward. Blocks: as in `forward`; x and dy stay in shared memory."""
-    kept = cuda.shared.array(0, KIND)
+    kept = cuda.shared.array(0, STORED)
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
-    tables = cuda.shared.array(TABLE, REAL)
+    tables = cuda.shared.array(TILE_TABLES, REAL)
     values = cuda.local.array(VALUES, real)
     others = cuda.local.array(VALUES, real)
     table = cuda.local.array(5, real)
-    mine = cuda.local.array(NUMBERS, real)
+    mine = cuda.local.array(OWN_TABLES, real)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
     products = cuda.local.array(OWN, np.float64)

@@ -16,7 +16,7 @@ WARP = 32  # threads, the fewest of a block
 FINISHERS = (1, 8, 32, 256)  # threads that merge the parts of a channel
 # The threads of a block that keeps channels in shared memory, up to so many bytes of it.
 RESIDENT_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
-ACCESSES = 4  # of a thread to its channels, which make it worth while
+ACCESSES = 4  # to a channel for which a thread is worth while
 TILE_BYTES = 64  # of an outer step that a block reads at least where it keeps a tile of columns
 TEAM_BYTES = 32 << 10  # of an array that a block of a team has at least, where fewer could keep it
 RADIX = 8  # partial sums that one thread adds up
@@ -139,28 +139,27 @@ class Plan:
         """Return how many lanes a block has: of channels that lie side by side, or of `members` threads."""
         if self.columns:
             return min(LANES, threads, power_above(-(-self.channels // self.own)))
-        return threads // min(threads, members)
+        return min(threads // min(threads, members), power_above(self.channels))
 
     def _general(self) -> Form:
         """Several blocks a tile of channels: as many as there is work for."""
         amount = self.outer * self.inner
-        lanes = self._lanes(THREADS, power_above(-(-amount // (self.along * self.unrolled))))
+        lanes = self._lanes(THREADS, self._useful(amount))
         chunk = THREADS // lanes * self.along * self.unrolled
         chunks = -(-amount // chunk)
         each = max(-(-chunks * self._tiles(lanes) // BLOCKS), -(-chunks // FINISHERS[-1]))
         return self._form(THREADS, lanes, each * chunk, -(-chunks // each))
 
     def _finish(self) -> Form:
-        """The parts of each channel are pooled."""
-        general = self.general
-        members = next(threads for threads in FINISHERS if threads >= general.cut.parts)
+        """The parts of each channel are pooled, a thread for each of them."""
+        members = next(threads for threads in FINISHERS if threads >= self.general.cut.parts)
         threads = max(WARP, members)
         lanes = threads // members
-        return general._replace(
-            threads=threads, lanes=lanes, columns=True, own=1, blocks=-(-self.channels // lanes)
-        )
+        blocks = -(-self.channels // lanes)
+        return self.general._replace(threads=threads, lanes=lanes, columns=True, own=1, blocks=blocks)
 
     def _resident_lanes(self, reads: int, count: int) -> int:
+        """Return how many lanes a block has that keeps `count` elements of each of its channels."""
         most = target.properties(self.device).multiprocessors
         if self.columns:
             # As wide as leaves every multiprocessor a tile that it can keep.
@@ -171,13 +170,17 @@ class Plan:
                 lanes //= 2
             return lanes
         threads = RESIDENT_THREADS[0][1]
-        members = power_above(-(-count // (self.along * ACCESSES)))
+        members = self._useful(count)
         if members > threads:
             return 1
-        # A short channel has a warp where there are more of them than all threads could have at once.
-        if members > WARP and members * self.channels > target.RESIDENT * most:
-            members = WARP
-        return min(threads // members, power_above(self.channels))
+        # A short channel has a warp where there are more channels than as many threads as run at once.
+        if members * self.channels > target.RESIDENT * most:
+            members = min(members, WARP)
+        return self._lanes(threads, members)
+
+    def _useful(self, count: int) -> int:
+        """Return how many threads it is worth while to give to so many elements of a channel."""
+        return power_above(-(-count // (self.along * ACCESSES)))
 
     def _resident(self, reads: int) -> Form | None:
         """Channels stay in shared memory, of one block or of a team; None where they do not fit."""
@@ -196,8 +199,7 @@ class Plan:
         team = max(least, min(device.multiprocessors // teams, nbytes // TEAM_BYTES))
         if team == 1:
             threads = next(threads for most, threads in RESIDENT_THREADS if nbytes <= most)
-            useful = lanes * power_above(-(-count // (self.along * ACCESSES)))
-            threads = max(WARP, lanes * self.own, min(threads, useful))
+            threads = max(WARP, lanes * self.own, min(threads, lanes * self._useful(count)))
             form = self._form(threads, lanes, count, 1, reads)
             return form if self._capacity(reads, threads, lanes) >= count else None
         if not device.cooperative:
@@ -221,7 +223,7 @@ class Plan:
         return Operand(address + layout.offset, layout.channel, layout.inner, layout.outer[0], strides)
 
     def _unrolled(self, form: Form) -> int:
-        """Return how many accesses of a thread to an array are under way at once: with more, registers run out."""
+        """Return how many accesses to an array a thread has under way: with more, registers run out."""
         if form.reads == 0:
             return self.unrolled
         if form.reads == 1:
@@ -234,9 +236,10 @@ class Plan:
         members, along = form.threads // form.lanes, self.width // form.own
         tile = form.lanes * form.own
         return (
-            ("real", self.real),
-            ("KIND", np.dtype(self.real)),
+            ("stored", self.real),
+            ("STORED", np.dtype(self.real)),
             ("SIZE", self.size),
+            ("real", self.real),
             ("REAL", np.dtype(self.real)),
             ("REAL_SIZE", self.size),
             ("WIDTH", self.width),
@@ -252,11 +255,10 @@ class Plan:
             ("OWN", form.own),
             ("ALONG", along),
             ("TILE", tile),
-            ("CHUNK", members * along * unrolled),
             ("WORKERS", form.threads // tile),
             ("PITCH", tile if form.columns else 1),
-            ("NUMBERS", 5 * form.own),
-            ("TABLE", 5 * tile),
+            ("OWN_TABLES", 5 * form.own),
+            ("TILE_TABLES", 5 * tile),
             ("READS", form.reads),
             ("TEAMS", form.teams > 0),
             ("RADIX", RADIX),
