@@ -15,13 +15,14 @@ from cases import DTYPES, POISON
 from checks import assert_same_bits, assert_within, check_updates
 from nbbn.cuda import plan, target
 from nbbn.cuda.run import Run
+from nbbn.dtypes import storage_of
 from nbbn.problem import Problem
 from reference import rows
 
-plan.THREADS, plan.LANES, plan.RADIX = 4, 2, 2
-plan.BLOCKS, plan.FINISHERS = 6, (2, 4)
-plan.RESIDENT_THREADS = ((1 << 9, 2), (1 << 62, 4))
-target.RESERVED = 1 << 10  # of the 16 KB of shared memory that the simulated device has
+plan.THREADS, plan.LANES, plan.RADIX, plan.WARP = 8, 2, 2, 2
+plan.BLOCKS, plan.FINISHERS = 6, (1, 2, 4)
+plan.RESIDENT_THREADS = ((1 << 9, 4), (1 << 62, 8))
+plan.TILE_BYTES, plan.TEAM_BYTES = 16, 64
 
 ABSENT = (0, 0, 0)
 
@@ -84,7 +85,7 @@ class Case:
     def run(self, *arrays):
         """Return what runs the stages on x and these arrays."""
         strides = tuple(a.strides for a in (self.x, *arrays))
-        return Run(Problem(self.x.shape, self.axis, strides, self.x.dtype, 1, "cuda:0"))
+        return Run(Problem(self.x.shape, self.axis, strides, storage_of(self.x.dtype), 1, "cuda:0"))
 
     def stats(self):
         """Statistics alone."""
@@ -186,7 +187,7 @@ def forms(case):
         (
             "columns" if one.columns else "rows",
             "vectors" if one.width > 1 else "elements",
-            "parts" if one.parts > 1 else "one part",
+            "parts" if one.general.cut.parts > 1 else "one part",
             "resident" if one.resident is not None else "general",
         )
         for one in plans
@@ -222,7 +223,8 @@ def emulate(seed):
 
 def check_teams(seed):
     """Several blocks share a channel: too long for one block, or one of few channels."""
-    target.RESERVED = (16 << 10) - 512  # bytes that are left for a channel
+    device = target.properties(0)._replace(shared=1100)
+    target.properties = lambda number: device
     rng = np.random.default_rng(seed)
     teams = set()
     for shape, layout in (

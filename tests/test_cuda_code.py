@@ -2,14 +2,16 @@
 
 import json
 import pathlib
+import re
 from importlib import metadata
 
 import numpy as np
 import pytest
 
 from nbbn.cuda import kernels, target
-from nbbn.cuda.call import Arrays, Cut, Numbers, Operand, Parameter
-from nbbn.cuda.plan import FINISHERS, RESIDENT_THREADS, THREADS, Form, Plan
+from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
+from nbbn.cuda.plan import FINISHERS, Plan
+from nbbn.dtypes import storage_of
 from nbbn.geometry import canonical
 
 pytest.importorskip("numba_cuda", reason="the CUDA kernels are compiled with numba-cuda")
@@ -17,64 +19,94 @@ pytest.importorskip("numba_cuda", reason="the CUDA kernels are compiled with num
 ARCHITECTURES = [(8, 0), (9, 0), (10, 0)]
 RECORD = pathlib.Path(__file__).with_name("cuda_registers.json")
 
+DEVICE = target.Properties((9, 0), 132, 232448, True)
+
 _operand, _parameter = Operand(0, 0, 0, 0, 0), Parameter(0, 0, 0)
 _arrays = Arrays(_operand, _operand, _operand, 0, *[_parameter] * 4, 0, 0, 0, 0)
-_cut, _numbers = Cut(*[0] * 11), Numbers(0.0, 0.0, 0.0)
-RESIDENT = [threads for _, threads in RESIDENT_THREADS]
+_numbers = Numbers(0.0, 0.0, 0.0)
 
-# Kernel, what it takes beside arrays and cut, how wide its blocks are, and how many vectors a thread loads
-# and stores at once.
+# Shapes that lead to every form: of whole vectors, and not; and whether channels are last.
+SHAPES = {
+    "rows": ((32, 256, 14, 14), (32, 256, 13, 13), False),
+    "rows in teams": ((32, 256, 56, 56), (32, 256, 55, 55), False),
+    "tiny rows": ((256, 512, 2, 2), (64, 2048, 1, 7), False),
+    "columns": ((32, 2048, 7, 7), (32, 2049, 7, 7), True),
+    "columns in teams": ((32, 512, 28, 28), (32, 511, 28, 28), True),
+}
+# Kernel, form, its arguments, where it is looked at, and how many vectors of an array a thread loads and
+# stores in one go.
+GENERAL = ("rows", "columns")
 KERNELS = [
-    (kernels.collect_rows, (), [THREADS], 4, 0),
-    (kernels.collect_columns, (), [THREADS], 4, 0),
-    (kernels.finish_stats, (_numbers,), FINISHERS, 0, 0),
-    (kernels.use_running_stats, (_numbers,), [THREADS], 0, 0),
-    (kernels.normalize_rows, (), [THREADS], 4, 4),
-    (kernels.normalize_columns, (), [THREADS], 4, 4),
-    (kernels.reduce_rows, (), [THREADS], 8, 0),
-    (kernels.reduce_columns, (), [THREADS], 8, 0),
-    (kernels.finish_backward, (), FINISHERS, 0, 0),
-    (kernels.apply_rows, (), [THREADS], 8, 4),
-    (kernels.apply_columns, (), [THREADS], 8, 4),
-    (kernels.forward_rows, (_numbers,), RESIDENT[-1:], 4, 4),
-    (kernels.backward_rows, (), RESIDENT[-1:], 8, 4),
+    (kernels.collect, "general", GENERAL, 1, 0),
+    (kernels.normalize, "general", GENERAL, 1, 1),
+    (kernels.reduce, "general", GENERAL, 2, 0),
+    (kernels.apply, "general", GENERAL, 2, 1),
+    (kernels.forward, "resident", SHAPES, 1, 1),
+    (kernels.backward, "resident", SHAPES, 2, 1),
 ]
-RESIDENT_KERNELS = (kernels.forward_rows, kernels.backward_rows)  # also with several blocks a channel
+NUMBERED = (kernels.finish_stats, kernels.use_running_stats, kernels.forward)
 
 
-class Variant:
-    """What decides on a kernel's code: the type, and whether whole vectors lie at multiples of 16 bytes."""
-
-    def __init__(self, real, vectors):
-        self.real = real
-        self.vectors = vectors
-
-    def names(self, kernel, threads, teams, monkeypatch):
-        device = target.Properties((9, 0), 132, 232448, True)
-        monkeypatch.setattr(target, "properties", lambda number: device)
-        size = np.dtype(self.real).itemsize
-        width = 64 if self.vectors else 63
-        strides = (64 * width * size, width * size, size)
-        plan = Plan(canonical((8, 64, width), 1, strides, strides), self.real, 0)
-        assert (plan.width > 1) == self.vectors
-        team = 2 if teams else 1
-        cut = _cut._replace(team=team, teams=2)
-        form = Form(threads, 1, cut, 1024 if kernel in RESIDENT_KERNELS else 0)
-        return plan.names(form, True)
-
-    def __str__(self):
-        return f"{np.dtype(self.real)}-{'vectors' if self.vectors else 'elements'}"
+def plan(way, vectors, real, arrays=2):
+    """Return how one of the shapes is cut on an H100."""
+    whole, odd, last = SHAPES[way]
+    shape = whole if vectors else odd
+    order = [0, 2, 3, 1] if last else [0, 1, 2, 3]
+    strides, step = [0] * 4, np.dtype(real).itemsize
+    for d in reversed(order):
+        strides[d] = step
+        step *= shape[d]
+    found = Plan(canonical(shape, 1, *[tuple(strides)] * arrays), storage_of(np.dtype(real)), 0)
+    assert (found.width > 1, found.columns) == (vectors, last)
+    form = found.resident
+    assert ("teams" in way) == (form.teams > 0)
+    assert form.lanes == 1 or "tiny" in way or last
+    return found
 
 
-VARIANTS = [Variant(real, vectors) for real in (np.float32, np.float64) for vectors in (True, False)]
+class Case:
+    """A kernel as it is compiled for one type, width and form."""
+
+    def __init__(self, kernel, way, vectors, real, which, finishers=0):
+        self.kernel, self.way, self.vectors, self.real = kernel, way, vectors, real
+        self.which, self.finishers = which, finishers
+        kind = f"{np.dtype(real)}-{'vectors' if vectors else 'elements'}"
+        self.key = f"{kernel.__name__} {finishers or f'{way} {kind}'}"
+
+    def prepare(self, monkeypatch):
+        """Look the plan up, as if there were a device."""
+        monkeypatch.setattr(target, "properties", lambda number: DEVICE)
+        arrays = 3 if self.kernel in (kernels.reduce, kernels.apply, kernels.backward) else 2
+        self.plan = plan(self.way, self.vectors, self.real, arrays)
+        if self.finishers:
+            self.plan.general = self.plan.general._replace(
+                cut=self.plan.general.cut._replace(parts=self.finishers)
+            )
+            self.form = self.plan._finish()
+        else:
+            self.form = getattr(self.plan, self.which)
+        self.names = self.plan.names(self.form, True)
+        numbers = (_numbers,) if self.kernel in NUMBERED else ()
+        self.kinds = target.signature((_arrays, self.form.cut, *numbers))
+
+    def ptx(self, monkeypatch):
+        """Compile it."""
+        self.prepare(monkeypatch)
+        special = target.specialize(self.kernel, self.names)
+        return target.ptx(special, self.kinds, ARCHITECTURES[0], self.form.threads)
 
 
-# A kernel that touches no array of x's size knows of one variant only.
+FINISHING = (kernels.finish_stats, kernels.finish_backward)
 CASES = [
-    pytest.param(*case, variant, teams, id=f"{case[0].__name__}-{variant}{'-teams' if teams else ''}")
-    for case in KERNELS
-    for variant in (VARIANTS if case[3] else VARIANTS[:1])
-    for teams in ([False, True] if case[0] in RESIDENT_KERNELS else [False])
+    pytest.param(Case(kernel, way, vectors, real, which), loads, stores)
+    for kernel, which, ways, loads, stores in KERNELS
+    for way in ways
+    for real in (np.float32, np.float64)
+    for vectors in (True, False)
+] + [
+    # A kernel that touches no array of x's size knows of one type only.
+    *(pytest.param(Case(k, "rows", True, np.float32, "", f), 0, 0) for k in FINISHING for f in FINISHERS),
+    pytest.param(Case(kernels.use_running_stats, "rows", True, np.float32, "general"), 0, 0),
 ]
 
 
@@ -89,43 +121,41 @@ def registers_allowed(key):
     return record["registers"][key] if record["versions"] == versions() else 128
 
 
-def compiled(kernel, numbers, threads, variant, teams, monkeypatch):
-    """Return a kernel's PTX, and its name in the record."""
-    kinds = target.signature((_arrays, _cut, *numbers))
-    names = variant.names(kernel, threads, teams, monkeypatch)
-    text = target.ptx(target.specialize(kernel, names), kinds, ARCHITECTURES[0], threads)
-    return text, f"{kernel.__name__} {variant} {threads}{' teams' if teams else ''}"
-
-
-@pytest.mark.parametrize(("kernel", "numbers", "blocks", "loads", "stores", "variant", "teams"), CASES)
-def test_machine_code(monkeypatch, kernel, numbers, blocks, loads, stores, variant, teams):
-    for threads in blocks:
-        text, key = compiled(kernel, numbers, threads, variant, teams, monkeypatch)
-        assert f".visible .entry {kernel.__name__}(" in text
-        # One function, everything inlined, all divisions exact.
-        assert ".func" not in text and "call" not in text and "approx" not in text
-        vector = "v4.f32" if variant.real is np.float32 else "v2.f64"
-        expected = (loads, stores) if variant.vectors else (0, 0)
-        assert (text.count(f"ld.global.{vector}"), text.count(f"st.global.{vector}")) == expected
-        # What teams tell each other is never read by way of the read-only cache.
-        assert ("ld.acquire.gpu" in text) == ("atom.add.acq_rel.gpu" in text) == teams
-        assert not teams or "ld.global.nc" not in text
-        for architecture in ARCHITECTURES:
-            machine = target.link(text, architecture)
-            assert machine.spills == 0 and machine.stack == 0
-            assert machine.registers <= registers_allowed(f"{key} sm_{architecture[0]}{architecture[1]}")
+@pytest.mark.parametrize(
+    ("case", "loads", "stores"), CASES, ids=[case.values[0].key.replace(" ", "-") for case in CASES]
+)
+def test_machine_code(monkeypatch, case, loads, stores):
+    text = case.ptx(monkeypatch)
+    assert f".visible .entry {case.kernel.__name__}(" in text
+    # One function, everything inlined, all divisions exact.
+    assert ".func" not in text and "call" not in text and "approx" not in text
+    vector = "v4.f32" if case.real is np.float32 else "v2.f64"
+    each = dict(case.names)["UNROLLED"] if case.vectors else 0
+    found = text.count(f"ld.global.{vector}"), text.count(f"st.global.{vector}")
+    assert found == (each * loads, each * stores)
+    # What teams tell each other is never read by way of the read-only cache.
+    teams = case.form.teams > 0
+    assert ("ld.acquire.gpu" in text) == ("atom.add.acq_rel.gpu" in text) == teams
+    assert not teams or "ld.global.nc" not in text
+    # A block fits on a multiprocessor with what it keeps: those of a team have one each.
+    shared = sum(map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", text)))
+    assert shared + case.form.shared <= DEVICE.shared
+    assert not teams or case.form.blocks <= DEVICE.multiprocessors
+    for architecture in ARCHITECTURES:
+        machine = target.link(text, architecture)
+        assert machine.spills == 0 and machine.stack == 0
+        assert machine.registers <= registers_allowed(f"{case.key} sm_{architecture[0]}{architecture[1]}")
 
 
 def record():
     """Write down the registers of all kernels: python -c "import test_cuda_code as t; t.record()"."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for case in CASES:
-            kernel, numbers, blocks, _, _, variant, teams = case.values
-            for threads in blocks:
-                text, key = compiled(kernel, numbers, threads, variant, teams, patch)
-                for a in ARCHITECTURES:
-                    found[f"{key} sm_{a[0]}{a[1]}"] = target.link(text, a).registers
+        for one in CASES:
+            case = one.values[0]
+            text = case.ptx(patch)
+            for a in ARCHITECTURES:
+                found[f"{case.key} sm_{a[0]}{a[1]}"] = target.link(text, a).registers
     RECORD.write_text(json.dumps({"versions": versions(), "registers": found}, indent=1) + "\n")
 
 
@@ -144,11 +174,11 @@ def test_machine_code_is_kept_on_disk(python, tmp_path):
         import test_cuda_code as t, pytest
         from nbbn.cuda import kernels, target
         with pytest.MonkeyPatch.context() as patch:
-            names = t.VARIANTS[0].names(kernels.use_running_stats, 256, False, patch)
-        kinds = target.signature((t._arrays, t._cut, t._numbers))
+            case = t.CASES[-1].values[0]
+            case.prepare(patch)
         if {compiled}:
             target.ptx = None  # must not be called
-        print(len(target.machine_code(kernels.use_running_stats, names, kinds, (9, 0))))
+        print(len(target.machine_code(case.kernel, case.names, case.kinds, (9, 0))))
         """
     environment = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     first = python(code.format(compiled=False), **environment)

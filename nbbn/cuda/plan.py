@@ -6,25 +6,39 @@ import numpy as np
 
 from nbbn.cuda import target
 from nbbn.cuda.call import Cut, Operand
+from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 
 VECTOR_BYTES = 16  # of the widest access
 THREADS = 256  # of a block
-LANES = 32  # of them side by side in a tile of columns
+LANES = 32  # of them side by side in a tile of columns, at most
 BLOCKS = 2048  # about as many keep all of a large GPU busy
-FINISHERS = (32, 256)  # threads that merge the parts of a channel, a part each
-# The threads of a block that keeps a channel in shared memory, up to so many bytes of it.
+WARP = 32  # threads, the fewest of a block
+FINISHERS = (1, 8, 32, 256)  # threads that merge the parts of a channel
+# The threads of a block that keeps channels in shared memory, up to so many bytes of it.
 RESIDENT_THREADS = ((8 << 10, 128), (64 << 10, 256), (1 << 62, 512))
+ACCESSES = 4  # to a channel for which a thread is worth while
+TILE_BYTES = 64  # of an outer step that a block reads at least where it keeps a tile of columns
+TEAM_BYTES = 32 << 10  # of an array that a block of a team has at least, where fewer could keep it
 RADIX = 8  # partial sums that one thread adds up
+
+
+def power_above(number: int) -> int:
+    """Return the smallest power of two that is not less."""
+    return 1 << (max(1, number) - 1).bit_length()
 
 
 class Form(NamedTuple):
     """One way to go through the arrays."""
 
     threads: int  # of a block
+    lanes: int  # of threads, in a block
+    columns: bool  # whether the threads of different lanes lie side by side, rather than those of one
+    own: int  # channels of a thread
     blocks: int
     cut: Cut
-    shared: int = 0  # bytes that a block keeps of a channel
+    reads: int = 0  # arrays that stay in shared memory
+    shared: int = 0  # bytes of it that they take in a block
 
     @property
     def teams(self) -> int:
@@ -39,16 +53,16 @@ class Plan:
     ----------
     geometry : Geometry
         Of x; of x and out; or of x, grad_out and out.
-    real : type
-        numpy.float32 or numpy.float64.
+    storage : Storage
+        Of the arrays' elements.
     device : int
         The number of the device.
     """
 
-    def __init__(self, geometry: Geometry, real: type, device: int) -> None:
-        self.real = real
+    def __init__(self, geometry: Geometry, storage: Storage, device: int) -> None:
+        self.real = storage.real
         self.device = device
-        self.size = size = np.dtype(real).itemsize
+        self.size = size = storage.dtype.itemsize
         self.channels = geometry.channels
         self.outer = int(np.prod(geometry.sizes, dtype=np.int64))
         self.inner = geometry.inner
@@ -68,18 +82,19 @@ class Plan:
         self._sizes = at
         self._layouts = [(layout, at + 8 * dims * k) for k, layout in enumerate((x, grad_out, out), start=1)]
 
+        self.own = self.width if self.columns else 1
+        self.along = self.width // self.own  # elements of an access that are of one channel
         self.general = self._general()
-        self.parts = self.general.cut.parts
-        self.finishers = next(threads for threads in FINISHERS if threads >= self.parts)
-        self.resident = None if self.columns else self._resident(max(1, len(layouts) - 1))
+        self.finish = self._finish()
+        self.resident = self._resident(max(1, len(layouts) - 1))
         # The memory that a call works in: barriers, partials, tables.
-        blocks = self.parts * self.channels
+        partials = self.general.cut.parts * self.channels
         self.barriers = 0
         if self.resident is not None and self.resident.teams:
             self.barriers = self.resident.teams
-            blocks = max(blocks, 2 * self.resident.blocks)
+            partials = max(partials, 2 * self.resident.blocks * self.resident.lanes * self.own)
         self.partials = -(-4 * self.barriers // 16) * 16
-        self.tables = self.partials + 8 * 4 * blocks
+        self.tables = self.partials + 8 * 4 * partials
         self.nbytes = self.tables + 5 * self.size * self.channels
 
     def _width(self, geometry: Geometry) -> int:
@@ -94,49 +109,107 @@ class Plan:
                 return 1
         return width
 
-    def _cut(self, part: int, parts: int, threads: int, team: int = 1, teams: int = 0) -> Cut:
-        steps = divmod(threads * self.width, self.inner)
-        return Cut(
-            self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team, teams
-        )
+    def _form(
+        self, threads: int, lanes: int, part: int, parts: int, reads: int = 0, team: int = 1, teams: int = 0
+    ) -> Form:
+        """Return a form whose blocks take `part` elements of each channel of a tile, and keep them or not."""
+        steps = divmod(threads // lanes * self.along, self.inner)
+        tiles = self._tiles(lanes)
+        cut = Cut(
+            self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team,
+            teams or tiles,
+        )  # fmt: skip
+        shared = self._room(reads, threads) * -(-part // (threads // lanes * self.along))
+        return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
+
+    def _room(self, reads: int, threads: int) -> int:
+        """Return how many bytes of shared memory it takes to keep an access of every thread."""
+        return reads * threads * self.width * self.size
+
+    def _capacity(self, reads: int, threads: int, lanes: int) -> int:
+        """Return how many elements of each channel of a tile a block can keep."""
+        # Beside that: 4 or 2 numbers of 8 bytes a thread, and one of these and 5 others a channel.
+        other = (4, 2)[reads - 1] * 8 * threads + (8 + 5 * self.size) * lanes * self.own
+        room = target.properties(self.device).shared - other
+        return room // self._room(reads, threads) * (threads // lanes) * self.along
+
+    def _tiles(self, lanes: int) -> int:
+        return -(-self.channels // (lanes * self.own))
+
+    def _lanes(self, threads: int, members: int) -> int:
+        """Return how many lanes a block has: of channels that lie side by side, or of `members` threads."""
+        if self.columns:
+            return min(LANES, threads, power_above(-(-self.channels // self.own)))
+        return min(threads // min(threads, members), power_above(self.channels))
 
     def _general(self) -> Form:
-        """Several blocks a channel, or a tile of channels: as many as there is work for."""
-        if self.columns:
-            tiles = -(-self.channels // (LANES * self.width))
-            chunk, amount = THREADS // LANES * self.unrolled, self.outer
-        else:
-            tiles = self.channels
-            chunk, amount = THREADS * self.unrolled * self.width, self.outer * self.inner
+        """Several blocks a tile of channels: as many as there is work for."""
+        amount = self.outer * self.inner
+        lanes = self._lanes(THREADS, self._useful(amount))
+        chunk = THREADS // lanes * self.along * self.unrolled
         chunks = -(-amount // chunk)
-        each = max(-(-chunks * tiles // BLOCKS), -(-chunks // FINISHERS[-1]))
-        parts = -(-chunks // each)
-        return Form(THREADS, tiles * parts, self._cut(each * chunk, parts, THREADS))
+        each = max(-(-chunks * self._tiles(lanes) // BLOCKS), -(-chunks // FINISHERS[-1]))
+        return self._form(THREADS, lanes, each * chunk, -(-chunks // each))
+
+    def _finish(self) -> Form:
+        """The parts of each channel are pooled, a thread for each of them."""
+        members = next(threads for threads in FINISHERS if threads >= self.general.cut.parts)
+        threads = max(WARP, members)
+        lanes = threads // members
+        blocks = -(-self.channels // lanes)
+        return self.general._replace(threads=threads, lanes=lanes, columns=True, own=1, blocks=blocks)
+
+    def _resident_lanes(self, reads: int, count: int) -> int:
+        """Return how many lanes a block has that keeps `count` elements of each of its channels."""
+        most = target.properties(self.device).multiprocessors
+        if self.columns:
+            # As wide as leaves every multiprocessor a tile that it can keep.
+            lanes = self._lanes(LANES, 1)
+            while lanes * self.own * self.size > TILE_BYTES and (
+                self._tiles(lanes) < most or self._capacity(reads, RESIDENT_THREADS[-1][1], lanes) < count
+            ):
+                lanes //= 2
+            return lanes
+        threads = RESIDENT_THREADS[0][1]
+        members = self._useful(count)
+        if members > threads:
+            return 1
+        # A short channel has a warp where there are more channels than as many threads as run at once.
+        if members * self.channels > target.RESIDENT * most:
+            members = min(members, WARP)
+        return self._lanes(threads, members)
+
+    def _useful(self, count: int) -> int:
+        """Return how many threads it is worth while to give to so many elements of a channel."""
+        return power_above(-(-count // (self.along * ACCESSES)))
 
     def _resident(self, reads: int) -> Form | None:
-        """A channel stays in shared memory, of one block or of a team; None where that does not pay."""
+        """Channels stay in shared memory, of one block or of a team; None where they do not fit."""
         device = target.properties(self.device)
         count = self.outer * self.inner
-        room = device.shared - target.RESERVED
-        least = -(-reads * count * self.size // room)  # blocks that hold a channel
-        # Few channels need teams to keep the GPU busy, unless they are short.
-        wanted = max(least, device.multiprocessors // self.channels if self.parts > 1 else 1)
-        if wanted == 1:
-            threads = next(threads for most, threads in RESIDENT_THREADS if count * self.size <= most)
-            shared = reads * count * self.size
-            return Form(threads, self.channels, self._cut(count, 1, threads, 1, self.channels), shared)
+        lanes = self._resident_lanes(reads, count)
+        tiles = self._tiles(lanes)
+        nbytes = count * lanes * self.own * self.size  # of a tile of one array
         threads = RESIDENT_THREADS[-1][1]
-        if not device.cooperative or wanted > min(threads, device.multiprocessors):
+        least = -(-count // max(1, self._capacity(reads, threads, lanes)))  # blocks that hold a tile
+        if least > device.multiprocessors:
+            return None
+        # As many rounds as the fewest blocks a tile take, and then as many blocks as there are for it.
+        rounds = -(-tiles // (device.multiprocessors // least))
+        teams = -(-tiles // rounds)
+        team = max(least, min(device.multiprocessors // teams, nbytes // TEAM_BYTES))
+        if team == 1:
+            threads = next(threads for most, threads in RESIDENT_THREADS if nbytes <= most)
+            threads = max(WARP, lanes * self.own, min(threads, lanes * self._useful(count)))
+            form = self._form(threads, lanes, count, 1, reads)
+            return form if self._capacity(reads, threads, lanes) >= count else None
+        if not device.cooperative:
             return None
         # One block of a team on a multiprocessor, so that all of them run at once.
-        part = -(-count // wanted)
-        part = -(-part // self.width) * self.width
-        team = -(-count // part)
-        shared = reads * part * self.size
-        if team == 1 or shared > room:
-            return None
-        teams = min(self.channels, device.multiprocessors // team)
-        return Form(threads, team * teams, self._cut(part, team, threads, team, teams), shared)
+        part = -(-count // team)
+        part = -(-part // self.along) * self.along
+        form = self._form(threads, lanes, part, 1, reads, -(-count // part), teams)
+        return form if form.cut.team > 1 else None
 
     def operands(self, x: int, grad_out: int, out: int) -> tuple[Operand, Operand, Operand]:
         """Return the arrays at these addresses, as the kernels see them."""
@@ -150,13 +223,26 @@ class Plan:
     def _operand(layout: Layout, strides: int, address: int) -> Operand:
         return Operand(address + layout.offset, layout.channel, layout.inner, layout.outer[0], strides)
 
+    def _unrolled(self, form: Form) -> int:
+        """Return how many accesses to an array a thread has under way: with more, registers run out."""
+        if form.reads == 0:
+            return self.unrolled
+        if form.reads == 1:
+            return 3 if form.teams else 4
+        return 2 if self.width > 1 else 4
+
     def names(self, form: Form, aligned: bool) -> target.Names:
         """Return what a kernel is compiled for: see `nbbn.cuda.kernels`."""
-        unrolled = 4 if form.shared else self.unrolled  # with more, these run out of registers
+        unrolled = self._unrolled(form)
+        members, along = form.threads // form.lanes, self.width // form.own
+        tile = form.lanes * form.own
         return (
-            ("real", self.real),
-            ("KIND", np.dtype(self.real)),
+            ("stored", self.real),
+            ("STORED", np.dtype(self.real)),
             ("SIZE", self.size),
+            ("real", self.real),
+            ("REAL", np.dtype(self.real)),
+            ("REAL_SIZE", self.size),
             ("WIDTH", self.width),
             ("UNROLLED", unrolled),
             ("VALUES", self.width * unrolled),
@@ -164,7 +250,17 @@ class Plan:
             ("EXACT", self.size == 8),
             ("ALIGNED", aligned and self.width > 1),
             ("THREADS", form.threads),
-            ("LANES", LANES),
+            ("COLUMNS", form.columns),
+            ("LANES", form.lanes),
+            ("MEMBERS", members),
+            ("OWN", form.own),
+            ("ALONG", along),
+            ("TILE", tile),
+            ("WORKERS", form.threads // tile),
+            ("PITCH", tile if form.columns else 1),
+            ("OWN_TABLES", 5 * form.own),
+            ("TILE_TABLES", 5 * tile),
+            ("READS", form.reads),
             ("TEAMS", form.teams > 0),
             ("RADIX", RADIX),
         )

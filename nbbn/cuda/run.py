@@ -72,15 +72,8 @@ class Run:
         self.device = int(problem.device.partition(":")[2] or 0)
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
         with target.current(self.device):
-            self.plan = plan = Plan(geometry, problem.storage.dtype.type, self.device)
-        self._finish = plan.general._replace(threads=plan.finishers, blocks=plan.channels)
+            self.plan = plan = Plan(geometry, problem.storage, self.device)
         self._channels = plan.general._replace(threads=THREADS, blocks=-(-plan.channels // THREADS))
-        columns = plan.columns
-        self._collects = kernels.collect_columns if columns else kernels.collect_rows
-        self._normalizes = kernels.normalize_columns if columns else kernels.normalize_rows
-        self._reduces = kernels.reduce_columns if columns else kernels.reduce_rows
-        self._applies = kernels.apply_columns if columns else kernels.apply_rows
-
         self._launchers: dict[tuple[Any, ...], target.Launcher] = {}
 
     def launcher(
@@ -98,11 +91,12 @@ class Run:
 
     def stats(self, x: int, stats: int, stream: int = 0) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
+        plan = self.plan
         with target.current(self.device):
             call = _Call(self, stream)
-            arrays = call.arrays(self.plan.operands(x, x, x), stats)
-            call.add(self._collects, self.plan.general, arrays)
-            call.add(kernels.finish_stats, self._finish, arrays, Numbers(0.0, 0.0, 0.0))
+            arrays = call.arrays(plan.operands(x, x, x), stats)
+            call.add(kernels.collect, plan.general, arrays)
+            call.add(kernels.finish_stats, plan.finish, arrays, Numbers(0.0, 0.0, 0.0))
             call.launch()
 
     def forward(
@@ -130,11 +124,11 @@ class Run:
             call = _Call(self, stream)
             arrays = call.arrays(plan.operands(x, x, out), stats, weight, bias, mean, var)
             if plan.resident is not None:
-                call.add(kernels.forward_rows, plan.resident, arrays, numbers)
+                call.add(kernels.forward, plan.resident, arrays, numbers)
             else:
-                call.add(self._collects, plan.general, arrays)
-                call.add(kernels.finish_stats, self._finish, arrays, numbers)
-                call.add(self._normalizes, plan.general, arrays)
+                call.add(kernels.collect, plan.general, arrays)
+                call.add(kernels.finish_stats, plan.finish, arrays, numbers)
+                call.add(kernels.normalize, plan.general, arrays)
             call.launch()
         for step in then:
             step()
@@ -156,7 +150,7 @@ class Run:
             call = _Call(self, stream)
             arrays = call.arrays(plan.operands(x, x, out), 0, weight, bias, mean, var)
             call.add(kernels.use_running_stats, self._channels, arrays, Numbers(float(eps), 0.0, 0.0))
-            call.add(self._normalizes, plan.general, arrays)
+            call.add(kernels.normalize, plan.general, arrays)
             call.launch()
 
     def backward(
@@ -178,12 +172,12 @@ class Run:
             operands = plan.operands(x, grad_out, grad_x)
             arrays = call.arrays(operands, gradients, weight, ABSENT, mean, invstd, training)
             if plan.resident is not None and training:
-                call.add(kernels.backward_rows, plan.resident, arrays)
+                call.add(kernels.backward, plan.resident, arrays)
             else:
-                call.add(self._reduces, plan.general, arrays)
-                call.add(kernels.finish_backward, self._finish, arrays)
+                call.add(kernels.reduce, plan.general, arrays)
+                call.add(kernels.finish_backward, plan.finish, arrays)
                 if training:
-                    call.add(self._applies, plan.general, arrays)
+                    call.add(kernels.apply, plan.general, arrays)
                 else:  # grad_x = scale · dy: dy takes the place of x
-                    call.add(self._normalizes, plan.general, arrays._replace(x=arrays.grad_out))
+                    call.add(kernels.normalize, plan.general, arrays._replace(x=arrays.grad_out))
             call.launch()

@@ -37,7 +37,6 @@ from nbbn.errors import DeviceError
 log = logging.getLogger("nbbn")
 
 SIMULATED = bool(numba.config.ENABLE_CUDASIM)
-RESERVED = 24 << 10  # bytes of shared memory that are left to what kernels have of their own
 
 Names = tuple[tuple[str, Any], ...]  # what a kernel is compiled for
 
@@ -188,6 +187,7 @@ def _fma(a: float, b: float, c: float) -> Any:
 # Python's own functions raise where the machine returns an infinity or NaN.
 _SIMULATED_NAMES = {
     "fma": _fma,
+    "int32": int,  # NumPy's would stay one in a sum with an address
     "math": python.SimpleNamespace(sqrt=np.sqrt, ldexp=np.ldexp, frexp=np.frexp),
 }
 
@@ -544,9 +544,13 @@ class Launcher:
         self._configs: dict[tuple[int, int], Any] = {}
         self._code = ObjectCode.from_cubin(machine_code(kernel, names, kinds, properties(device).compute))
         self._kernel = self._code.get_kernel(kernel.__name__)
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        room = properties(device).shared - RESERVED
-        _checked(driver.cuKernelSetAttribute(limit, room, int(self._kernel.handle), device))
+        # What the kernel does not have of its own, blocks may have for what they keep.
+        attributes, handle = driver.CUfunction_attribute, int(self._kernel.handle)
+        own = _checked(
+            driver.cuKernelGetAttribute(attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, handle, device)
+        )
+        limit = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuKernelSetAttribute(limit, properties(device).shared - own, handle, device))
 
     def __call__(self, blocks: int, shared: int, stream: int, arrays: Any, *others: tuple[Any, ...]) -> None:
         """Launch so many blocks with so many bytes of shared memory each, and return at once.
