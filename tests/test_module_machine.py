@@ -17,7 +17,7 @@ import nbbn
 import reference
 from cases import DTYPES, Shape, activations, parameter, running_statistics
 from checks import assert_within, bits, check_running
-from test_properties import laid, read_laid
+from test_properties import examples, laid, read_laid
 
 PARAMETERS = "weight", "bias"
 STATISTICS = "running_mean", "running_var"
@@ -25,6 +25,7 @@ COUNTER = "num_batches_tracked"
 GRADIENTS = "grad_weight", "grad_bias"
 NAMES = (*PARAMETERS, *STATISTICS, COUNTER, *GRADIENTS)
 CHANNELS = 3
+MODULES = 3  # at once: more of them would see less of each other
 
 OPTIONS = st.fixed_dictionaries(
     {
@@ -69,7 +70,7 @@ class Model:
         twin.saved = None
         return twin
 
-    def keys(self):
+    def names(self):
         return [name for name in NAMES[:5] if getattr(self, name) is not None]
 
     def batch_statistics(self):
@@ -105,7 +106,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(target=modules, options=OPTIONS)
     def another(self, options):
-        return self.new(options)
+        return self.new(options) if len(self.pairs) < MODULES else multiple()
 
     def new(self, options):
         return self.add(nbbn.BatchNorm(CHANNELS, **options), Model(**options))
@@ -118,9 +119,12 @@ class Machine(RuleBasedStateMachine):
         dims=st.lists(st.integers(1, 4), min_size=1, max_size=3),
         dtype=st.sampled_from(DTYPES),
         empty=st.sampled_from([False] * 9 + [True]),
+        mode=st.sampled_from([None, True, False]),
     )
-    def call(self, module, data, dims, dtype, empty):
+    def call(self, module, data, dims, dtype, empty, mode):
         bn, model = module
+        if mode is not None:
+            self.set_mode_of(bn, model, mode)
         axis = model.options["axis"]
         dims = [0 if empty else dims[0], *dims[1:]]
         dims.insert(axis if axis >= 0 else len(dims), CHANNELS)
@@ -175,9 +179,13 @@ class Machine(RuleBasedStateMachine):
             check_running(name, getattr(bn, name), getattr(model, name), new, tolerance, momentum)
             getattr(model, name)[...] = getattr(bn, name)
 
-    @rule(module=modules, data=st.data())
-    def backward(self, module, data):
-        bn, model = module
+    @rule(module=modules, data=st.data(), stirred=st.booleans())
+    def backward(self, module, data, stirred):
+        """Of the last call: with its statistics, whatever those of the module are by now."""
+        called = [pair for pair in self.pairs if pair[1].saved is not None]
+        bn, model = data.draw(st.sampled_from([module, *3 * called]), "module")
+        if stirred:
+            self.write_to(bn, model)
         if model.saved is None:
             with pytest.raises(RuntimeError):
                 bn.backward(np.zeros((2, CHANNELS), np.float32))
@@ -217,42 +225,30 @@ class Machine(RuleBasedStateMachine):
 
     # --- modes and numbers ---
 
-    @rule(module=modules, mode=st.booleans())
-    def train(self, module, mode):
-        bn, model = module
-        assert bn.train(mode) is bn
-        model.training = mode
+    @rule(module=modules, mode=st.sampled_from(["train", "eval", True, False]))
+    def set_mode(self, module, mode):
+        self.set_mode_of(*module, mode)
+
+    def set_mode_of(self, bn, model, mode):
+        assert (bn.train(mode) if isinstance(mode, bool) else getattr(bn, mode)()) is bn
+        assert bn.to("cpu") is bn  # where it is
+        model.training = mode in ("train", True)
+
+    @rule(module=modules, method=st.sampled_from(["reset_running_stats", "reset_parameters"]))
+    def reset(self, module, method):
+        for each in module:
+            getattr(each, method)()
 
     @rule(module=modules)
-    def eval(self, module):
-        bn, model = module
-        assert bn.eval() is bn
-        model.training = False
+    def write(self, module):
+        self.write_to(*module)
 
-    @rule(module=modules)
-    def to_the_same_device(self, module):
-        bn, _ = module
-        assert bn.to("cpu") is bn
-
-    @rule(module=modules)
-    def reset_running_stats(self, module):
-        bn, model = module
-        bn.reset_running_stats()
-        model.reset_running_stats()
-
-    @rule(module=modules)
-    def reset_parameters(self, module):
-        bn, model = module
-        bn.reset_parameters()
-        model.reset_parameters()
-
-    @rule(module=modules)
-    def learn(self, module):
-        """What an optimizer does: new numbers in the arrays that are there."""
-        bn, model = module
-        for name in PARAMETERS if model.options["affine"] else ():
-            getattr(bn, name)[...] = parameter(self.rng, CHANNELS, bn.dtype)
-            getattr(model, name)[...] = getattr(bn, name)
+    def write_to(self, bn, model):
+        """What an optimizer does, or a person by hand: new numbers in the arrays that are there."""
+        for name in model.names():
+            if name != COUNTER:
+                getattr(bn, name)[...] = np.abs(parameter(self.rng, CHANNELS, bn.dtype)) + 0.1
+                getattr(model, name)[...] = getattr(bn, name)
 
     # --- states and copies ---
 
@@ -260,7 +256,7 @@ class Machine(RuleBasedStateMachine):
     def state_dict(self, module):
         bn, model = module
         state = bn.state_dict()
-        assert list(state) == model.keys()
+        assert list(state) == model.names()
         return state
 
     @rule(target=states, data=st.data())
@@ -278,7 +274,7 @@ class Machine(RuleBasedStateMachine):
     def load_state_dict(self, module, state, data):
         """All that the module has and nothing else, or nothing is taken; the counter may be missing."""
         bn, model = module
-        if set(state) | {COUNTER} != set(model.keys()) | {COUNTER} or not set(state) <= set(model.keys()):
+        if set(state) | {COUNTER} != set(model.names()) | {COUNTER} or not set(state) <= set(model.names()):
             with pytest.raises(ValueError):
                 bn.load_state_dict(state)
             return
@@ -302,7 +298,7 @@ class Machine(RuleBasedStateMachine):
         how=st.sampled_from([copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))]),
     )
     def copied(self, module, how):
-        if len(self.pairs) > 6:
+        if len(self.pairs) >= MODULES:
             return multiple()
         bn, model = module
         twin = how(bn)
@@ -326,4 +322,4 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=max(1, settings().max_examples // 2), stateful_step_count=40)
+TestMachine.settings = settings(examples(2), stateful_step_count=50)
