@@ -136,6 +136,17 @@ def test_unwritable_cache(python, tmp_path):
     assert python(code, NUMBA_CACHE_DIR=str(nowhere)) == python(code)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit")
+def test_full_disk(python, compiled, tmp_path):
+    """No file can be written beyond its first byte: kernels are compiled for this process alone."""
+    full = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, 1))
+"""
+    assert python(full + EVALUATE, package=compiled[0], NUMBA_CACHE_DIR=str(tmp_path)) == compiled[2]
+    assert python(EVALUATE, package=compiled[0], NUMBA_CACHE_DIR=str(tmp_path)) == compiled[2]
+
+
 @pytest.mark.parametrize("pattern", ["*.nbc", "*.nbi"])
 def test_broken_cache(python, compiled, tmp_path, pattern):
     """Files that were cut short, are empty, or are something else, are not believed."""

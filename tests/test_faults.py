@@ -129,6 +129,11 @@ def compute():
     assert bits(nbbn.batch_norm(x, training=True)) == bits(cycle[0]) == normalized
     del cycle
     gc.collect(0)
+    nbbn.set_recycling(0)
+    nbbn.set_recycling(LIMIT)
+
+def kept_of_another_size():
+    outs = [memory.empty_like(np.empty(2 * x.nbytes, np.uint8)) for _ in range(3)]
 
 def try_all():
     global normalized
@@ -141,6 +146,7 @@ def try_all():
             point, ends = 0, set()
             while True:
                 call, state = make_call()
+                kept_of_another_size()
                 if not disturbed(call, point, disturb):
                     break
                 ends.add(whole(make_call, state, before, after, (disturb.__name__, point)))
@@ -153,7 +159,8 @@ def try_all():
 
 make((4, 6, 5, 7))
 memory.SMALLEST = 1
-nbbn.set_recycling(5 * 8192)
+LIMIT = 8 * 8192
+nbbn.set_recycling(LIMIT)
 functional.SERIAL_ELEMENTS = 0
 try_all()
 plan.L2_BYTES = plan.L3_BYTES = 0  # several kernels, one after another
@@ -169,7 +176,7 @@ try_all()
 )
 def test_interrupt_at_every_point(python, environment):
     """State is whole wherever an exception comes from a signal's handler, and wherever one computes."""
-    python(POINTS, **environment)
+    python(POINTS, timeout=300, **environment)
 
 
 SENT = (
@@ -229,10 +236,11 @@ assert done
 }
 
 
+@pytest.mark.parametrize("threads", [{}, {"NUMBA_NUM_THREADS": "1"}], ids=["threads", "one_thread"])
 @pytest.mark.parametrize("sender", SENDERS)
-def test_interrupt_of_a_large_call(python, sender):
+def test_interrupt_of_a_large_call(python, sender, threads):
     """By SIGINT in the main thread, and by an exception that one thread raises in another."""
-    python(SENT + SENDERS[sender])
+    python(SENT + SENDERS[sender], **threads)
 
 
 def test_interrupt_while_compiling(python, tmp_path):

@@ -195,6 +195,7 @@ def fork(run, *arguments):
 AFTER_USE = (
     FORK
     + """
+from nbbn.compiler import pool
 expected = work(*arrays())
 bn = nbbn.BatchNorm(8)
 out = bn(arrays()[0])
@@ -206,6 +207,14 @@ def child(depth=0):
 
 assert fork(child), "after use"
 assert work(*arrays()) == expected, "in the parent, after a fork"
+
+# Beside a thread of which nobody knows what it does with Numba's threads.
+leave = threading.Event()
+thread = threading.Thread(target=leave.wait)
+thread.start()
+assert fork(lambda: child() and pool.threads() == 1), "beside a thread"
+leave.set()
+thread.join()
 
 # While another thread computes.
 done, wrong = threading.Event(), []
@@ -307,15 +316,16 @@ class Slow(MetaPathFinder):
             time.sleep(0.5)
 
 if "{when}" == "compiling":
-    from nbbn import compiler
-    load = compiler._compile
+    from nbbn.compiler import _Cache
+    load = _Cache.load_overload
 
     def slow(*arguments):
-        inside.set()
-        time.sleep(0.5)
+        if not inside.is_set():
+            inside.set()
+            time.sleep(0.5)
         return load(*arguments)
 
-    compiler._compile = slow
+    _Cache.load_overload = slow
 sys.meta_path.insert(0, Slow())
 found = []
 thread = threading.Thread(target=lambda: found.append(work(*arrays())))
