@@ -76,11 +76,13 @@ def same_view(a, b):
     ) and (a.strides == b.strides)
 
 
-def _column_fault(name, value, channels, updated):
+def _column_fault(name, value, channels, x, updated):
     if value is None:
         return None
     if not is_array(value):
         return f"{name} is no array of numbers"
+    if value.itemsize < 4 and value.dtype != x.dtype:
+        return f"{name} is of 16 bits, and x of another type"
     if value.shape != (channels,):
         return f"{name} has not one number a channel"
     if updated and not value.flags.writeable:
@@ -132,7 +134,7 @@ def fault(function, arguments):
             return f"{name} is missing"
     updates = function == "batch_norm" and training
     for name in COLUMNS:
-        wrong = _column_fault(name, others.get(name), channels, updates and name.startswith("running"))
+        wrong = _column_fault(name, others.get(name), channels, x, updates and name.startswith("running"))
         if wrong:
             return wrong
     if updates and overlap(others.get("running_mean"), others.get("running_var")):

@@ -35,7 +35,7 @@ OPTIONS = st.fixed_dictionaries(
         "eps": st.sampled_from([1e-5, 0.1]),
         "correction": st.sampled_from([0, 1, 2.5]),
         "axis": st.sampled_from([1, -1, 0]),
-        "dtype": st.sampled_from(DTYPES),
+        "dtype": st.sampled_from([np.float32, np.float64]),  # which go with inputs of every type
     }
 )
 
