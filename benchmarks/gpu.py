@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --json gpu.json
 
-The tests on the GPU (`pytest -m gpu`), compute-sanitizer's memcheck and racecheck over a few of them where
-it is installed, and the times: device time by events, over buffers that are rotated so that L2 is cold,
-and the host's time for a repeated call. PyTorch is timed beside it where it is installed with
-CUDA, with cuDNN and without it.
+The tests on the GPU (`pytest -m gpu`), compute-sanitizer's memcheck, racecheck and synccheck over a few of
+them where it is installed, and the times: device time by events, over buffers that are rotated so that L2 is
+cold, and the host's time for a repeated call. PyTorch is timed beside it where it is installed with CUDA,
+with cuDNN and without it.
 """
 
 import argparse
@@ -24,15 +24,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from shapes import resnet50
+from shapes import DENSE, SMALL, resnet50
 
 import nbbn
 from nbbn.cuda import target
+from nbbn.cuda.plan import Plan
+from nbbn.geometry import canonical
 
 ROOT = Path(__file__).parent.parent
 COLD = 128 << 20  # bytes that are gone through before a buffer comes up again: more than L2 holds
 OPERATIONS = ("training", "backward", "evaluation")
-SANITIZED = "test_against_the_oracle and Numba and float32 and (2x3@1 or 32x27x7 or 5x33@1)"
+# One of each form: general, resident, several channels a block, and in teams.
+SANITIZED = (
+    "test_against_the_oracle and Numba and float32 and "
+    "(2x3@1 or 32x27x7 or 5x33@1 or 8x32x8x8 or 8x3x224x224 or 4x7x7x2048 or 32x28x28x128)"
+)
+# Beside ResNet-50: short channels, of which blocks take several, and dense layers.
+FURTHER = [
+    *SMALL,
+    (256, 512, 2, 2),
+    (64, 2048, 1, 7),
+    *[(*shape, 1, 1) for shape in (*DENSE, (4096, 1024), (65536, 64))],
+]
 
 
 def run(command: list[str], limit: float) -> dict[str, Any]:
@@ -54,12 +67,26 @@ def checks() -> list[dict[str, Any]]:
     found = [run(tests, 300)]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        print("compute-sanitizer is not installed: memcheck and racecheck have not been run")
+        print("compute-sanitizer is not installed: its checks have not been run")
         return found
-    for tool in ("memcheck", "racecheck"):
+    for tool in ("memcheck", "racecheck", "synccheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *tests, "-k", SANITIZED]
         found.append(run(command, 120))
     return found
+
+
+def form_of(plan: Plan, operation: str) -> dict[str, Any]:
+    """Return which of its forms an operation takes, and the blocks of that."""
+    resident = None if operation == "evaluation" else plan.resident
+    form = resident or plan.general
+    return {
+        "form": "general" if resident is None else "team" if form.teams else "resident",
+        "way": "columns" if form.columns else "rows",
+        "blocks": form.blocks,
+        "threads": form.threads,
+        "channels": form.lanes * form.own,  # of a block
+        "team": form.cut.team,
+    }
 
 
 class Case:
@@ -80,6 +107,10 @@ class Case:
         ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
         self.weight, self.var = cuda.to_device(ones), cuda.to_device(ones)
         self.bias, self.mean = cuda.to_device(zeros), cuda.to_device(zeros)
+        strides = self.sets[0][0].strides
+        geometry = canonical(self.shape, self.axis, *[strides] * (3 if operation == "backward" else 2))
+        with target.current(0):
+            self.form = form_of(Plan(geometry, np.float32, 0), operation)
         saved = nbbn.batch_norm_forward(self.sets[0][0], axis=self.axis)
         self.saved = {"mean": saved.mean, "invstd": saved.invstd}
 
@@ -166,7 +197,8 @@ def timings(batches: list[int], repetitions: int) -> list[dict[str, Any]]:
         peers = False
     results = []
     for batch in batches:
-        for shape in resnet50(batch):
+        # The others have a size of their own.
+        for shape in resnet50(batch) + (FURTHER if batch == batches[0] else []):
             for last in (False, True):
                 for operation in OPERATIONS:
                     case = Case(operation, shape, last)
@@ -177,6 +209,7 @@ def timings(batches: list[int], repetitions: int) -> list[dict[str, Any]]:
                         "operation": operation,
                         "shape": shape,
                         "layout": "channels-last" if last else "channels-first",
+                        **case.form,
                         "megabytes": case.nbytes / 1e6,
                         "microseconds": {n: device_time(c, repetitions) for n, c in contenders.items()},
                         "host_microseconds": host_time(case.nbbn),

@@ -188,9 +188,11 @@ def forms(case):
             "columns" if one.columns else "rows",
             "vectors" if one.width > 1 else "elements",
             "parts" if one.general.cut.parts > 1 else "one part",
-            "resident" if one.resident is not None else "general",
+            "several channels" if form.lanes * form.own > 1 else "one channel",
+            "general" if form is one.general else "team" if form.teams else "resident",
         )
         for one in plans
+        for form in {one.general, one.resident} - {None}
     }
 
 
@@ -206,6 +208,18 @@ SHAPES = [
     ((21, 8), 1),
     ((37, 3), -1),
     ((2, 3, 4, 5), 2),
+    # One channel, and numbers of channels at which the last block has few of them.
+    ((7, 1), 1),
+    ((9, 2), 1),
+    ((5, 31), 1),
+    ((3, 33, 2, 1), 1),
+    ((2, 65), 1),
+    ((3, 129), 1),
+    # Many short channels, of which a block takes several.
+    ((3, 33, 1, 2), 1),
+    ((2, 65, 3), 1),
+    ((1, 31, 2, 2), 1),
+    ((4, 17, 2, 4), 1),
 ]
 
 
@@ -216,35 +230,46 @@ def emulate(seed):
     import emulator
 
     emulator.EMULATOR.order.seed(seed)
-    device = target.properties(0)._replace(cooperative=True)
+    device = target.properties(0)._replace(cooperative=True, multiprocessors=7)
     target.properties = lambda number: device
     target._launcher = functools.cache(emulator.Launcher)
 
 
 def check_teams(seed):
-    """Several blocks share a channel: too long for one block, or one of few channels."""
-    device = target.properties(0)._replace(shared=1100)
+    """Several blocks share a tile: too long for one block, or one of few."""
+    device = target.properties(0)._replace(shared=1200)
     target.properties = lambda number: device
     rng = np.random.default_rng(seed)
     teams = set()
     for shape, layout in (
-        ((2, 5, 8, 8), "contiguous"),
+        ((2, 9, 8, 8), "contiguous"),
         ((4, 3, 7, 7), "contiguous"),
         ((3, 2, 6, 8), "contiguous"),
         ((1, 1, 9, 20), "inside"),
         ((5, 2, 1, 31), "backwards"),
         ((4, 2, 4, 8), "shifted"),
+        ((2, 16, 9, 4), "last"),
+        ((3, 33, 5, 7), "last"),
+        ((70, 10), "shifted"),
+        ((61, 12), "inside"),
+        ((129, 2), "contiguous"),
     ):
         for dtype in (np.float32, np.float64):
             case = Case(rng, shape, 1, dtype, [layout] * 3, offset=rng.choice([0.0, 1e3]))
             case.check()
             for one in (case.run(case.out), case.run(case.dy, case.out)):
                 form = one.plan.resident
-                teams.add((form.cut.team > 1, form.cut.teams < case.channels) if form else None)
+                if form is not None and form.teams:
+                    tiles = -(-case.channels // (form.lanes * form.own))
+                    ragged = case.channels % (form.lanes * form.own) > 0
+                    several = "several tiles" if form.teams < tiles else "one tile"
+                    teams.add((form.columns, form.own > 1, several, "ragged" if ragged else "whole"))
             first = case.forward()
             out = case.out.copy()
             assert_same_bits((case.forward(), case.out.copy()), (first, out))
-    assert {(True, True), (True, False)} <= teams, teams
+    columns = {team[1:] for team in teams if team[0]}
+    assert {team[2] for team in teams if not team[0]} == {"several tiles", "one tile"}, teams
+    assert {(True, "several tiles", "whole"), (False, "several tiles", "ragged")} <= columns, teams
 
 
 def check_shape(seed, index, dtype):

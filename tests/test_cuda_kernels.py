@@ -4,7 +4,15 @@ import ast
 
 import pytest
 
-SIMULATED = (0, 2, 4, 5, 8)  # of the shapes in simulated.py; the emulator, which is fast, takes them all
+SIMULATED = (
+    0,
+    2,
+    4,
+    5,
+    8,
+    13,
+    16,
+)  # of the shapes in simulated.py; the emulator, which is fast, takes them all
 
 
 @pytest.fixture
@@ -33,13 +41,14 @@ def test_interleaved_blocks(simulate, seed, check):
 
 def test_the_shapes_go_through_all_forms(simulate):
     forms = simulate("print(simulated.all_forms())")
-    assert {("columns", "general"), ("rows", "general"), ("rows", "resident")} == {
-        (form[0], form[3]) for form in forms
-    }
     for way in ("columns", "rows"):
-        of_it = [form for form in forms if form[0] == way]
-        assert {form[1] for form in of_it} == {"vectors", "elements"}
-        assert {form[2] for form in of_it} == {"parts", "one part"}
+        for kind in ("general", "resident"):
+            of_it = [form for form in forms if form[0] == way and form[4] == kind]
+            assert {form[1] for form in of_it} == {"vectors", "elements"}
+            channels = {"several channels"} if way == "columns" else {"several channels", "one channel"}
+            assert {form[3] for form in of_it} == channels
+        parts = {form[2] for form in forms if form[0] == way and form[4] == "general"}
+        assert parts == {"parts", "one part"}
 
 
 @pytest.mark.parametrize(

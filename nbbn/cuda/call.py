@@ -32,7 +32,7 @@ class Arrays(NamedTuple):
     bias: Parameter
     mean: Parameter  # backward: the batch mean; otherwise the running mean
     var: Parameter  # backward: invstd; otherwise the running variance
-    partials: int  # float64[parts, 4, channels]; of teams: float64[2, teams, team, 4]
+    partials: int  # float64[parts, 4, channels]; of teams: float64[2, teams, team, 4, channels of a tile]
     tables: int  # real[5, channels]: what the result is computed with
     barriers: int  # uint32[teams], 0 at first
     training: int
@@ -53,11 +53,11 @@ class Cut(NamedTuple):
     outer: int  # steps: the product of the outer dimensions
     dims: int  # outer dimensions
     sizes: int  # address of int64[dims]
-    part: int  # what a block takes of a channel: elements; of a tile of channels: outer steps
+    part: int  # elements that a block takes of each of its channels
     parts: int
     step_outer: int  # from one access of a thread to its next: outer steps,
     step_inner: int  # and inner elements
-    team: int  # blocks that share a channel, each of which keeps a part of it
+    team: int  # blocks that share a tile of channels, each of which keeps a part of it
     teams: int
 
 
