@@ -20,9 +20,10 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numba
 from llvmlite import ir
@@ -295,14 +296,42 @@ def _compile(function: Callable[..., None], signature: Any) -> CFunc:
     return compiled
 
 
-lock = global_compiler_lock
-"""Numba's own, held while kernels are imported, compiled or loaded, and while the threads are started.
-
-A fork waits for it: none of this could be finished in a child, where the thread that began it is not.
-"""
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+    # A fork waits: what another thread is about to compile could not be finished in a child, without it.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
+T = TypeVar("T")
+
+
+def undisturbed(make: Callable[[], T]) -> T:
+    """Return what `make` returns, called in a thread of its own with Numba's lock; wait for it.
+
+    No signal's handler raises there, where it would leave Numba half of what it was about to register: no
+    later compilation would find the other half. It is the waiting that can be interrupted.
+    """
+
+    def locked() -> T:
+        with global_compiler_lock:
+            return make()
+
+    def run() -> None:
+        try:
+            future.set_result(locked())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if global_compiler_lock.is_locked():  # by this thread
+        return make()
+    future: Future[T] = Future()
+    try:
+        threading.Thread(target=run, name="nbbn compiles").start()
+    except RuntimeError:  # no more threads: at the end of the interpreter, or where there are none at all
+        return locked()
+    return future.result()
 
 
 Step = partial[Any]
@@ -339,10 +368,13 @@ def entry(name: str, element: types.Type) -> Entry:
     try:
         return _entries[name, element]
     except KeyError:
-        with lock:
-            if (name, element) not in _entries:
-                _entries[name, element] = Entry(name, element)
-            return _entries[name, element]
+        return undisturbed(partial(_new_entry, name, element))
+
+
+def _new_entry(name: str, element: types.Type) -> Entry:
+    if (name, element) not in _entries:  # another thread may have been faster
+        _entries[name, element] = Entry(name, element)
+    return _entries[name, element]
 
 
 # --- the parallel loop -----------------------------------------------------------------------------
@@ -408,14 +440,21 @@ class _Pool:
 
     def __init__(self) -> None:
         self.layer = "none"  # until the first parallel call
+        self._loop: Callable[..., None] | None = None
+        self._starting = threading.RLock()
         self._busy = threading.RLock()
         self._users: set[int] = set()  # the threads that have been in the parallel loop; 0: unknown ones
         self._in_company = False  # whether there were other threads at the last fork
         if hasattr(os, "register_at_fork"):
-            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
+            os.register_at_fork(
+                before=self._before_fork,
+                after_in_parent=self._starting.release,
+                after_in_child=self._after_fork,
+            )
 
     def _before_fork(self) -> None:
         self._in_company = len(sys._current_frames()) > 1
+        self._starting.acquire()
 
     def _after_fork(self) -> None:
         """Compute on one thread in a child of a process that had threads of Numba's, with an exception.
@@ -428,21 +467,28 @@ class _Pool:
         layer = _layer()
         if layer and not (layer == "tbb" and alone):
             self.layer = "serial"
+        self._starting.release()
 
     def start(self) -> None:
         """Start the threads, with tbb where it is installed. Not done at import."""
-        with lock:
-            if self.layer != "none":
-                return
-            self._users.add(0 if _layer() else threading.get_ident())
-            _load_tbb()
-            try:
-                _parallel_loop()(0, 0, 0, 0)
-                self.layer = _layer()
-            except ValueError as error:
-                # The layer that NUMBA_THREADING_LAYER asks for is not there.
-                log.warning("nbbn runs on one thread: %s", error)
-                self.layer = "serial"
+        with self._starting:
+            if self.layer == "none":
+                self._users.add(0 if _layer() else threading.get_ident())
+                _load_tbb()
+                try:
+                    numba.get_num_threads()
+                    self.layer = _layer()
+                except ValueError as error:
+                    # The layer that NUMBA_THREADING_LAYER asks for is not there.
+                    log.warning("nbbn runs on one thread: %s", error)
+                    self.layer = "serial"
+        if self.layer != "serial":
+            self._parallel()
+
+    def _parallel(self) -> Callable[..., None]:
+        if self._loop is None:
+            self._loop = undisturbed(_parallel_loop)
+        return self._loop
 
     def threads(self) -> int:
         """Return how many threads the next call may use."""
@@ -466,7 +512,7 @@ class _Pool:
             return
         self._users.add(threading.get_ident())
         try:
-            in_one(partial(_parallel_loop(), kernel.address, shares, tasks, call), *then)
+            in_one(partial(self._parallel(), kernel.address, shares, tasks, call), *then)
         finally:
             if alone:
                 self._busy.release()

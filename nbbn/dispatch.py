@@ -4,24 +4,27 @@ Each problem is answered once.
 """
 
 import functools
+import importlib
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from nbbn.compiler import lock
+from nbbn.compiler import undisturbed
 from nbbn.dtypes import storage_of
 from nbbn.errors import DeviceError
 from nbbn.geometry import Strides
 from nbbn.problem import Problem
 
 
-def _cpu(problem: Problem) -> Any:
-    if problem.device != "cpu":
-        return None
-    with lock:
-        from nbbn.cpu.run import Run  # the kernels are only read when they are wanted
+@functools.cache
+def cpu() -> Any:
+    """Return nbbn.cpu.run: the kernels are only read when they are wanted."""
+    return undisturbed(partial(importlib.import_module, "nbbn.cpu.run"))
 
-    return Run(problem)
+
+def _cpu(problem: Problem) -> Any:
+    return None if problem.device != "cpu" else cpu().Run(problem)
 
 
 def _cuda(problem: Problem) -> Any:

@@ -19,8 +19,8 @@ import numpy as np
 from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.columns import columns_on
-from nbbn.compiler import Step, lock, pool
-from nbbn.dispatch import find
+from nbbn.compiler import Step, pool
+from nbbn.dispatch import cpu, find
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.geometry import Strides
 from nbbn.stats import BatchStats
@@ -623,9 +623,6 @@ def warmup(
 
         warm_up(device, storages, operations)
         return
-    with lock:
-        from nbbn.cpu.run import compile_for
-
     pool.threads()
     for storage in storages:
-        compile_for(storage, operations)
+        cpu().compile_for(storage, operations)
