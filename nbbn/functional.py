@@ -93,7 +93,7 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     Parameters
     ----------
     x : array
-        Of any kind (see `batch_norm`), float32 or float64, at least two dimensions, any strides.
+        Of any kind and type (see `batch_norm`), at least two dimensions, any strides.
     axis : int, default 1
         The channel axis, of length C.
 
@@ -106,7 +106,7 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     Raises
     ------
     TypeError
-        If `x` is not an array of float32 or float64, or `axis` not an int.
+        If `x` is not an array of one of these types, or `axis` not an int.
     ValueError
         If `x` has fewer than two dimensions, or `axis` is out of range.
     nbbn.DeviceError
@@ -233,10 +233,10 @@ def batch_norm_forward(
     Parameters
     ----------
     x : array
-        Of any kind (see `batch_norm`), float32 or float64, at least two dimensions, any strides; more
-        than one value per channel.
+        Of any kind and type (see `batch_norm`), at least two dimensions, any strides; more than
+        one value per channel.
     weight, bias : array, optional
-        float32 or float64, shape (C,). Without them, 1 and 0.
+        float32, float64 or x's type, shape (C,). Without them, 1 and 0.
     eps : float, default 1e-5
         Added to the variance; at least 0.
     axis : int, default 1
@@ -254,7 +254,7 @@ def batch_norm_forward(
     Raises
     ------
     TypeError
-        If an array is not one, or not of float32 or float64, or a number not a number.
+        If an array is not one, or not of such a type, or a number not a number.
     ValueError
         If a shape or a value does not fit, `x` has one value per channel, or `out` overlaps an input
         without being x.
@@ -307,16 +307,18 @@ def batch_norm(
     Parameters
     ----------
     x : array
-        Of NumPy, PyTorch, CuPy, JAX or Numba's CUDA target, or any array in the memory of the host that
-        has ``__dlpack__`` and the namespace of the array API standard. float32 or float64, at least two
-        dimensions, any strides. It is read where it lies, on the CPU or a GPU, and computed with there;
-        on a GPU on the stream that is current for x's library, and the host does not wait.
+        Of NumPy, PyTorch, CuPy, JAX or Numba's CUDA target, or any array in the memory of the host that has
+        ``__dlpack__`` and the namespace of the array API standard. float32, float64, float16 or bfloat16
+        (of ``ml_dtypes`` in NumPy), at least two dimensions, any strides. Elements of 16 bits are computed
+        with in float32, summed in float64, and rounded once. It is read where it lies, on the CPU or a GPU,
+        and computed with there; on a GPU on the stream that is current for x's library, and the host does
+        not wait.
     running_mean, running_var : array, optional
-        float32 or float64, shape (C,), any stride; like all other arrays on x's device, of x's kind or
-        another. Both are needed in evaluation; in training each is updated if it is given, which
+        float32, float64 or x's type, shape (C,), any stride; like all other arrays on x's device,
+        of x's kind or another. Both are needed in evaluation; in training each is updated if it is given, which
         JAX's, being immutable, cannot be: `batch_norm_forward` does without.
     weight, bias : array, optional
-        float32 or float64, shape (C,). Without them, 1 and 0.
+        float32, float64 or x's type, shape (C,). Without them, 1 and 0.
     training : bool, default False
         Whether to normalize with x's own statistics.
     momentum : float, default 0.1
@@ -337,7 +339,7 @@ def batch_norm(
     Raises
     ------
     TypeError
-        If an array is not one, or not of float32 or float64, or a number not a number.
+        If an array is not one, or not of such a type, or a number not a number.
     ValueError
         If a shape or a value does not fit, running statistics are missing in evaluation, or cannot be
         written in training or overlap each other, x has one value per channel in training, or `out`
@@ -455,12 +457,12 @@ def batch_norm_backward(
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
     x : array
-        What was normalized: of any kind (see `batch_norm`), float32 or float64, at least two
-        dimensions, any strides.
+        What was normalized: of any kind and type (see `batch_norm`), at least two dimensions, any
+        strides.
     weight : array, optional
-        float32 or float64, shape (C,). Without it, 1.
+        float32, float64 or x's type, shape (C,). Without it, 1.
     mean, invstd : array
-        float32 or float64, shape (C,): what x was normalized with, as `batch_norm_forward` returns
+        float32, float64 or x's type, shape (C,): what x was normalized with, as `batch_norm_forward` returns
         it; in evaluation running_mean and 1 / sqrt(running_var + eps).
     axis : int, default 1
         The channel axis, of length C.
@@ -479,7 +481,7 @@ def batch_norm_backward(
     Raises
     ------
     TypeError
-        If an array is not one, or not of float32 or float64, or `grad_out` not of x's dtype.
+        If an array is not one, or not of such a type, or `grad_out` not of x's dtype.
     ValueError
         If a shape or a value does not fit, `x` has one value per channel in training, or `out`
         overlaps an input without being x.

@@ -262,7 +262,7 @@ class BatchNorm:
         Parameters
         ----------
         x : array
-            On this module's device, of any kind (`nbbn.batch_norm`): float32 or float64, with
+            On this module's device, of any kind and type (`nbbn.batch_norm`), with
             `num_features` channels; any strides. In training more than one value per channel.
 
         Returns
@@ -273,7 +273,7 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            If `x` is not an array of float32 or float64.
+            If `x` is not an array of a type that goes with the module's.
         ValueError
             If x's shape does not fit.
         nbbn.DeviceError
