@@ -9,6 +9,7 @@ import numpy as np
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dispatch import find
 from nbbn.dlpack import NO_ORDER
+from nbbn.dtypes import FLOAT64, storage_of
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, NUMBA_CUDA, Place
 
@@ -78,12 +79,14 @@ class CudaColumns(Columns):
 
     def rounded(self, rows: np.ndarray, row: int, dtype: np.dtype, here: Place) -> Any:  # noqa: D102
         step, stride = rows.strides
-        values = address(rows) + row * step, stride, rows.itemsize
+        values = address(rows) + row * step, stride, FLOAT64.code
         return self._evaluate(0.0, dtype, rows.shape[1], values, ABSENT, 0.0, here)
 
     def _parameter(self, column: Any) -> Parameter:
         view = NUMBA_CUDA.read("column", column, NO_ORDER)
-        return address(view), view.strides[0], view.itemsize
+        storage = storage_of(view.dtype)
+        assert storage is not None
+        return address(view), view.strides[0], storage.code
 
     def _evaluate(
         self,

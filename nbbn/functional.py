@@ -315,8 +315,8 @@ def batch_norm(
         not wait.
     running_mean, running_var : array, optional
         float32, float64 or x's type, shape (C,), any stride; like all other arrays on x's device,
-        of x's kind or another. Both are needed in evaluation; in training each is updated if it is given, which
-        JAX's, being immutable, cannot be: `batch_norm_forward` does without.
+        of x's kind or another. Both are needed in evaluation; in training each is updated if it is
+        given, which JAX's, being immutable, cannot be: `batch_norm_forward` does without.
     weight, bias : array, optional
         float32, float64 or x's type, shape (C,). Without them, 1 and 0.
     training : bool, default False

@@ -103,7 +103,7 @@ class Emulator:
         if place not in self._arrays:
             dtype = np.dtype(dtype)
             size = size or self._shared // dtype.itemsize
-            filled = np.nan if dtype.kind == "f" else -1
+            filled = np.nan if dtype.kind == "f" else np.iinfo(dtype).max  # of 16 bits: NaN too
             self._arrays[place] = np.full(size, filled, dtype)
         return self._arrays[place]
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import bank
 import reference
-from cases import DTYPES, POISON
+from cases import DTYPES, HALF, POISON, in_range, type_id, with_types
 from checks import assert_same_bits, assert_within, check_updates
 from nbbn.cuda import plan, target
 from nbbn.cuda.run import Run
@@ -32,7 +32,7 @@ def _address(array):
 
 
 def _parameter(array):
-    return ABSENT if array is None else (_address(array), array.strides[0], array.itemsize)
+    return ABSENT if array is None else (_address(array), array.strides[0], storage_of(array.dtype).code)
 
 
 def _last(shape, axis, dtype):
@@ -254,7 +254,7 @@ def check_teams(seed):
         ((61, 12), "inside"),
         ((129, 2), "contiguous"),
     ):
-        for dtype in (np.float32, np.float64):
+        for dtype in (np.float32, np.float64, HALF[rng.integers(2)]):
             case = Case(rng, shape, 1, dtype, [layout] * 3, offset=rng.choice([0.0, 1e3]))
             case.check()
             for one in (case.run(case.out), case.run(case.dy, case.out)):
@@ -284,9 +284,9 @@ def check_shape(seed, index, dtype):
 
 
 def check_shapes(seed):
-    """Check all of them, in both types."""
+    """Check all of them, in all types."""
     for index in range(len(SHAPES)):
-        for dtype in ("float32", "float64"):
+        for dtype in ("float32", "float64", type_id(HALF[(index + seed) % 2])):
             check_shape(seed, index, dtype)
 
 
@@ -298,7 +298,7 @@ def all_forms():
             forms(Case(rng, shape, axis % len(shape), dtype, [layout] * 3))
             for shape, axis in SHAPES
             for layout in LAYOUTS
-            for dtype in (np.float32, np.float64)
+            for dtype in DTYPES
         )
     )
 
@@ -310,9 +310,9 @@ def check_constants():
         ((13, 3, 1, 1), "last"),
         ((2, 2, 9, 11), "contiguous"),
     ):
-        for dtype in (np.float32, np.float64):
+        for dtype in DTYPES:
             case = Case(np.random.default_rng(0), shape, 1, dtype, [layout] * 3)
-            values = (1e7 + np.arange(case.channels) / 3).astype(dtype)
+            values = (in_range(1e7, dtype) + np.arange(case.channels) / 3).astype(dtype)
             case.x[...] = values[:, None, None]
             found = case.forward(bias=values)
             assert not found[1].any()
@@ -321,13 +321,12 @@ def check_constants():
 
 def check_offsets(seed):
     """Accurate at any mean, and with one value that outweighs all others."""
-    for dtype in (np.float32, np.float64):
-        for layout in ("contiguous", "last"):
-            for offset in (10.0, 1e5, 1e7):
-                rng = np.random.default_rng([seed, int(offset)])
-                case = Case(rng, (4, 3, 6, 5), 1, dtype, [layout] * 3, offset)
-                case.x[rng.integers(4), 1, 2, 3] *= 1e4
-                case.check()
+    for layout in ("contiguous", "last"):
+        for offset, dtype in with_types(10.0, 1e5, 1e7):
+            rng = np.random.default_rng([seed, int(offset)])
+            case = Case(rng, (4, 3, 6, 5), 1, dtype, [layout] * 3, offset)
+            case.x[rng.integers(4), 1, 2, 3] = in_range(1e4 * offset, dtype)
+            case.check()
 
 
 def check_isolation(seed):
@@ -351,17 +350,66 @@ def check_isolation(seed):
 
 def check_bits(seed):
     """The same bits on every run, wherever the arrays begin."""
-    for dtype in (np.float32, np.float64):
-        found = []
-        for layout in ("contiguous", "contiguous", "shifted"):
-            case = Case(np.random.default_rng(seed), (3, 4, 4, 8), 1, dtype, [layout] * 3, 100.0)
-            stats = case.forward()
-            out = case.out.copy()
-            gradients = case.backward(stats[0], stats[2])
-            found.append((stats, out, gradients, np.ascontiguousarray(case.out)))
-        assert {form[:2] for form in forms(case)} == {("rows", "vectors")}
-        assert_same_bits(found[0], found[1])
-        assert_same_bits(found[0], found[2])
+    for dtype in DTYPES:
+        for shape, way in (((3, 4, 4, 8), "rows"), ((9, 16), "columns")):
+            found = []
+            for layout in ("contiguous", "contiguous", "shifted"):
+                case = Case(np.random.default_rng(seed), shape, 1, dtype, [layout] * 3, 100.0)
+                stats = case.forward()
+                out = case.out.copy()
+                gradients = case.backward(stats[0], stats[2])
+                found.append((stats, out, gradients, np.ascontiguousarray(case.out)))
+            assert {form[:2] for form in forms(case)} == {(way, "vectors")}
+            assert_same_bits(found[0], found[1])
+            assert_same_bits(found[0], found[2])
+
+
+def check_roundings(seed):
+    """Of 16 bits, every number survives, and what lies between two goes to the nearer one, ties to even.
+
+    The last place of a float64 decides, which a float32 in between would lose.
+    """
+    rng = np.random.default_rng(seed)
+    for dtype in HALF:
+        patterns = np.arange(rng.integers(1, 97), 1 << 16, 97).astype(np.uint16)
+        with np.errstate(all="ignore"):
+            patterns = patterns[patterns.view(dtype).astype(np.float32) != 0]  # 0 + -0 gives up the sign
+            finite = np.isfinite([patterns.view(dtype), (patterns + np.uint16(1)).view(dtype)]).all(axis=0)
+        low = patterns[finite]
+        near, far = (pattern.view(dtype).astype(np.float64) for pattern in (low, low + np.uint16(1)))
+        ties = (near + far) / 2
+        weight = np.concatenate([ties, np.nextafter(ties, near), np.nextafter(ties, far)])
+        expected = np.concatenate([low + low % np.uint16(2), low, low + np.uint16(1)])
+        for x, weights, result in (
+            (patterns.view(dtype), np.ones(len(patterns)), patterns),
+            (np.ones(len(weight), dtype), weight, expected),
+        ):
+            for count in (1, 8):  # elements and vectors
+                case = Case(rng, (1, len(x), count), 1, dtype, ["contiguous"] * 3)
+                case.x[...], case.eps = x[:, None], 0.0
+                case.evaluate(np.zeros(len(x)), np.ones(len(x)), weights)
+                with np.errstate(invalid="ignore"):
+                    found, nan = case.out[0], np.isnan(result.view(dtype))
+                    assert np.isnan(found[nan]).all()
+                assert (found.view(np.uint16)[~nan] == result[~nan, None]).all()
+
+
+def check_cancellation(seed):
+    """Where terms all but cancel, results of 16 bits are as good as others: see test_half.py."""
+    rng = np.random.default_rng(seed)
+    for dtype, layout in itertools.product(HALF, ("contiguous", "last")):
+        case = Case(rng, (4, 5, 2, 8), 1, dtype, [layout] * 3, offset=3.0)
+        case.x[0] = 1e-3 * case.x[0].astype(np.float32)
+        found = case.stats()
+        weight = np.sqrt(found[1] + case.eps)
+        for sign in (1, -1):  # out = x, and -x
+            expected = reference.forward(case.x, sign * weight, sign * found[0], eps=case.eps)
+            case.forward(weight=sign * weight, bias=sign * found[0])
+            tolerance = reference.out_tolerance(expected, case.x.dtype)
+            assert_within("out", rows(case.out), expected.out, tolerance)
+        # dy is a line of x, but for a little: so is grad_x, around 0.
+        case.dy[...] = case.x.astype(np.float32) * (1 + 1e-3 * rng.standard_normal(case.x.shape))
+        case.check_backward(found[0], 1 / weight, None, training=True)
 
 
 def check_running(seed):
@@ -402,10 +450,10 @@ def check_row(seed, row):
                 BankCase(call, layouts).check()
 
 
-def small_shapes(rng):
+def small_shapes(rng, dtypes=(np.float32, np.float64)):
     """Rows in parts and resident, columns, and teams if there are any."""
     for shape, layout in (((3, 5, 4, 4), "contiguous"), ((37, 3), "contiguous"), ((3, 4, 9, 5), "inside")):
-        for dtype in (np.float32, np.float64):
+        for dtype in dtypes:
             yield Case(rng, shape, 1, dtype, [layout] * 3, offset=rng.choice([0.0, 1e3]))
 
 
@@ -414,7 +462,7 @@ def check_aliases(seed):
     rng = np.random.default_rng(seed)
     for shared in (1 << 10, (16 << 10) - 512, (16 << 10) - 1):  # one block holds a channel, a team does, none
         target.RESERVED = shared
-        for case in small_shapes(rng):
+        for case in small_shapes(rng, (np.float32, HALF[seed % 2])):
             for statistic, parameter in itertools.product(("mean", "var"), ("weight", "bias")):
                 values = rng.uniform(0.5, 2.0, case.channels).astype(np.float32)
                 alone = values.copy()
@@ -427,7 +475,7 @@ def check_aliases(seed):
 def check_calls(seed):
     """Row 36: nothing is left of one call in the next."""
     rng = np.random.default_rng(seed)
-    for case in small_shapes(rng):
+    for case in small_shapes(rng, (np.float32, HALF[seed % 2])):
         mean, invstd = rng.standard_normal(case.channels), rng.uniform(0.5, 2, case.channels)
         for training in (True, False):
             first = case.backward(mean, invstd, training=training)

@@ -164,7 +164,12 @@ AS_GOOD = [
 """Most of the time."""
 
 NUMPY_ARRAYS = hnp.arrays(
-    st.one_of(hnp.scalar_dtypes(), hnp.byte_string_dtypes(), hnp.array_dtypes(), st.sampled_from([np.float32, np.float64])),
+    st.one_of(
+        hnp.scalar_dtypes(),
+        hnp.byte_string_dtypes(),
+        hnp.array_dtypes(),
+        st.sampled_from([np.float32, np.float64]),
+    ),
     hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5),
 )
 ANYTHING = st.one_of(

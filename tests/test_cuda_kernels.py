@@ -4,15 +4,10 @@ import ast
 
 import pytest
 
-SIMULATED = (
-    0,
-    2,
-    4,
-    5,
-    8,
-    13,
-    16,
-)  # of the shapes in simulated.py; the emulator, which is fast, takes them all
+from cases import DTYPES, type_id
+
+# Of the shapes in simulated.py; the emulator, which is fast, takes them all.
+SIMULATED = (0, 2, 4, 5, 8, 13, 16)
 
 
 @pytest.fixture
@@ -28,7 +23,7 @@ def simulate(python):
 
 @pytest.mark.parametrize("index", SIMULATED)
 def test_against_the_oracle(simulate, seed, index):
-    dtype = ("float32", "float64")[(index + seed) % 2]
+    dtype = type_id(DTYPES[(SIMULATED.index(index) + seed) % len(DTYPES)])
     assert simulate(f"simulated.check_shape({seed}, {index}, {dtype!r})\nprint(True)")
 
 
@@ -56,3 +51,9 @@ def test_the_shapes_go_through_all_forms(simulate):
 )
 def test_properties(simulate, seed, check):
     assert simulate(f"simulated.check_{check.format(seed=seed)}\nprint(True)")
+
+
+@pytest.mark.parametrize("check", ["roundings", "cancellation"])
+def test_sixteen_bits(simulate, seed, check):
+    pytest.importorskip("greenlet")
+    assert simulate(f"simulated.emulate({seed})\nsimulated.check_{check}({seed})\nprint(True)")

@@ -18,7 +18,7 @@ class Parameter(NamedTuple):
 
     address: int  # 0: not given
     stride: int  # bytes
-    size: int  # bytes of an element
+    code: int  # what an element is stored as: see `nbbn.dtypes`
 
 
 class Arrays(NamedTuple):

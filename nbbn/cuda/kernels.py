@@ -20,12 +20,16 @@ from numba import cuda, float64, int32, int64, uint32, uint64
 from nbbn.compiler import fma
 from nbbn.cuda.target import (
     add_release,
+    carried,
     load,
     load_acquire,
     load_vector,
     part,
+    rounded,
     store,
     store_vector,
+    unrounded,
+    widened,
 )
 from nbbn.formulas import (
     about_mean,
@@ -45,14 +49,15 @@ from nbbn.formulas import (
 )
 
 # What a kernel is compiled for.
-stored = np.float32  # what x, grad_out and the result are of
-STORED = np.dtype(stored)  # what is kept of them in shared memory
+stored = np.float32  # what x, grad_out and the result are of; np.uint16 is bfloat16
+STORED = np.dtype(stored)  # what is kept of them in shared memory: their bits, if 16
 SIZE = 4  # bytes of an element
-real = np.float32  # what the result is computed in
+held = np.float32  # what they are in registers
+real = np.float32  # what the result is computed in: float64 where terms that cancel would show in 16 bits
 REAL = np.dtype(real)
 REAL_SIZE = 4  # bytes
-WIDTH = 4  # elements of an access: 1, or those of 16 bytes
-ALIGNED = True  # whether those lie at multiples of 16 bytes; who takes what does not depend on it
+WIDTH = 4  # elements of an access: 1, or those of 16 bytes, or of 8 if they have 16 bits
+ALIGNED = True  # whether those lie at multiples of that; who takes what does not depend on it
 UNROLLED = 4  # accesses of a thread whose values are in registers at once
 VALUES = 16  # WIDTH · UNROLLED
 EVEN = True  # whether there is one outer dimension, all steps of which are equal
@@ -142,23 +147,31 @@ def step_address(cut, operand, step):
 
 @part
 def parameter(where, c, missing):
-    """Return element `c` of a parameter of either float type, or `missing`."""
+    """Return element `c` of a parameter of any type, or `missing`."""
     if where.address == 0:
         return missing
     at = where.address + c * where.stride
-    if where.size == 8:
+    if where.code == 8:
         return load(at, np.float64)
-    return float64(load(at, np.float32))
+    if where.code == 4:
+        return float64(load(at, np.float32))
+    if where.code == 2:
+        return float64(load(at, np.float16))
+    return float64(load(at, np.uint16))
 
 
 @part
 def set_parameter(where, c, value):
-    """Set element `c` of a parameter of either float type."""
+    """Set element `c` of a parameter of any type, rounded once."""
     at = where.address + c * where.stride
-    if where.size == 8:
+    if where.code == 8:
         store(at, value)
-    else:
+    elif where.code == 4:
         store(at, np.float32(value))
+    elif where.code == 2:
+        store(at, rounded(carried(value, np.float16), np.float16))
+    else:
+        store(at, rounded(carried(value, np.uint16), np.uint16))
 
 
 @part
@@ -242,25 +255,34 @@ def take(where, values, u):
     """Load the elements of one access."""
     at, gap = where
     if ALIGNED:
-        vector = load_vector(at, stored)
+        vector = load_vector(at, stored, WIDTH)
         for k in range(WIDTH):
-            values[u * WIDTH + k] = real(vector[k])
+            values[u * WIDTH + k] = vector[k]
     else:
         for k in range(WIDTH):
-            values[u * WIDTH + k] = real(load(at + k * gap, stored))
+            values[u * WIDTH + k] = load(at + k * gap, stored)
+
+
+@part
+def pair_of(values, i):
+    """Return two values as they are stored."""
+    return rounded(values[i], stored), rounded(values[i + 1], stored)
+
+
+@part
+def four_of(values, i):
+    """Return four."""
+    return pair_of(values, i) + pair_of(values, i + 2)
 
 
 @part
 def vector_of(values, u):
     """Return the values of one access as they are stored."""
+    if WIDTH == 8:
+        return four_of(values, 8 * u) + four_of(values, 8 * u + 4)
     if WIDTH == 4:
-        return (
-            stored(values[4 * u]),
-            stored(values[4 * u + 1]),
-            stored(values[4 * u + 2]),
-            stored(values[4 * u + 3]),
-        )
-    return stored(values[2 * u]), stored(values[2 * u + 1])
+        return four_of(values, 4 * u)
+    return pair_of(values, 2 * u)
 
 
 @part
@@ -271,7 +293,7 @@ def leave(where, values, u):
         store_vector(at, vector_of(values, u))
     else:
         for k in range(WIDTH):
-            store(at + k * gap, stored(values[u * WIDTH + k]))
+            store(at + k * gap, rounded(values[u * WIDTH + k], stored))
 
 
 @part
@@ -282,7 +304,7 @@ def fetch(cut, operand, c, step, inner, element, stop, values):
             take(address_of(cut, operand, c, step, inner, element), values, u)
         else:
             for k in range(WIDTH):
-                values[u * WIDTH + k] = real(0)
+                values[u * WIDTH + k] = held(0)
         element += MEMBERS * ALONG
         step, inner = advance(cut, step, inner)
 
@@ -309,7 +331,8 @@ def keep(kept, array, place, element, stop, values):
     for u in range(UNROLLED):
         if element < stop:
             for k in range(WIDTH):
-                kept[place + ((u * READS + array) * WIDTH + k) * THREADS] = stored(values[u * WIDTH + k])
+                its = unrounded(values[u * WIDTH + k], stored)
+                kept[place + ((u * READS + array) * WIDTH + k) * THREADS] = its
         element += MEMBERS * ALONG
 
 
@@ -319,7 +342,8 @@ def kept_values(kept, array, place, element, stop, values):
     for u in range(UNROLLED):
         if element < stop:
             for k in range(WIDTH):
-                values[u * WIDTH + k] = real(kept[place + ((u * READS + array) * WIDTH + k) * THREADS])
+                its = kept[place + ((u * READS + array) * WIDTH + k) * THREADS]
+                values[u * WIDTH + k] = widened(its, stored)
         element += MEMBERS * ALONG
 
 
@@ -435,7 +459,7 @@ def kept_squares(kept, first, stop, means, totals, losses):
     while element < stop:
         for i in range(WIDTH):
             k = i // ALONG
-            square = squared_deviation(float64(kept[place + i * THREADS]), means[k])
+            square = squared_deviation(float64(widened(kept[place + i * THREADS], stored)), means[k])
             totals[k], losses[k] = plus_some(totals[k], losses[k], square)
         place += WIDTH * THREADS
         element += chunk() // UNROLLED
@@ -593,7 +617,7 @@ def collect(arrays, cut):
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     known = cuda.shared.array(TILE, np.float64)
-    values = cuda.local.array(VALUES, real)
+    values = cuda.local.array(VALUES, held)
     means = cuda.local.array(OWN, np.float64)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
@@ -641,9 +665,9 @@ def to_normalize(affine, mean, rest, invstd, table):
     """Set what a channel is normalized with: mean, scale and shift."""
     weight, bias = affine
     scale = weight * invstd
-    rounded = real(mean)
-    lost = (mean - float64(rounded)) + rest
-    table[0] = rounded
+    near = real(mean)
+    lost = (mean - float64(near)) + rest
+    table[0] = near
     table[1] = real(scale)
     table[2] = real(shift_of(bias, lost, scale))
 
@@ -749,7 +773,8 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
         for i in range(VALUES):
             k = i % WIDTH // ALONG
-            values[i] = normalized(values[i], numbers[k], numbers[OWN + k], numbers[2 * OWN + k])
+            mean, scale, shift = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
+            values[i] = carried(normalized(real(values[i]), mean, scale, shift), stored)
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()
@@ -764,7 +789,7 @@ def reversed_block():
 def normalize(arrays, cut):
     """The result, or grad_x in evaluation. Blocks: tiles × parts, the last first."""
     kept = cuda.shared.array(0, STORED)  # nothing
-    values = cuda.local.array(VALUES, real)
+    values = cuda.local.array(VALUES, held)
     numbers = cuda.local.array(OWN_TABLES, real)
     tile, piece = share_of(reversed_block(), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
@@ -784,7 +809,7 @@ def forward(arrays, cut, numbers):
     m2s = cuda.shared.array(THREADS, np.float64)
     known = cuda.shared.array(TILE, np.float64)
     tables = cuda.shared.array(TILE_TABLES, REAL)
-    values = cuda.local.array(VALUES, real)
+    values = cuda.local.array(VALUES, held)
     table = cuda.local.array(5, real)
     mine = cuda.local.array(OWN_TABLES, real)
     means = cuda.local.array(OWN, np.float64)
@@ -873,8 +898,8 @@ def reduce(arrays, cut):
     kept = cuda.shared.array(0, STORED)  # nothing
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
+    values = cuda.local.array(VALUES, held)
+    others = cuda.local.array(VALUES, held)
     totals = cuda.local.array(OWN, np.float64)
     losses = cuda.local.array(OWN, np.float64)
     products = cuda.local.array(OWN, np.float64)
@@ -900,20 +925,20 @@ def finish_gradients(arrays, cut, c, four, report, table):
     grad_bias = four[0] + four[1]
     grad_weight = (four[2] + four[3]) * invstd
     scale = parameter(arrays.weight, c, float64(1)) * invstd
-    rounded = real(mean)
-    lost = mean - float64(rounded)
+    near = real(mean)
+    lost = mean - float64(near)
     unit = float64(power_of_two(invstd))
     slope, offset = gradient_parameters(
         scale, lost, grad_bias, grad_weight, invstd, unit, float64(cut.outer * cut.inner)
     )
     if arrays.training == 0:
         # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
-        rounded = real(0)
+        near = real(0)
         slope = float64(0)
     if report:
         put(arrays.stats, 0, cut, c, grad_weight)
         put(arrays.stats, 1, cut, c, grad_bias)
-    table[0] = rounded
+    table[0] = near
     table[1] = real(scale)
     table[2] = real(slope)
     table[3] = real(offset)
@@ -951,7 +976,8 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
             k = i % WIDTH // ALONG
             mean, scale, slope = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
             offset, unit = numbers[3 * OWN + k], numbers[4 * OWN + k]
-            values[i] = gradient(values[i], others[i], mean, unit, scale, slope, offset)
+            its = gradient(real(values[i]), real(others[i]), mean, unit, scale, slope, offset)
+            values[i] = carried(its, stored)
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()
@@ -960,8 +986,8 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
 def apply(arrays, cut):
     """grad_x. Blocks: tiles × parts, the last first."""
     kept = cuda.shared.array(0, STORED)  # nothing
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
+    values = cuda.local.array(VALUES, held)
+    others = cuda.local.array(VALUES, held)
     numbers = cuda.local.array(OWN_TABLES, real)
     tile, piece = share_of(reversed_block(), cut.parts)
     c, first, last, stop = span(cut, tile, piece)
@@ -975,8 +1001,8 @@ def backward(arrays, cut):
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     tables = cuda.shared.array(TILE_TABLES, REAL)
-    values = cuda.local.array(VALUES, real)
-    others = cuda.local.array(VALUES, real)
+    values = cuda.local.array(VALUES, held)
+    others = cuda.local.array(VALUES, held)
     table = cuda.local.array(5, real)
     mine = cuda.local.array(OWN_TABLES, real)
     totals = cuda.local.array(OWN, np.float64)

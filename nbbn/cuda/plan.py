@@ -6,7 +6,7 @@ import numpy as np
 
 from nbbn.cuda import target
 from nbbn.cuda.call import Cut, Operand
-from nbbn.dtypes import Storage
+from nbbn.dtypes import BFLOAT16, Storage
 from nbbn.geometry import Geometry, Layout
 
 VECTOR_BYTES = 16  # of the widest access
@@ -60,9 +60,11 @@ class Plan:
     """
 
     def __init__(self, geometry: Geometry, storage: Storage, device: int) -> None:
-        self.real = storage.real
+        self.storage = storage
         self.device = device
         self.size = size = storage.dtype.itemsize
+        # A result that is stored in 16 bits is computed in float64: it is right then where terms cancel.
+        self.real = np.dtype(np.float64 if size == 2 else storage.real)
         self.channels = geometry.channels
         self.outer = int(np.prod(geometry.sizes, dtype=np.int64))
         self.inner = geometry.inner
@@ -71,7 +73,8 @@ class Plan:
         side_by_side = geometry.inner == 1 and self.channels > 1
         self.columns = side_by_side and all(layout.channel == size for layout in layouts)
         self.width = self._width(geometry)
-        self.unrolled = 4 if self.width > 1 else 8
+        self.access = self.width * size  # bytes
+        self.unrolled = (8, 4, 4, 2)[self.width.bit_length() - 1]
 
         x, grad_out, out = layouts[0], layouts[len(layouts) // 2], layouts[-1]
         self._dims = dims = len(geometry.sizes)
@@ -95,19 +98,29 @@ class Plan:
             partials = max(partials, 2 * self.resident.blocks * self.resident.lanes * self.own)
         self.partials = -(-4 * self.barriers // 16) * 16
         self.tables = self.partials + 8 * 4 * partials
-        self.nbytes = self.tables + 5 * self.size * self.channels
+        self.nbytes = self.tables + 5 * self.real.itemsize * self.channels
 
     def _width(self, geometry: Geometry) -> int:
-        """Return how many elements a thread takes at once: those of 16 bytes, where they may lie so."""
-        width = VECTOR_BYTES // self.size
+        """Return how many elements a thread takes at once: those of 16 bytes, where they may lie so.
+
+        Or else 4 of 16 bits; of columns no more than 4, each of which takes registers for its sums.
+        """
+        widest = VECTOR_BYTES // self.size
+        for width in (4,) if widest == 8 and self.columns else (8, 4) if widest == 8 else (widest,):
+            if self._divides(width, geometry):
+                return width
+        return 1
+
+    def _divides(self, width: int, geometry: Geometry) -> bool:
+        """Whether all accesses can be of so many elements, at multiples of the bytes that they take."""
         if (self.channels if self.columns else self.inner) % width:
-            return 1
+            return False
         for layout in geometry.layouts:
             steps = layout.outer if self.columns else (*layout.outer, layout.channel)
             together = self.columns or layout.inner == self.size
-            if not together or any(step % VECTOR_BYTES for step in steps):
-                return 1
-        return width
+            if not together or any(step % (width * self.size) for step in steps):
+                return False
+        return True
 
     def _form(
         self, threads: int, lanes: int, part: int, parts: int, reads: int = 0, team: int = 1, teams: int = 0
@@ -129,7 +142,7 @@ class Plan:
     def _capacity(self, reads: int, threads: int, lanes: int) -> int:
         """Return how many elements of each channel of a tile a block can keep."""
         # Beside that: 4 or 2 numbers of 8 bytes a thread, and one of these and 5 others a channel.
-        other = (4, 2)[reads - 1] * 8 * threads + (8 + 5 * self.size) * lanes * self.own
+        other = (4, 2)[reads - 1] * 8 * threads + (8 + 5 * self.real.itemsize) * lanes * self.own
         room = target.properties(self.device).shared - other
         return room // self._room(reads, threads) * (threads // lanes) * self.along
 
@@ -227,6 +240,8 @@ class Plan:
         """Return how many accesses to an array a thread has under way: with more, registers run out."""
         if form.reads == 0:
             return self.unrolled
+        if self.width == 8:
+            return 3 - form.reads
         if form.reads == 1:
             return 3 if form.teams else 4
         return 2 if self.width > 1 else 4
@@ -237,12 +252,13 @@ class Plan:
         members, along = form.threads // form.lanes, self.width // form.own
         tile = form.lanes * form.own
         return (
-            ("stored", self.real),
-            ("STORED", np.dtype(self.real)),
+            ("stored", np.uint16 if self.storage is BFLOAT16 else self.storage.dtype.type),
+            ("STORED", np.dtype(np.uint16) if self.size == 2 else self.storage.dtype),
             ("SIZE", self.size),
-            ("real", self.real),
-            ("REAL", np.dtype(self.real)),
-            ("REAL_SIZE", self.size),
+            ("held", self.storage.real),
+            ("real", self.real.type),
+            ("REAL", self.real),
+            ("REAL_SIZE", self.real.itemsize),
             ("WIDTH", self.width),
             ("UNROLLED", unrolled),
             ("VALUES", self.width * unrolled),

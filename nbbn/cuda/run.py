@@ -11,12 +11,12 @@ from nbbn.arrays import ABSENT
 from nbbn.compiler import Step
 from nbbn.cuda import kernels, target
 from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
-from nbbn.cuda.plan import THREADS, VECTOR_BYTES, Form, Plan
+from nbbn.cuda.plan import THREADS, Form, Plan
 from nbbn.geometry import canonical
 from nbbn.problem import Problem
 
 Kernel = Callable[..., Any]
-Where = tuple[int, int, int]  # a parameter: address, stride and size of an element in bytes
+Where = tuple[int, int, int]  # a parameter: address, stride in bytes and code of the storage
 
 
 class _Call:
@@ -55,7 +55,7 @@ class _Call:
         """Launch a kernel after those that were added before."""
         arguments = (arrays, form.cut, *numbers)
         together = arrays.x.address | arrays.grad_out.address | arrays.out.address
-        launcher = self._run.launcher(kernel, form, together % VECTOR_BYTES == 0, arguments)
+        launcher = self._run.launcher(kernel, form, together % self._run.plan.access == 0, arguments)
         self._launches.append((launcher, form, arguments))
 
     def launch(self) -> None:

@@ -40,6 +40,10 @@ SIMULATED = bool(numba.config.ENABLE_CUDASIM)
 
 Names = tuple[tuple[str, Any], ...]  # what a kernel is compiled for
 
+# What tells the intrinsics below that elements are stored in 16 bits: as float16, and, for want of such a
+# type in NumPy, as bfloat16. In registers they are float32.
+HALVES = (np.float16, np.uint16)
+
 # --- intrinsics, and what stands for them in the simulator -------------------------------------------
 
 if SIMULATED:
@@ -48,29 +52,64 @@ if SIMULATED:
         np.float64: ctypes.c_double,
         np.int64: ctypes.c_int64,
         np.uint32: ctypes.c_uint32,
+        np.uint16: ctypes.c_uint16,
     }
 
-    def load(address: int, real: Any) -> Any:
-        """Return the number at an address."""
-        return real(_CELLS[real].from_address(int(address)).value)
+    def load(address: int, stored: Any) -> Any:
+        """Return the number at an address; float32 if it is stored in 16 bits."""
+        bits = stored if stored not in HALVES else np.uint16
+        return widened(bits(_CELLS[bits].from_address(int(address)).value), stored)
 
     def store(address: int, value: Any) -> None:
-        """Write a number to an address."""
+        """Write a number, or the bits of one, to an address."""
         _CELLS[type(value)].from_address(int(address)).value = value
 
-    def load_vector(address: int, real: Any) -> tuple[Any, ...]:
-        """Return the 16 bytes at an address as 4 or 2 numbers; the address is a multiple of 16."""
-        assert address % 16 == 0
-        size = np.dtype(real).itemsize
-        return tuple(load(address + k * size, real) for k in range(16 // size))
+    def load_vector(address: int, stored: Any, count: int) -> tuple[Any, ...]:
+        """Return `count` numbers side by side; the address is a multiple of the bytes that they take."""
+        size = np.dtype(stored).itemsize
+        assert address % (count * size) == 0
+        return tuple(load(address + k * size, stored) for k in range(count))
 
     def store_vector(address: int, values: tuple[Any, ...]) -> None:
-        """Write 4 or 2 numbers to 16 bytes at an address that is a multiple of 16."""
-        assert address % 16 == 0
+        """Write numbers, or their bits, side by side at a multiple of the bytes that they take."""
         size = values[0].itemsize
-        assert len(values) * size == 16
+        assert address % (len(values) * size) == 0 and len(values) * size in (8, 16)
         for k, value in enumerate(values):
             store(address + k * size, value)
+
+    def widened(bits: Any, stored: Any) -> Any:
+        """Return the number that is stored so."""
+        if stored is np.float16:
+            return np.float32(bits.view(np.float16))
+        if stored is np.uint16:
+            return np.uint32(int(bits) << 16).view(np.float32)
+        return bits
+
+    def rounded(value: Any, stored: Any) -> Any:
+        """Return what is stored of a float32, or of a float64 where that is stored: the nearest number."""
+        if stored is np.float16:
+            return np.float16(value).view(np.uint16)
+        if stored is np.uint16:
+            word = int(np.float32(value).view(np.uint32))
+            if value != value:
+                return np.uint16(word >> 16 | 0x40)
+            return np.uint16((word + 0x7FFF + (word >> 16 & 1)) >> 16)
+        return stored(value)
+
+    def unrounded(value: Any, stored: Any) -> Any:
+        """Return the same of a number that was loaded: nothing has to be rounded."""
+        return rounded(value, stored)
+
+    def carried(value: Any, stored: Any) -> Any:
+        """Return a result as it is carried to where it is stored: for 16 bits a float32, rounded to odd."""
+        if stored not in HALVES:
+            return value
+        near = np.float32(value)
+        if near == value or near != near:
+            return near
+        if abs(float(near)) > abs(float(value)):
+            near = np.nextafter(near, np.float32(0))
+        return np.uint32(int(near.view(np.uint32)) | 1).view(np.float32)
 
     def add_release(address: int, value: Any) -> Any:
         """Add to a uint32 that other blocks read, after all that was stored before; return the old one."""
@@ -92,18 +131,43 @@ else:
     def _place(builder, address, element):
         return builder.inttoptr(address, element.as_pointer(_GLOBAL))
 
+    def _is_half(stored):
+        return stored.dtype in (types.float16, types.uint16)
+
+    def _value_type(stored):
+        return types.float32 if _is_half(stored) else stored.dtype
+
+    def _bits_type(stored):
+        return types.uint16 if _is_half(stored) else stored.dtype
+
+    def _number(value):
+        return ir.Constant(ir.IntType(32), value)
+
+    def _widened(builder, bits, stored):
+        """Return the number that is stored so."""
+        if stored.dtype == types.float16:
+            return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+        if stored.dtype == types.uint16:
+            word = builder.shl(builder.zext(bits, ir.IntType(32)), _number(16))
+            return builder.bitcast(word, ir.FloatType())
+        return bits
+
+    def _lane(builder, vector, k):
+        return builder.extract_element(vector, _number(k))
+
     @intrinsic
-    def load(typingctx, address, real):
-        """Return the number at an address."""
+    def load(typingctx, address, stored):
+        """Return the number at an address; float32 if it is stored in 16 bits."""
 
         def codegen(context, builder, signature, args):
-            return builder.load(_place(builder, args[0], context.get_data_type(real.dtype)))
+            place = _place(builder, args[0], context.get_data_type(_bits_type(stored)))
+            return _widened(builder, builder.load(place), stored)
 
-        return real.dtype(types.int64, real), codegen
+        return _value_type(stored)(types.int64, stored), codegen
 
     @intrinsic
     def store(typingctx, address, value):
-        """Write a number to an address."""
+        """Write a number, or the bits of one, to an address."""
 
         def codegen(context, builder, signature, args):
             builder.store(args[1], _place(builder, args[0], context.get_data_type(value)))
@@ -111,37 +175,121 @@ else:
 
         return types.void(types.int64, value), codegen
 
-    @intrinsic
-    def load_vector(typingctx, address, real):
-        """Return the 16 bytes at an address as 4 or 2 numbers; the address is a multiple of 16."""
-        element = real.dtype
-        count = 128 // element.bitwidth
-        result = types.UniTuple(element, count)
+    # Elements of 16 bits are moved in pairs: no access takes eight of anything.
+
+    @intrinsic(prefer_literal=True)
+    def load_vector(typingctx, address, stored, count):
+        """Return `count` numbers side by side; the address is a multiple of the bytes that they take."""
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        number = count.literal_value
+        size = _bits_type(stored).bitwidth // 8
+        result = types.UniTuple(_value_type(stored), number)
 
         def codegen(context, builder, signature, args):
-            kind = ir.VectorType(context.get_data_type(element), count)
-            vector = builder.load(_place(builder, args[0], kind), align=16)
-            lanes = [builder.extract_element(vector, ir.Constant(ir.IntType(32), k)) for k in range(count)]
+            if _is_half(stored):
+                kind = ir.VectorType(ir.IntType(32), number // 2)
+            else:
+                kind = ir.VectorType(context.get_data_type(stored.dtype), number)
+            vector = builder.load(_place(builder, args[0], kind), align=number * size)
+            lanes = [_lane(builder, vector, k) for k in range(kind.count)]
+            if _is_half(stored):
+                halves = [builder.lshr(lane, _number(16 * h)) for lane in lanes for h in range(2)]
+                bits = [builder.trunc(half, ir.IntType(16)) for half in halves]
+                lanes = [_widened(builder, one, stored) for one in bits]
             return context.make_tuple(builder, result, lanes)
 
-        return result(types.int64, real), codegen
+        return result(types.int64, stored, count), codegen
 
     @intrinsic
     def store_vector(typingctx, address, values):
-        """Write 4 or 2 numbers to 16 bytes at an address that is a multiple of 16."""
-        if not isinstance(values, types.UniTuple) or values.count * values.dtype.bitwidth != 128:
-            return None  # float64 by mistake would write 32 bytes
+        """Write numbers, or their bits, side by side at a multiple of the bytes that they take."""
+        # float64 by mistake would write 32 bytes
+        if not isinstance(values, types.UniTuple) or values.count * values.dtype.bitwidth not in (64, 128):
+            return None
+        size = values.count * values.dtype.bitwidth // 8
 
         def codegen(context, builder, signature, args):
-            kind = ir.VectorType(context.get_data_type(values.dtype), values.count)
+            lanes = [builder.extract_value(args[1], k) for k in range(values.count)]
+            if values.dtype == types.uint16:
+                words = [builder.zext(lane, ir.IntType(32)) for lane in lanes]
+                pairs = zip(words[::2], words[1::2], strict=True)
+                lanes = [builder.or_(low, builder.shl(high, _number(16))) for low, high in pairs]
+            kind = ir.VectorType(lanes[0].type, len(lanes))
             vector = ir.Constant(kind, ir.Undefined)
-            for k in range(values.count):
-                lane = builder.extract_value(args[1], k)
-                vector = builder.insert_element(vector, lane, ir.Constant(ir.IntType(32), k))
-            builder.store(vector, _place(builder, args[0], kind), align=16)
+            for k, lane in enumerate(lanes):
+                vector = builder.insert_element(vector, lane, _number(k))
+            builder.store(vector, _place(builder, args[0], kind), align=size)
             return context.get_dummy_value()
 
         return types.void(types.int64, values), codegen
+
+    @intrinsic
+    def widened(typingctx, bits, stored):
+        """Return the number that is stored so."""
+
+        def codegen(context, builder, signature, args):
+            return _widened(builder, args[0], stored)
+
+        return _value_type(stored)(_bits_type(stored), stored), codegen
+
+    @intrinsic
+    def rounded(typingctx, value, stored):
+        """Return what is stored of a float32, or of a float64 where that is stored: the nearest number."""
+
+        def codegen(context, builder, signature, args):
+            value = args[0]
+            if stored.dtype == types.float16:
+                return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+            if stored.dtype == types.uint16:
+                # Ties to even; a NaN stays one. Not all GPUs have an instruction for it.
+                word = builder.bitcast(value, ir.IntType(32))
+                odd = builder.and_(builder.lshr(word, _number(16)), _number(1))
+                near = builder.add(word, builder.add(odd, _number(0x7FFF)))
+                nan = builder.fcmp_unordered("uno", value, value)
+                near = builder.select(nan, builder.or_(word, _number(0x400000)), near)
+                return builder.trunc(builder.lshr(near, _number(16)), ir.IntType(16))
+            return value
+
+        return _bits_type(stored)(_value_type(stored), stored), codegen
+
+    @intrinsic
+    def unrounded(typingctx, value, stored):
+        """Return the same of a number that was loaded: nothing has to be rounded."""
+
+        def codegen(context, builder, signature, args):
+            value = args[0]
+            if stored.dtype == types.float16:
+                return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+            if stored.dtype == types.uint16:
+                word = builder.bitcast(value, ir.IntType(32))
+                return builder.trunc(builder.lshr(word, _number(16)), ir.IntType(16))
+            return value
+
+        return _bits_type(stored)(_value_type(stored), stored), codegen
+
+    @intrinsic
+    def carried(typingctx, value, stored):
+        """Return a result as it is carried to where it is stored: for 16 bits a float32, rounded to odd.
+
+        Such a one is rounded to 16 bits as the float64 itself would be.
+        """
+
+        def codegen(context, builder, signature, args):
+            if not _is_half(stored):
+                return args[0]
+            wide = ir.IntType(64)
+            kind = ir.FunctionType(ir.FloatType(), [ir.DoubleType()])
+            toward_zero = ir.InlineAsm(kind, "cvt.rz.f32.f64 $0, $1;", "=f,d")
+            near = builder.call(toward_zero, args[:1])
+            # What a float32 has no room for; where it is subnormal that is more, and rounded twice.
+            rest = builder.and_(builder.bitcast(args[0], wide), ir.Constant(wide, (1 << 29) - 1))
+            inexact = builder.zext(builder.icmp_unsigned("!=", rest, ir.Constant(wide, 0)), ir.IntType(32))
+            return builder.bitcast(
+                builder.or_(builder.bitcast(near, ir.IntType(32)), inexact), ir.FloatType()
+            )
+
+        return _value_type(stored)(types.float64 if _is_half(stored) else stored.dtype, stored), codegen
 
     @intrinsic
     def add_release(typingctx, address, value):
