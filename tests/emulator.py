@@ -50,7 +50,7 @@ class Emulator:
         for block in range(blocks):
             for thread in range(threads):
                 one = greenlet.greenlet(kernel)
-                one.block, one.thread, one.wait = block, thread, None
+                one.block, one.thread, one.wait, one.seen = block, thread, None, None
                 ready.append(one)
         self.order.shuffle(ready)
         while ready:
@@ -93,9 +93,12 @@ class Emulator:
             self._wait_until(lambda: self._passed[block] != passed)
 
     def load_acquire(self, address):
-        """Let others run before another block's word is looked at (again)."""
-        self._wait_until(lambda: True)
-        return target.load_acquire(address)
+        """Let others run before another block's word is looked at; again, when it is another one."""
+        here = greenlet.getcurrent()
+        seen = here.seen
+        self._wait_until(lambda: (address, target.load_acquire(address)) != seen)
+        here.seen = address, target.load_acquire(address)
+        return here.seen[1]
 
     def _shared_array(self, size, dtype):
         """One array for each block and place in the source."""

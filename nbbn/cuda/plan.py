@@ -141,8 +141,8 @@ class Plan:
 
     def _capacity(self, reads: int, threads: int, lanes: int) -> int:
         """Return how many elements of each channel of a tile a block can keep."""
-        # Beside that: 4 or 2 numbers of 8 bytes a thread, and one of these and 5 others a channel.
-        other = (4, 2)[reads - 1] * 8 * threads + (8 + 5 * self.real.itemsize) * lanes * self.own
+        # Beside that: 4 or 2 numbers of 8 bytes a thread, one of these and 5 others a channel, and gaps.
+        other = (4, 2)[reads - 1] * 8 * threads + (8 + 5 * self.real.itemsize) * lanes * self.own + 64
         room = target.properties(self.device).shared - other
         return room // self._room(reads, threads) * (threads // lanes) * self.along
 
