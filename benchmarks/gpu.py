@@ -10,6 +10,7 @@ with cuDNN and without it.
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -33,6 +34,7 @@ from nbbn.geometry import canonical
 
 ROOT = Path(__file__).parent.parent
 COLD = 128 << 20  # bytes that are gone through before a buffer comes up again: more than L2 holds
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 OPERATIONS = ("training", "backward", "evaluation")
 # One of each form: general, resident, several channels a block, and in teams.
 SANITIZED = (
@@ -92,18 +94,25 @@ def form_of(plan: Plan, operation: str) -> dict[str, Any]:
 class Case:
     """One operation on one shape, on as many sets of arrays as it takes to keep L2 cold."""
 
-    def __init__(self, operation: str, shape: tuple[int, ...], last: bool) -> None:
+    def __init__(self, operation: str, shape: tuple[int, ...], last: bool, dtype: str) -> None:
         from numba import cuda
 
         self.operation = operation
         self.axis = 3 if last else 1
         batch, channels, height, width = shape
         self.shape = (batch, height, width, channels) if last else shape
-        self.nbytes = 4 * math.prod(shape)
+        self.nbytes = np.dtype(np.uint16 if dtype == "bfloat16" else dtype).itemsize * math.prod(shape)
         rng = np.random.default_rng(0)
         host = rng.standard_normal(self.shape, np.float32)
         sets = max(2, -(-COLD // (2 * self.nbytes)))
-        self.sets = [tuple(cuda.to_device(host) for _ in range(3)) for _ in range(sets)]
+        if dtype == "bfloat16":  # which Numba's device arrays do not have
+            import torch
+
+            x = torch.from_numpy(host).cuda().bfloat16()
+            self.sets = [tuple(x.clone() for _ in range(3)) for _ in range(sets)]
+        else:
+            host = host.astype(dtype)
+            self.sets = [tuple(cuda.to_device(host) for _ in range(3)) for _ in range(sets)]
         ones, zeros = np.ones(channels, np.float32), np.zeros(channels, np.float32)
         self.weight, self.var = cuda.to_device(ones), cuda.to_device(ones)
         self.bias, self.mean = cuda.to_device(zeros), cuda.to_device(zeros)
@@ -126,7 +135,10 @@ class Case:
     def copy(self, number: int) -> None:
         """Copy x to out: one read and one write."""
         x, _, out = self.sets[number % len(self.sets)]
-        out.copy_to_device(x)
+        if hasattr(out, "copy_to_device"):
+            out.copy_to_device(x)
+        else:
+            out.copy_(x)
 
     def torch(self, cudnn: bool) -> Callable[[int], None]:
         """Return PyTorch on the same memory."""
@@ -187,26 +199,30 @@ def host_time(call: Callable[[int], None]) -> float:
     return statistics.median(times)
 
 
-def timings(batches: list[int], repetitions: int) -> list[dict[str, Any]]:
-    """Time every operation on every shape."""
+def timings(batches: list[int], dtypes: list[str], repetitions: int) -> list[dict[str, Any]]:
+    """Time every operation on every shape and type."""
     try:
         import torch
 
         peers = torch.cuda.is_available()
     except ImportError:
         peers = False
+    if not peers and "bfloat16" in dtypes:
+        print("bfloat16 is not timed without PyTorch: there is nothing else that has it")
+        dtypes = [dtype for dtype in dtypes if dtype != "bfloat16"]
     results = []
-    for batch in batches:
+    for batch, dtype in itertools.product(batches, dtypes):
         # The others have a size of their own.
         for shape in resnet50(batch) + (FURTHER if batch == batches[0] else []):
             for last in (False, True):
                 for operation in OPERATIONS:
-                    case = Case(operation, shape, last)
+                    case = Case(operation, shape, last, dtype)
                     contenders: dict[str, Callable[[int], None]] = {"nbbn": case.nbbn, "copy": case.copy}
                     if peers:
                         contenders |= {"torch cudnn": case.torch(True), "torch": case.torch(False)}
                     one: dict[str, Any] = {
                         "operation": operation,
+                        "dtype": dtype,
                         "shape": shape,
                         "layout": "channels-last" if last else "channels-first",
                         **case.form,
@@ -224,6 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "float16", "bfloat16"], choices=DTYPES)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--no-checks", action="store_true", help="only the times")
     arguments = parser.parse_args()
@@ -251,7 +268,7 @@ def main() -> None:
     if not arguments.no_checks:
         record["checks"] = checks()
     arguments.json.write_text(json.dumps(record, indent=1) + "\n")  # what there is, should the rest fail
-    record["timings"] = timings(arguments.batch, arguments.repetitions)
+    record["timings"] = timings(arguments.batch, arguments.dtype, arguments.repetitions)
     arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

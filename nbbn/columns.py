@@ -9,7 +9,7 @@ import numpy as np
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dispatch import find
 from nbbn.dlpack import NO_ORDER
-from nbbn.dtypes import FLOAT64, storage_of
+from nbbn.dtypes import BFLOAT16, FLOAT64, storage_of
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, NUMBA_CUDA, Place
 
@@ -57,6 +57,11 @@ class CudaColumns(Columns):
         self._filled: dict[tuple[int, float, np.dtype], Any] = {}
 
     def new(self, values: np.ndarray) -> Any:  # noqa: D102
+        if storage_of(values.dtype) is BFLOAT16:
+            raise TypeError(
+                f"dtype must be float32, float64 or float16 for parameters on {self.device}, which are Numba "
+                "device arrays, got bfloat16; inputs of bfloat16 go with parameters of float32"
+            )
         return NUMBA_CUDA.on_gpu(np.asarray(values), self._index)
 
     def host(self, column: Any) -> np.ndarray:  # noqa: D102

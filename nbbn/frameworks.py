@@ -400,6 +400,8 @@ class Cupy(Framework):
         self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, index: int
     ) -> tuple[Any, int]:
         cupy = sys.modules["cupy"]
+        if storage_of(dtype) is BFLOAT16:
+            dtype = sys.modules["ml_dtypes"].bfloat16  # as CuPy has it
         axes = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
         with cupy.cuda.Device(index):
             array = cupy.empty([shape[d] for d in axes], dtype)

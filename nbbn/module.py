@@ -71,7 +71,7 @@ class BatchNorm:
         The running variance tracks var · m / (m - correction), with m values per channel.
     dtype : str or numpy.dtype, default "float32"
         Of parameters and running statistics: float32 or float64, for inputs of any type; or float16 or
-        bfloat16, for inputs of the same type. bfloat16 needs the package ml_dtypes.
+        bfloat16, for inputs of the same type. bfloat16 needs the package ml_dtypes, and is for the CPU only.
     device : str, default "cpu"
         Where parameters and statistics live, and inputs must: "cpu", "cuda:N", or "cuda" for the GPU
         that Numba has as its current one.
@@ -92,7 +92,7 @@ class BatchNorm:
     Raises
     ------
     TypeError
-        If an argument is of the wrong type.
+        If an argument is of the wrong type, or the dtype is bfloat16 on a GPU.
     ValueError
         If an argument is out of range.
     nbbn.DeviceError

@@ -11,11 +11,13 @@ import mmap
 import sys
 import types
 
+import ml_dtypes
 import numpy as np
 
 import streams
-from nbbn import frameworks
+from nbbn import dlpack, frameworks
 from nbbn.cpu.run import Run as CpuRun
+from nbbn.dtypes import BFLOAT16, storage_of
 
 SIZE = 1 << 26
 _NOT_AT_ALL, _READ_AND_WRITE = 0, 3
@@ -88,6 +90,9 @@ class WithDlpack:
         self.gpus.asked.append((type(self).__name__, stream))
         view = self.lies().view(np.ndarray)
         view.flags.writeable = not self.read_only
+        if storage_of(view.dtype) is BFLOAT16:  # which NumPy does not export
+            bits, kind = view.view(np.uint16), frameworks._KINDS[BFLOAT16]
+            return dlpack.Exporter(bits, kind).__dlpack__(max_version=max_version)
         return view.__dlpack__(max_version=max_version)
 
 
@@ -266,8 +271,9 @@ class Jax:
         capsule = exporter.__dlpack__(stream=stream)
         at = frameworks.dlpack.pointer(capsule, b"dltensor")
         tensor = Managed.from_address(at)
-        assert tuple(tensor.device) == (2, index) and (tensor.code, tensor.lanes) == (2, 1)
-        dtype = np.dtype(f"f{tensor.bits // 8}")
+        assert tuple(tensor.device) == (2, index) and tensor.lanes == 1
+        name = f"{ {2: 'float', 4: 'bfloat'}[tensor.code] }{tensor.bits}"
+        dtype = np.dtype(getattr(ml_dtypes, name, name))
         shape = tensor.shape[: tensor.ndim]
         steps = tensor.strides[: tensor.ndim]
         ctypes.pythonapi.PyCapsule_SetName(ctypes.py_object(capsule), _USED)
@@ -412,6 +418,8 @@ class Gpus:
             strided="strided",
             float32=np.dtype(np.float32),
             float64=np.dtype(np.float64),
+            float16=np.dtype(np.float16),
+            bfloat16=np.dtype(ml_dtypes.bfloat16),
             empty_strided=empty_strided,
             from_dlpack=on_host,
             cuda=types.SimpleNamespace(current_stream=current_stream),

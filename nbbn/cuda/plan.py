@@ -74,7 +74,8 @@ class Plan:
         self.columns = side_by_side and all(layout.channel == size for layout in layouts)
         self.width = self._width(geometry)
         self.access = self.width * size  # bytes
-        self.unrolled = (8, 4, 4, 2)[self.width.bit_length() - 1]
+        # As many accesses at once as there are registers for.
+        self.unrolled = (6 if size == 2 else 8, 4, 4, 2)[self.width.bit_length() - 1]
 
         x, grad_out, out = layouts[0], layouts[len(layouts) // 2], layouts[-1]
         self._dims = dims = len(geometry.sizes)

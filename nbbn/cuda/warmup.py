@@ -23,9 +23,10 @@ LARGEST = 24 << 20  # bytes of an array
 
 def _shapes(size: int) -> Iterator[tuple[int, ...]]:
     """Yield shapes, with the channels on axis 1, of elements of so many bytes."""
-    for odd in (0, 1):  # whole vectors, and not
+    # Whole vectors, half ones of elements of 16 bits, and none.
+    for odd in (0, 1) if size > 2 else (0, 4, 1):
         for channels, nbytes in ROWS:
-            yield 3, channels, nbytes // size // 12 * 4 - odd
+            yield 3, channels, nbytes // size // 24 * 8 - odd
         for channels, count in COLUMNS:
             yield count, channels - odd
 
