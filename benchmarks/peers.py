@@ -11,7 +11,7 @@ is left out.
 import argparse
 import importlib.metadata
 import json
-import math
+import re
 import signal
 import subprocess
 import sys
@@ -99,10 +99,16 @@ class Finding:
     """
 
     verdict: str
-    what: str
+    what: str = ""
     units: float = 0.0
     share: float = 0.0
     said: str = ""
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """What there is to say, for dict()."""
+        for name, value in asdict(self).items():
+            if value:
+                yield name, float(f"{value:.3g}") if isinstance(value, float) else value
 
 
 def hold(
@@ -110,10 +116,10 @@ def hold(
 ) -> Finding:
     """Hold numbers against the oracle's."""
     if found.shape != expected.shape:
-        return Finding("wrong", what, math.inf, math.inf, f"shape {found.shape} for {expected.shape}")
+        return Finding("wrong", what, said=f"shape {found.shape} for {expected.shape}")
     lost = ~np.isfinite(found.astype(np.float64)) & np.isfinite(expected.hi)
     if lost.any():
-        return Finding("not finite", what, math.inf, math.inf, f"{lost.sum()} of {lost.size} values")
+        return Finding("not finite", what, said=f"{lost.sum()} of {lost.size} values")
     error = expected.distance(found)
     if not error.any():
         return Finding("right", what)
@@ -701,7 +707,7 @@ def one_value(contender, rng):
         return [raised(error, verdict="refused" if kept else "wrong")]
     lost = [name for name, value in results.items() if not np.isfinite(value).all()]
     if lost:
-        return [Finding("not finite", ", ".join(lost), math.inf)]
+        return [Finding("not finite", ", ".join(lost))]
     return [Finding("right" if not results["out"].any() else "wrong", "out", said="variance 0")]
 
 
@@ -1044,16 +1050,21 @@ def run(contender: str, name: str, seed: int) -> list[Finding]:
         return [Finding("crashes", "", said=signal.Signals(-done.returncode).name)]
     if done.returncode:
         return [Finding("crashes", "", said=(done.stderr.strip().splitlines() or ["no message"])[-1])]
-    return [Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])]
+    return once([Finding(**finding) for finding in json.loads(done.stdout.splitlines()[-1])])
 
 
 def worst(findings: list[Finding]) -> Finding:
     return max(findings, key=lambda f: (WORST.index(f.verdict), f.share, f.units))
 
 
+def once(findings: list[Finding]) -> list[Finding]:
+    """Return the worst of what became of each result."""
+    return [
+        worst([f for f in findings if f.what == what]) for what in dict.fromkeys(f.what for f in findings)
+    ]
+
+
 def number(value: float) -> str:
-    if math.isinf(value):
-        return "∞"
     if 0.095 <= value < 1e4:
         return f"{value:.{0 if value >= 9.5 else 1 if value >= 0.95 else 2}f}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
@@ -1071,7 +1082,7 @@ def cell(findings: list[Finding]) -> str:
         return f"{verdict} ({number(units)})" if units else verdict
     if verdict in ("refused", "raises"):
         return f"{verdict}: {found.said.split(':')[0]}"
-    if verdict == "off" or (verdict == "wrong" and 0 < found.share < math.inf):
+    if verdict == "off" or (verdict == "wrong" and found.share):
         name = found.what.rsplit(": ", 1)[-1]
         return f"{EMPHASIZED.get(verdict, verdict)}: {name} {number(found.share)} ({number(found.units)})"
     said = {f.said for f in bad} if verdict in ("wrong", "crashes") else set()
@@ -1125,6 +1136,11 @@ def table(results: dict[str, Any]) -> list[str]:
     return text
 
 
+def text(results: dict[str, Any]) -> str:
+    """Return it as JSON, a line for each result."""
+    return re.sub(r'\n {6}(?=")|\n {5}(?=})', " ", json.dumps(results, indent=1, allow_nan=False)) + "\n"
+
+
 def markdown(results: dict[str, Any]) -> str:
     machine = ", ".join(f"{key}: {value}" for key, value in results["machine"].items())
     packages = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
@@ -1132,6 +1148,8 @@ def markdown(results: dict[str, Any]) -> str:
         "# Cases that batch normalizations get wrong",
         "",
         f"`python benchmarks/peers.py {results['options']}`",
+        "",
+        "[Promises](../promises.md) says what the words mean.",
         "",
         f"Run on {machine}; {packages}.",
         "",
@@ -1173,7 +1191,7 @@ def main() -> None:
             "row": one.row,
             "text": one.text,
             "promised": one.promised,
-            "results": {c: [asdict(f) for f in findings] for c, findings in found.items()},
+            "results": {c: [dict(f) for f in findings] for c, findings in found.items()},
         }
 
     from compare import machine
@@ -1188,7 +1206,7 @@ def main() -> None:
         "cases": cases,
     }
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        options.json.write_text(text(results))
     if options.markdown:
         options.markdown.write_text(markdown(results))
 
