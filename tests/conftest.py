@@ -34,13 +34,18 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
 def pytest_configure(config):
-    seed = config.getoption("--seed")
+    of_all_processes = getattr(config, "workerinput", {}).get("nbbn_seed")
+    seed = config.getoption("--seed") if of_all_processes is None else of_all_processes
     if seed is None:
         seed = os.environ.get("NBBN_TEST_SEED")
     config.nbbn_seed = int.from_bytes(os.urandom(4), "little") if seed is None else int(seed)
-    config.option.seed = config.nbbn_seed  # for the processes of pytest-xdist
     if config.getoption("--hypothesis-seed") is None:
         config.option.hypothesis_seed = config.nbbn_seed
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's
+def pytest_configure_node(node):
+    node.workerinput["nbbn_seed"] = node.config.nbbn_seed
 
 
 def pytest_report_header(config):
