@@ -61,7 +61,6 @@ ELSEWHERE = {
     ),
     12: (  # symengine#1453: an import turned on flush-to-zero for the whole process
         "test_processes::test_subnormal_numbers_stay_numbers",
-        "test_processes::test_subnormal_numbers_stay_numbers_in_the_workers",
         "test_accuracy::test_subnormal_values",
     ),
     14: (  # PT#12013, #120803, PR95324: an empty batch gave NaN statistics, or SIGFPE
@@ -120,15 +119,15 @@ ELSEWHERE = {
         "test_errors::test_module_state",
     ),
     41: (  # NB#8563, #9288, #7872: workqueue aborts on two threads, and hangs after a fork
-        "test_processes::test_two_threads_at_once",
+        "test_processes::test_threads_at_once",
         "test_processes::test_first_calls_at_once",
         "test_processes::test_fork",
-        "test_processes::test_multiprocessing_pool",
+        "test_processes::test_workers",
     ),
     42: (  # NB PR8359, #4807, #10128: stale code of callees in other files; writers at the same time
-        "test_processes::test_edited_helper_is_compiled_anew",
-        "test_processes::test_processes_with_one_fresh_cache",
-        "test_processes::test_killed_process_leaves_a_usable_cache",
+        "test_cache::test_edited_helper_is_compiled_anew",
+        "test_cache::test_processes_with_one_fresh_cache",
+        "test_cache::test_killed_process_leaves_a_usable_cache",
     ),
     44: (  # TF#22398, neon#193: float atomics, other bits on each run
         "test_reproducible::test_twenty_runs",

@@ -27,7 +27,7 @@ _numbers = Numbers(0.0, 0.0, 0.0)
 # Shapes that lead to every form: of whole vectors, and not; and whether channels are last.
 SHAPES = {
     "rows": ((32, 256, 16, 16), (32, 256, 13, 13), False),
-    "rows in teams": ((32, 256, 56, 56), (32, 256, 55, 55), False),
+    "rows in teams": ((32, 256, 80, 80), (32, 256, 79, 79), False),
     "tiny rows": ((256, 512, 2, 4), (64, 2048, 1, 7), False),
     "columns": ((32, 4096, 7, 7), (32, 4097, 7, 7), True),
     "columns in teams": ((32, 512, 28, 28), (32, 511, 28, 28), True),
@@ -123,8 +123,9 @@ def versions():
 
 def registers_allowed(key):
     record = json.loads(RECORD.read_text())
-    # Another compiler may take a few more; 128 are what the blocks are made for.
-    return record["registers"][key] if record["versions"] == versions() else 128
+    # Another compiler may take a few more, as may a form of which nothing is recorded; 128 are what the
+    # blocks are made for.
+    return record["registers"].get(key, 128) if record["versions"] == versions() else 128
 
 
 @pytest.mark.parametrize(
