@@ -36,12 +36,6 @@ def test_interleaved_blocks(simulate, seed, check):
 
 def test_the_shapes_go_through_all_forms(simulate):
     forms = simulate("print(simulated.all_forms())")
-<<<<<<< HEAD
-=======
-    assert {(way, kept) for way in ("columns", "rows") for kept in ("general", "resident")} == {
-        (form[0], form[3]) for form in forms
-    }
->>>>>>> 8f170f09b0ac64ce3ca1303b51cd7cab3bea4359
     for way in ("columns", "rows"):
         for kind in ("general", "resident"):
             of_it = [form for form in forms if form[0] == way and form[4] == kind]
