@@ -520,6 +520,12 @@ def _streamed(value):
     return streamed
 
 
+@loop
+def line_from(out, j):
+    """Return the first column from j on that begins a line of memory."""
+    return j + -(address(out) + j * size_of(out)) % STREAM_BYTES // size_of(out)
+
+
 def _write_part(name, numbers_at, value, streamed):
     """Return a loop that writes a part of a row with what value(…, row, column, end, numbers) returns."""
 
@@ -537,16 +543,15 @@ def _write_part(name, numbers_at, value, streamed):
         c = j & mask
         numbers = numbers_at(tables, c, room)
         size = size_of(out)
-        ahead = -address(out) % STREAM_BYTES
-        streaming = streaming and ahead % size == 0
+        streaming = streaming and address(out) % size == 0
         if streaming:
-            j = min(first + ahead // size, count)
+            j = min(line_from(out, first), count)
             for k in range(0, j if first == 0 else 0, LANES):
                 here = min(LANES, j - k)
                 beginning = value(call, place, row, k, k + here, numbers_at(tables, k & mask, room))
                 store_first(out, k, beginning, here)
             if last < count:
-                end = min(last + ahead // size, count)
+                end = min(line_from(out, last), count)
         while j < end:
             if c != j & mask:
                 c = j & mask
