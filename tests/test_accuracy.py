@@ -6,7 +6,7 @@ import pytest
 
 import nbbn
 import reference
-from cases import DTYPES, Shape, activations, channels_last, type_id, with_types
+from cases import DTYPES, Shape, activations, channels_last, in_range, type_id, with_types
 from checks import check_backward, check_forward, check_statistics
 from reference import rows
 
@@ -110,6 +110,7 @@ def test_one_outlier_in_a_large_mean(rng, dtype):
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e7])
 def test_two_values_in_turn(shape, offset, dtype):
     """All squares are alike, so that every rounding of a running sum goes the same way."""
+    offset = in_range(offset, dtype)
     place = np.indices(shape.dims).sum(0)
     x = np.where(place % 2, dtype(offset + 1.1), dtype(offset - 1.3))
     dy = np.where(place % 3, dtype(0.1), dtype(-0.7))
@@ -122,7 +123,7 @@ def test_two_values_in_turn(shape, offset, dtype):
 @pytest.mark.parametrize("shape", [Shape((300, 3)), Shape((1, 2, 5000)), Shape((100, 200, 3), -1)], ids=str)
 def test_drift(shape, step, dtype):
     """x rises from 100 on: what comes first says nothing of what comes last."""
-    ramp = 100 + step * np.arange(shape.count)
+    ramp = 100 + in_range(step * shape.count, dtype) / shape.count * np.arange(shape.count)
     x = np.stack([ramp, -ramp, ramp[::-1]][: shape.channels])
     dims = list(shape.dims)
     dims.insert(0, dims.pop(shape.axis))
@@ -137,7 +138,7 @@ def test_drift(shape, step, dtype):
 def test_halves_with_means_of_their_own(rng, jump, shape, dtype):
     """What was a good shift for the first half is a bad one for the second."""
     x = activations(rng, shape, dtype)
-    x[x.shape[0] // 2 :] += dtype(jump)
+    x[x.shape[0] // 2 :] += dtype(in_range(jump, dtype))
     result = check_forward(x, axis=shape.axis)
     dy = activations(rng, shape, dtype)
     check_backward(dy, x, axis=shape.axis, **statistics_of(result))

@@ -31,6 +31,7 @@ from checks import (
     check_statistics,
     check_training,
 )
+from reference import finfo
 from reference import forward as statistics_of
 from test_errors import FUNCTIONS, windows
 from test_properties import examples
@@ -602,7 +603,7 @@ def pooled(first, second):
         mean + delta * (m / (n + m)),
         (n * var + m * other_var) / (n + m) + delta**2 * (n / (n + m)) * (m / (n + m)),
     )
-    u = max(np.finfo(v.dtype).eps for s in (first, second) for v in s[1:])
+    u = max(float(finfo(v.dtype).eps) for s in (first, second) for v in s[1:])
     # A dozen roundings of what is added up; the difference of the means is rounded, too, and squared.
     sizes = np.abs(mean) + np.abs(other_mean)
     return result, (12 * u * sizes, 12 * u * (np.abs(var) + np.abs(other_var) + np.abs(delta) * sizes))
