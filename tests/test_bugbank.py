@@ -426,25 +426,27 @@ def test_row_21_many_channels(rng, channels, layout):
 LAUNCHES = """
 import math, numpy as np
 from nbbn.cuda.run import Run
-from nbbn.dispatch import Problem
+from nbbn.dtypes import STORAGES
+from nbbn.problem import Problem
 for dims in {dims}:
-    for dtype in (np.float32, np.float64):
+    for storage in STORAGES:
         for order in (range(len(dims)), (0, *range(2, len(dims)), 1)):
-            steps, strides = np.dtype(dtype).itemsize, [0] * len(dims)
+            steps, strides = storage.dtype.itemsize, [0] * len(dims)
             for d in reversed(list(order)):
                 strides[d], steps = steps, steps * dims[d]
-            run = Run(Problem(dims, 1, (tuple(strides),) * 3, np.dtype(dtype), 1, "cuda:0"))
+            run = Run(Problem(dims, 1, (tuple(strides),) * 3, storage, 1, "cuda:0"))
             plan = run.plan
-            forms = [plan.general, run._finish, run._channels] + [plan.resident] * (plan.resident is not None)
+            forms = [plan.general, plan.finish, run._channels] + [plan.resident] * (plan.resident is not None)
             for form in forms:
                 assert 0 < form.blocks < 2**31 and 0 < form.threads <= 1024, (dims, form)
             cut = plan.general.cut
             tiles, rest = divmod(plan.general.blocks, cut.parts)
-            wide = 32 * plan.width if plan.columns else 1
+            wide = plan.general.lanes * plan.general.own
             assert rest == 0 and tiles * wide >= dims[1], (dims, plan.general)
             covered = cut.part * cut.parts
             assert covered >= (plan.outer if plan.columns else plan.outer * plan.inner), (dims, cut)
-            assert cut.parts <= run._finish.threads and run._finish.blocks == dims[1]
+            assert cut.parts <= plan.finish.threads // plan.finish.lanes
+            assert plan.finish.blocks * plan.finish.lanes >= dims[1]
             assert run._channels.blocks * run._channels.threads >= dims[1]
 """
 
