@@ -88,7 +88,9 @@ def test_negation(rng, layout, dtype):
 
 @in_every_layout
 def test_scaling_the_gradient_by_a_power_of_two(rng, layout, dtype):
-    x, dy = (LAYOUTS[layout](activations(rng, Shape((8, 5, 49)), dtype)) for _ in range(2))
+    x, dy = (activations(rng, Shape((8, 5, 49)), dtype) for _ in range(2))
+    dy[np.abs(dy.astype(np.float32)) < 2.0**-10] = 0  # an eighth of any other is a normal float16
+    x, dy = LAYOUTS[layout](x), LAYOUTS[layout](dy)
     forward = nbbn.batch_norm_forward(x)
     for training in (True, False):
         used = {"mean": forward.mean, "invstd": forward.invstd, "training": training}

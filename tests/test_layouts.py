@@ -7,6 +7,7 @@ import nbbn
 import reference
 from cases import (
     DTYPES,
+    HALF,
     LAYOUTS,
     READ_LAYOUTS,
     VECTOR_LAYOUTS,
@@ -75,7 +76,8 @@ def test_out_in_every_layout(rng, layout, dtype):
 def test_parameters_in_every_layout(rng, layout):
     laid = VECTOR_LAYOUTS[layout]
     for dtype in DTYPES:
-        x, dy = (activations(rng, SMALL, np.float32) for _ in range(2))
+        of_x = dtype if dtype in HALF else np.float32
+        x, dy = (activations(rng, SMALL, of_x) for _ in range(2))
         weight, bias = (laid(parameter(rng, 5, dtype)) for _ in range(2))
         mean, var = (laid(v) for v in running_statistics(rng, 5, (dtype, dtype)))
         check_forward(x, weight, bias)
