@@ -9,7 +9,17 @@ import pytest
 import nbbn
 import nbbn.functional
 import reference
-from cases import DTYPES, LAYOUTS, Shape, activations, parameter, permutations, running_statistics, type_id
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    Shape,
+    activations,
+    in_range,
+    parameter,
+    permutations,
+    running_statistics,
+    type_id,
+)
 from checks import around, assert_same_bits, check_backward, check_evaluation, check_forward
 from nbbn import dispatch
 from nbbn.cpu import plan
@@ -143,7 +153,7 @@ def test_constants(schedule, name):
     schedule((SCHEDULES | CUTS)[name])
     for shape in SHAPES:
         for dtype in DTYPES:
-            values = (1e7 + np.arange(shape.channels) / 3).astype(dtype)
+            values = (in_range(1e7, dtype) + np.arange(shape.channels) / 3).astype(dtype)
             across = [1] * 4
             across[shape.axis] = shape.channels
             x = np.broadcast_to(values.reshape(across), shape.dims).copy()
