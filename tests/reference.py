@@ -192,10 +192,14 @@ def depth(count):
 def out_tolerance(expected, dtype):
     """|γ| u (8 |x_hat| + 2 (|x - mean|/s + |x_hat|)) + u (|out| + |β|), with |x - mean|/s = |x_hat|
 
-    Half precision: `ulp_tolerance`, and this with float64's u.
+    Half precision: `ulp_tolerance`, this with float64's u, and what the variance's own tolerance adds.
     """
     if is_half(dtype):
-        return ulp_tolerance(expected.out, dtype) + out_tolerance(expected, np.float64)
+        bound = ulp_tolerance(expected.out, dtype) + out_tolerance(expected, np.float64)
+        if expected.mean_abs is not None:  # the variance is x's own, and known to its tolerance
+            share = invstd_tolerance(expected, dtype) / expected.invstd.hi
+            bound = bound + np.abs(expected.weight * expected.x_hat.hi) * share
+        return bound
     u, x_hat = unit(dtype), np.abs(expected.x_hat.hi)
     scale = np.abs(expected.weight) * (8 * x_hat + 2 * (x_hat + x_hat))
     return u * scale + u * (np.abs(expected.out.hi) + np.abs(expected.bias))
