@@ -12,7 +12,6 @@ from nbbn.compiler import kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.simd import (
     LANES,
-    STREAM_BYTES,
     address,
     after,
     at_most,
@@ -45,14 +44,15 @@ from nbbn.cpu.tiles import (
     exact,
     extent,
     fill,
+    line_from,
     locate,
     look_down,
     look_down_both,
     normalized_at,
     position,
-    precise_tables,
     row_address,
     row_of,
+    set_precise_tables,
     square_down,
     stream_normalized,
     tile_of,
@@ -311,15 +311,16 @@ def pool_chunks(call, first, last):
 
 
 @loop
-def set_tables(call, c, mean, rest, invstd, stored):
-    """What `normalize` needs of channel c."""
-    set_normalized(call, pointer(call.tables, wide(stored)), c, mean, rest, invstd, wide(stored))
-    if size_of(pointer(call.tables, stored)) == 2:
-        set_normalized(call, precise_tables(call), c, mean, rest, invstd, np.float64)
+def set_tables(call, c, what, known, stored):
+    """Set what channel c is written with, as what(call, tables, c, known, real) has it."""
+    what(call, pointer(call.tables, wide(stored)), c, known, wide(stored))
+    set_precise_tables(call, c, what, known, stored)
 
 
 @loop
-def set_normalized(call, tables, c, mean, rest, invstd, real):
+def for_normalize(call, tables, c, known, real):
+    """What `normalize` needs of channel c."""
+    mean, rest, invstd = known
     pad = call.room
     scale = parameter(call.weight, c, 1.0) * invstd
     rounded = real(mean)
@@ -338,7 +339,7 @@ def finish_channels(call, first, last, stored):
         rest = stats[2 * call.channels + c]
         invstd = inverse_deviation(stats[call.channels + c], call.eps)
         stats[2 * call.channels + c] = invstd
-        set_tables(call, c, stats[c], rest, invstd, stored)
+        set_tables(call, c, for_normalize, (stats[c], rest, invstd), stored)
 
 
 @loop
@@ -404,7 +405,7 @@ def use_running_stats(first, last, address, stored):
     call = read(address)
     for c in range(first * LANES, min(last * LANES, call.channels)):
         invstd = inverse_deviation(parameter(call.var, c, 1.0), call.eps)
-        set_tables(call, c, parameter(call.mean, c, 0.0), 0.0, invstd, stored)
+        set_tables(call, c, for_normalize, (parameter(call.mean, c, 0.0), 0.0, invstd), stored)
 
 
 @kernel
@@ -444,11 +445,10 @@ def normalize_run(call, channel, last, x, out, real):
     j = channel * call.inner
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
-    size = size_of(out)
-    streaming = call.stream_planes == 1 and address(out) % size == 0
+    streaming = call.stream_planes == 1 and address(out) % size_of(out) == 0
     line = line_of(out) if streaming else LANES
     while j < end:
-        here = -(address(out) + j * size) % STREAM_BYTES // size  # before the next line begins
+        here = line_from(out, j) - j
         whole = here == 0 or not streaming
         if not whole or j + line > border:
             here = min(end - j, here if 0 < here < LANES else LANES)
@@ -600,16 +600,13 @@ def finish_gradients(call, first, last, stored):
         grad_bias = stats[call.channels + c]
         grad_weight = stats[c] * invstd
         stats[c] = grad_weight
-        set_gradient(
-            call, pointer(call.tables, wide(stored)), c, invstd, grad_weight, grad_bias, wide(stored)
-        )
-        if size_of(pointer(call.tables, stored)) == 2:
-            set_gradient(call, precise_tables(call), c, invstd, grad_weight, grad_bias, np.float64)
+        set_tables(call, c, for_apply, (invstd, grad_weight, grad_bias), stored)
 
 
 @loop
-def set_gradient(call, tables, c, invstd, grad_weight, grad_bias, real):
+def for_apply(call, tables, c, known, real):
     """What `backward_apply` needs of channel c; or, in evaluation, `normalize` of dy."""
+    invstd, grad_weight, grad_bias = known
     pad = call.room
     count = float(call.outer * call.inner)
     mean = parameter(call.mean, c, 0.0)

@@ -470,6 +470,18 @@ def precise_tables(call):
     return pointer(call.tables + TABLES * call.room * FLOAT32_BYTES, np.float64)
 
 
+def set_precise_tables(call, c, what, known, stored):
+    """Set them for channel c, where elements are of 16 bits."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(set_precise_tables)
+def _set_precise_tables(call, c, what, known, stored):
+    if not isinstance(stored.dtype, Half):
+        return lambda call, c, what, known, stored: None
+    return lambda call, c, what, known, stored: what(call, precise_tables(call), c, known, np.float64)
+
+
 @loop
 def precise_normalized(call, place, row, j, count):
     """The normalized columns j … j + count - 1 of a row of x, computed in float64."""
@@ -542,8 +554,7 @@ def _write_part(name, numbers_at, value, streamed):
         end = min(last, count)
         c = j & mask
         numbers = numbers_at(tables, c, room)
-        size = size_of(out)
-        streaming = streaming and address(out) % size == 0
+        streaming = streaming and address(out) % size_of(out) == 0
         if streaming:
             j = min(line_from(out, first), count)
             for k in range(0, j if first == 0 else 0, LANES):
@@ -578,12 +589,10 @@ def _write_run(name, numbers_at, value, streamed):
         """Write the columns first … last - 1 of all; the tables begin again after call.period of them."""
         place = plain(0), call.channels, plain(1)
         period = call.period
-        size = size_of(out)
-        ahead = -(address(out) + first * size) % STREAM_BYTES
-        streaming = streaming and ahead % size == 0
+        streaming = streaming and address(out) % size_of(out) == 0
         j = first
         c = 0
-        begin = min(last, j + ahead // size) if streaming else j  # of the first whole line
+        begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
         while j < last:
             numbers = numbers_at(tables, c, ROOM)
             end = begin if j < begin else last
