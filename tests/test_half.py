@@ -75,6 +75,26 @@ print(numba.core.registry.cpu_target.target_context.codegen()._tm_features)
     assert ("+f16c" in used) == ("+f16c" in features)
 
 
+@pytest.mark.parametrize("which", ["mean", "var", "weight", "bias"])
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_no_nan_is_rounded_to_a_number(dtype, which):
+    """Whatever a parameter's NaN says in its lower bits: rounded as numbers are, some would overflow to 0."""
+    bits = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FFF8000, 0x7F800001], np.uint32)
+    channels = len(bits) + 1
+    mean, var, weight, bias = (np.ones(channels, np.float32) for _ in range(4))
+    {"mean": mean, "var": var, "weight": weight, "bias": bias}[which][1:] = bits.view(np.float32)
+    x = np.full((3, channels, 37), 2.0, dtype)
+    out = nbbn.batch_norm(x, mean, var, weight, bias, eps=0.0, out=np.zeros_like(x))
+    assert np.array_equal(
+        np.isnan(out.astype(np.float32)), np.arange(channels)[:, None] > np.zeros((3, 1, 37))
+    )
+    assert (out[:, 0] == 2.0).all()
+    if which == "bias":
+        return
+    grad_x = nbbn.batch_norm_backward(x, x, weight, mean=mean, invstd=var, out=np.zeros_like(x)).x
+    assert np.isnan(grad_x[:, 1:].astype(np.float32)).all()
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=type_id)
 def test_running_statistics_are_rounded_once(dtype):
     """From float64 to 16 bits: by way of float32, what is just beside a tie would be taken for one."""

@@ -54,12 +54,12 @@ from nbbn.cpu.tiles import (
     row_of,
     set_precise_tables,
     square_down,
-    stream_normalized,
     tile_of,
     to_channels,
     to_columns,
     write_gradient_rows,
     write_gradient_run,
+    write_normalized,
     write_normalized_rows,
     write_normalized_run,
 )
@@ -318,16 +318,22 @@ def set_tables(call, c, what, known, stored):
 
 
 @loop
+def quieted(value, real):
+    """Return a value as type `real`; of NaN the one whose lower half is zero, as vectors must have it."""
+    return real(value) if value == value else real(np.nan)
+
+
+@loop
 def for_normalize(call, tables, c, known, real):
     """What `normalize` needs of channel c."""
     mean, rest, invstd = known
     pad = call.room
     scale = parameter(call.weight, c, 1.0) * invstd
-    rounded = real(mean)
+    rounded = quieted(mean, real)
     lost = (mean - np.float64(rounded)) + rest
     tables[c] = rounded
-    tables[pad + c] = real(scale)
-    tables[2 * pad + c] = real(shift_of(parameter(call.bias, c, 0.0), lost, scale))
+    tables[pad + c] = quieted(scale, real)
+    tables[2 * pad + c] = quieted(shift_of(parameter(call.bias, c, 0.0), lost, scale), real)
 
 
 @loop
@@ -446,7 +452,7 @@ def normalize_run(call, channel, last, x, out, real):
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
     streaming = call.stream_planes == 1 and address(out) % size_of(out) == 0
-    line = line_of(out) if streaming else LANES
+    line = line_of(out)
     while j < end:
         here = line_from(out, j) - j
         whole = here == 0 or not streaming
@@ -466,14 +472,10 @@ def normalize_run(call, channel, last, x, out, real):
             else:
                 store(out, j, value)
             j += here
-        elif streaming:
-            while j + line <= border:
-                stream_normalized(call, place, out, row, j, numbers, numbers)
-                j += line
         else:
-            while j + LANES <= border:
-                store(out, j, normalized_at(call, place, row, j, j + LANES, numbers))
-                j += LANES
+            while j + line <= border:
+                write_normalized(call, place, out, row, j, numbers, numbers, streaming)
+                j += line
 
 
 @kernel
@@ -610,7 +612,7 @@ def for_apply(call, tables, c, known, real):
     pad = call.room
     count = float(call.outer * call.inner)
     mean = parameter(call.mean, c, 0.0)
-    rounded = real(mean)
+    rounded = quieted(mean, real)
     lost = mean - np.float64(rounded)
     scale = parameter(call.weight, c, 1.0) * invstd
     unit = power_of_two(invstd)
@@ -620,9 +622,9 @@ def for_apply(call, tables, c, known, real):
         rounded = real(0.0)
         slope = 0.0
     tables[c] = rounded
-    tables[pad + c] = real(scale)
-    tables[2 * pad + c] = real(slope)
-    tables[3 * pad + c] = real(offset)
+    tables[pad + c] = quieted(scale, real)
+    tables[2 * pad + c] = quieted(slope, real)
+    tables[3 * pad + c] = quieted(offset, real)
     tables[4 * pad + c] = real(unit)
 
 

@@ -142,13 +142,17 @@ class Plan:
         at = self._strides.ctypes.data
         out_bytes = size * self.count * self.channels
         self.planes = tiling.outer * self.channels
-        # Whether evaluation goes over them in the order of memory, see kernels.normalize_planes.
+        # Whether they are gone over in the order of memory, see kernels.normalize_planes.
         self.by_planes = (
             geometry.inner > 1
             and (threads == 1 or self.planes >= 8 * threads)
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
         )
+        if size == 2 and reads == 1 and self.by_planes and out_bytes >= STREAM_BYTES:
+            # Computing takes about as long as memory does. To read x again, in order, and to write past the
+            # caches is no more traffic than to read the lines that are written, where they are not streamed.
+            self.resident = False
         row = self.channels * size
         period = self.channels * (LANES // math.gcd(LANES, self.channels))
         self.by_columns = (
@@ -187,7 +191,7 @@ class Plan:
             slab,
             self.slabs,
             self._ahead(geometry, size),
-            int(out_bytes >= STREAM_BYTES),
+            int(out_bytes >= STREAM_BYTES and (size > 2 or not self.resident)),
             int(out_bytes >= STREAM_PLANES_BYTES),
             period,
         ]

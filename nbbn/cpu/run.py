@@ -135,6 +135,7 @@ class Run:
         if plan.by_columns:
             self._normalizes = kernels.normalize_columns, plan.outer
             self._applies = kernels.apply_columns, plan.outer
+        self._normalizes_x = (kernels.normalize_planes, plan.planes) if plan.by_planes else self._normalizes
         # Few partial results are not worth waking the threads for.
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
         self._finishers = 1 if few else plan.threads
@@ -205,10 +206,11 @@ class Run:
         if plan.resident:
             call(kernels.forward, self._groups, then=then)
         else:
-            self._compile(kernels.collect_stats, kernels.finish_stats, self._normalizes[0])
+            kernel, tasks = self._normalizes_x
+            self._compile(kernels.collect_stats, kernels.finish_stats, kernel)
             call(kernels.collect_stats, self._tiles)
             call(kernels.finish_stats, self._blocks, self._finishers)
-            call(*self._normalizes, then=then)
+            call(kernel, tasks, then=then)
         self._give_back(call)
 
     def evaluate(
@@ -223,9 +225,7 @@ class Run:
     ) -> None:
         """Evaluation: normalize with the running statistics."""
         plan = self.plan
-        kernel, tasks = self._normalizes
-        if plan.by_planes:
-            kernel, tasks = kernels.normalize_planes, plan.planes
+        kernel, tasks = self._normalizes_x
         self._compile(kernels.use_running_stats, kernel)
         call = self._take()
         x += plan.offset_x

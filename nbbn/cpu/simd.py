@@ -14,6 +14,7 @@ indices count elements.
 import math
 import operator
 import platform
+import sys
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -276,6 +277,22 @@ def _widened(context, builder, bits, element):
     return builder.bitcast(builder.or_(result, sign), number)
 
 
+def _bfloat16_above(builder, number):
+    """Return the bits of a float32, or a vector of them, whose upper half is what it is as bfloat16.
+
+    A NaN whose lower half says something may overflow: of a number it is made quiet, and vectors have
+    none (`quieted`).
+    """
+    kind = _shaped(number.type, _WORD)
+    word = builder.bitcast(number, kind)
+    odd = builder.and_(builder.lshr(word, _constant(kind, 16)), _constant(kind, 1))
+    rounded = builder.add(word, builder.add(odd, _constant(kind, 0x7FFF)))
+    if isinstance(kind, ir.VectorType):
+        return rounded
+    nan = builder.fcmp_unordered("uno", number, number)
+    return builder.select(nan, builder.or_(word, _constant(kind, 0x400000)), rounded)
+
+
 def _narrowed(context, builder, number, element):
     """Return a float32, or a vector of them, rounded to what is stored."""
     if not isinstance(element, Half):
@@ -286,11 +303,7 @@ def _narrowed(context, builder, number, element):
     word = builder.bitcast(number, kind)
     one = _constant(kind, 1)
     if element is _BFLOAT16:
-        odd = builder.and_(builder.lshr(word, _constant(kind, 16)), one)
-        rounded = builder.add(word, builder.add(odd, _constant(kind, 0x7FFF)))
-        nan = builder.fcmp_unordered("uno", number, number)
-        result = builder.select(nan, builder.or_(word, _constant(kind, 0x400000)), rounded)
-        return builder.trunc(builder.lshr(result, _constant(kind, 16)), bits)
+        return builder.trunc(builder.lshr(_bfloat16_above(builder, number), _constant(kind, 16)), bits)
     magnitude = builder.and_(word, _constant(kind, 0x7FFFFFFF))
     odd = builder.and_(builder.lshr(magnitude, _constant(kind, 13)), one)
     moved = builder.add(builder.sub(magnitude, _constant(kind, 112 << 23)), _constant(kind, 0xFFF))
@@ -307,6 +320,18 @@ def _narrowed(context, builder, number, element):
     result = builder.select(nan, _constant(kind, 0x7E00), result)
     sign = builder.lshr(builder.xor(word, magnitude), _constant(kind, 16))
     return builder.trunc(builder.or_(result, sign), bits)
+
+
+def _narrowed_pair(context, builder, first, second, element):
+    """Return two vectors, one after the other, rounded to what is stored."""
+    order = range(2 * LANES)
+    if element is _BFLOAT16:
+        kind = ir.VectorType(_BITS, 2 * LANES)
+        halves = [builder.bitcast(_bfloat16_above(builder, part), kind) for part in (first, second)]
+        order = [2 * k + (sys.byteorder == "little") for k in order]
+    else:
+        halves = [_narrowed(context, builder, part, element) for part in (first, second)]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_INDEX, 2 * LANES), list(order)))
 
 
 def _rounded_to_odd(builder, number):
@@ -455,17 +480,25 @@ def stream(typingctx, pointer, index, vector):
     return types.void(pointer, types.int64, vector), codegen
 
 
-@intrinsic
-def stream_both(typingctx, pointer, index, first, second):
-    """Store two vectors, rounded to 16 bits, past the caches; otherwise as `stream`."""
+def _pair_store(streaming):
+    @intrinsic
+    def store_pair(typingctx, pointer, index, first, second):
+        def codegen(context, builder, signature, args):
+            bits = _narrowed_pair(context, builder, args[2], args[3], pointer.dtype)
+            where = _place(builder, args[0], args[1], pointer.dtype)
+            if streaming:
+                _stream(builder, where, bits)
+            else:
+                builder.store(bits, builder.bitcast(where, bits.type.as_pointer()), align=1)
+            return context.get_dummy_value()
 
-    def codegen(context, builder, signature, args):
-        halves = [_narrowed(context, builder, vector, pointer.dtype) for vector in args[2:]]
-        order = ir.Constant(ir.VectorType(_INDEX, 2 * LANES), list(range(2 * LANES)))
-        _stream(builder, _place(builder, *args[:2], pointer.dtype), builder.shuffle_vector(*halves, order))
-        return context.get_dummy_value()
+        return types.void(pointer, types.int64, first, second), codegen
 
-    return types.void(pointer, types.int64, first, second), codegen
+    return store_pair
+
+
+# Store two vectors, rounded to 16 bits: a line. The second as `stream`.
+store_both, stream_both = _pair_store(streaming=False), _pair_store(streaming=True)
 
 
 def _stream(builder, where, bits):

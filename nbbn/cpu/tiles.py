@@ -34,6 +34,7 @@ from nbbn.cpu.simd import (
     size_of,
     splat,
     store,
+    store_both,
     store_first,
     stream,
     stream_both,
@@ -56,7 +57,7 @@ ROWS = 16  # of all operands, that are read at a time at most
 TABLES = 5  # what a column of grad_x is computed with; of out, three of them
 FLOAT32_BYTES = 4
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
-SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
+SPAN_BYTES = 1024  # of a row, that are looked at before as many of another tile are written
 
 
 def exact(real):
@@ -211,6 +212,13 @@ def add_up(total, x, rest, real):
 
 
 @loop
+def look_at(x, guess, total, rest, square, one, real):
+    """Return the sums with x and (x - guess)² added."""
+    total, rest = plus(total, rest, x, one, real)
+    return total, rest, square + squared_deviation(x, guess)
+
+
+@loop
 def look_at_rows(rows, number, first, last, state, base, mask, stored):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
@@ -221,7 +229,8 @@ def look_at_rows(rows, number, first, last, state, base, mask, stored):
     both, always = plain(exact(real)), plain(True)
     c = base + (first & mask)
     guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, always), load_sums(squares, c, both)
-    for j in range(first, last, LANES):
+    j = first
+    while j < last:
         if c != base + (j & mask):
             store_sums(sums, c, sum_x, always)
             store_sums(squares, c, sum_squares, both)
@@ -231,16 +240,24 @@ def look_at_rows(rows, number, first, last, state, base, mask, stored):
         total = splat(0.0)
         rest = splat(0.0)
         square = splat(real(0.0))
+        more = splat(real(0.0))
+        two = mask == 0 and j + 2 * LANES <= last  # vectors at a time: they share their sums
         for k in range(number):
             row = pointer(rows[k], stored)
             prefetch(row, j, ahead)
-            x = some(row, j, last)
-            total, rest = plus(total, rest, x, one, real)
-            square = square + squared_deviation(x, guess)
+            if two:
+                if size_of(row) > 2:  # of 16 bits both are in one line
+                    prefetch(row, j + LANES, ahead)
+                total, rest, square = look_at(load(row, j), guess, total, rest, square, one, real)
+                total, rest, more = look_at(load(row, j + LANES), guess, total, rest, more, one, real)
+            else:
+                total, rest, square = look_at(some(row, j, last), guess, total, rest, square, one, real)
+        square = square + more
         if j + LANES > last:
             square = keep_first(square, last - j)
         sum_x = add_to(sum_x, total, rest)
         sum_squares = add_up(sum_squares, widen(square), splat(0.0), real)
+        j += 2 * LANES if two else LANES
     store_sums(sums, c, sum_x, always)
     store_sums(squares, c, sum_squares, both)
 
@@ -294,6 +311,14 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
+def multiply(dy, x, mean, total, rest, product, product_rest, one, real):
+    """Return the sums with dy and dy · (x - mean) added."""
+    total, rest = plus(total, rest, dy, one, real)
+    product, product_rest = plus_product(product, product_rest, widen(dy), widen(x) - mean, real)
+    return total, rest, product, product_rest
+
+
+@loop
 def multiply_rows(rows, number, first, last, state, base, mask, stored):
     """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
@@ -304,30 +329,38 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
     both = plain(exact(real))
     c = base + (first & mask)
     mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
-    for j in range(first, last, LANES):
+    j = first
+    while j < last:
         if c != base + (j & mask):
             store_sums(sums, c, sum_dy, both)
             store_sums(products, c, sum_products, both)
             c = base + (j & mask)
             mean, sum_dy = load(means, c), load_sums(sums, c, both)
             sum_products = load_sums(products, c, both)
-        total = splat(0.0)
-        rest = splat(0.0)
-        product = splat(0.0)
-        product_rest = splat(0.0)
+        here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+        two = mask == 0 and j + 2 * LANES <= last  # vectors at a time: they share their sums
         for k in range(0, 2 * number, 2):
             row = pointer(rows[k], stored), pointer(rows[k + 1], stored)
             prefetch(row[0], j, ahead)
             prefetch(row[1], j, ahead)
-            dy = some(row[0], j, last)
-            deviation = widen(some(row[1], j, last)) - mean
-            total, rest = plus(total, rest, dy, one, real)
-            product, product_rest = plus_product(product, product_rest, widen(dy), deviation, real)
+            if two:
+                if size_of(row[0]) > 2:
+                    prefetch(row[0], j + LANES, ahead)
+                    prefetch(row[1], j + LANES, ahead)
+                here = multiply(
+                    load(row[0], j), load(row[1], j), mean, here[0], here[1], here[2], here[3], one, real
+                )
+                dy, x = load(row[0], j + LANES), load(row[1], j + LANES)
+            else:
+                dy, x = some(row[0], j, last), some(row[1], j, last)
+            here = multiply(dy, x, mean, here[0], here[1], here[2], here[3], one, real)
+        total, rest, product, product_rest = here
         if j + LANES > last:
             product = keep_first(product, last - j)
             product_rest = keep_first(product_rest, last - j)
         sum_dy = add_up(sum_dy, total, rest, real)
         sum_products = add_up(sum_products, product, product_rest, real)
+        j += 2 * LANES if two else LANES
     store_sums(sums, c, sum_dy, both)
     store_sums(products, c, sum_products, both)
 
@@ -417,12 +450,11 @@ def tables_of_x(tables, c, room):
 
 
 @loop
-def normalized_at(call, place, row, j, end, numbers):
-    """The normalized columns j … of a row of x, of which there are `end`."""
+def normalized_columns(row, j, end, numbers):
+    """The normalized columns j … of a row of x, which has `end`, and what they are in doubt below."""
     mean, scale, shift = numbers
     prefetch(row[1], j, AHEAD)
-    out = normalized(some(row[1], j, end), mean, scale, shift)
-    return refined(out, normalized_doubt(shift), precise_normalized, call, place, row, j, end)
+    return normalized(some(row[1], j, end), mean, scale, shift), normalized_doubt(shift)
 
 
 @loop
@@ -433,35 +465,14 @@ def tables_of_gradient(tables, c, room):
 
 
 @loop
-def gradient_at(call, place, row, j, end, numbers):
-    """The columns j … of grad_x, of a row of dy and of x."""
+def gradient_columns(row, j, end, numbers):
+    """The columns j … of grad_x, and what they are in doubt below."""
     mean, scale, slope, offset, unit = numbers
     prefetch(row[0], j, AHEAD)
     prefetch(row[1], j, AHEAD)
     x = some(row[1], j, end)
     grad_x = gradient(some(row[0], j, end), x, mean, unit, scale, slope, offset)
-    doubt = gradient_doubt(x, mean, unit, slope, offset)
-    return refined(grad_x, doubt, precise_gradient, call, place, row, j, end)
-
-
-def refined(result, doubt, precisely, call, place, row, j, end):
-    """Return a result, or what `precisely` has instead where it is to be stored in 16 bits and in doubt."""
-    raise NotImplementedError("exists in compiled code only")
-
-
-@by_type(refined)
-def _refined(result, doubt, precisely, call, place, row, j, end):
-    if not isinstance(row[0].dtype, Half):
-        return lambda result, doubt, precisely, call, place, row, j, end: result
-
-    def refine(result, doubt, precisely, call, place, row, j, end):
-        doubtful = below(math.fabs(result), doubt)
-        if rarely(doubtful != 0):
-            # Lane by lane: which columns make a vector must not show in the result.
-            return choose(doubtful, precisely(call, place, row, j, min(LANES, end - j)), result)
-        return result
-
-    return refine
+    return grad_x, gradient_doubt(x, mean, unit, slope, offset)
 
 
 @loop
@@ -511,25 +522,59 @@ def precise_gradient(call, place, row, j, count):
     return load(results, 0)
 
 
-def _streamed(value):
-    """Return a function that writes the columns j … j + line_of(out) - 1 past the caches."""
+def _results(name, columns, precisely):
+    """Return what has the columns j … of a row, and what writes a line of them.
 
-    def streamed(call, place, out, row, j, numbers, then):
+    Results to be stored in 16 bits are computed again by `precisely` where they are in doubt: lane by lane,
+    as which columns make a vector must not show.
+    """
+
+    def result_at(call, place, row, j, end, numbers):
         raise NotImplementedError("exists in compiled code only")
 
-    @by_type(streamed)
-    def _(call, place, out, row, j, numbers, then):
-        def one(call, place, out, row, j, numbers, then):
-            stream(out, j, value(call, place, row, j, j + LANES, numbers))
+    @by_type(result_at)
+    def _result_at(call, place, row, j, end, numbers):
+        def sure(call, place, row, j, end, numbers):
+            return columns(row, j, end, numbers)[0]
 
-        def two(call, place, out, row, j, numbers, then):
-            first = value(call, place, row, j, j + LANES, numbers)
-            second = value(call, place, row, j + LANES, j + 2 * LANES, then)
-            stream_both(out, j, first, second)
+        def refined(call, place, row, j, end, numbers):
+            result, doubt = columns(row, j, end, numbers)
+            doubtful = below(math.fabs(result), doubt)
+            if rarely(doubtful != 0):
+                return choose(doubtful, precisely(call, place, row, j, min(LANES, end - j)), result)
+            return result
+
+        return refined if isinstance(row[0].dtype, Half) else sure
+
+    def write_line(call, place, out, row, j, numbers, then, streaming):
+        raise NotImplementedError("exists in compiled code only")
+
+    @by_type(write_line)
+    def _write_line(call, place, out, row, j, numbers, then, streaming):
+        def one(call, place, out, row, j, numbers, then, streaming):
+            result = columns(row, j, j + LANES, numbers)[0]
+            if streaming:
+                stream(out, j, result)
+            else:
+                store(out, j, result)
+
+        def two(call, place, out, row, j, numbers, then, streaming):
+            k = j + LANES
+            first, doubt = columns(row, j, k, numbers)
+            second, more_doubt = columns(row, k, k + LANES, then)
+            doubtful = below(math.fabs(first), doubt)
+            more = below(math.fabs(second), more_doubt)
+            if rarely(doubtful | more != 0):
+                first = choose(doubtful, precisely(call, place, row, j, LANES), first)
+                second = choose(more, precisely(call, place, row, k, LANES), second)
+            if streaming:
+                stream_both(out, j, first, second)
+            else:
+                store_both(out, j, first, second)
 
         return two if isinstance(out.dtype, Half) else one
 
-    return streamed
+    return result_at, write_line
 
 
 @loop
@@ -538,7 +583,7 @@ def line_from(out, j):
     return j + -(address(out) + j * size_of(out)) % STREAM_BYTES // size_of(out)
 
 
-def _write_part(name, numbers_at, value, streamed):
+def _write_part(name, numbers_at, value, write_line):
     """Return a loop that writes a part of a row with what value(…, row, column, end, numbers) returns."""
 
     @variant(name)
@@ -554,6 +599,7 @@ def _write_part(name, numbers_at, value, streamed):
         end = min(last, count)
         c = j & mask
         numbers = numbers_at(tables, c, room)
+        line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
         if streaming:
             j = min(line_from(out, first), count)
@@ -563,14 +609,18 @@ def _write_part(name, numbers_at, value, streamed):
                 store_first(out, k, beginning, here)
             if last < count:
                 end = min(line_from(out, last), count)
+        if mask == 0:
+            while j + line <= end:
+                write_line(call, place, out, row, j, numbers, numbers, streaming)
+                j += line
         while j < end:
             if c != j & mask:
                 c = j & mask
                 numbers = numbers_at(tables, c, room)
-            if streaming and j + line_of(out) <= end:
-                then = numbers if mask == 0 else numbers_at(tables, c + LANES, room)
-                streamed(call, place, out, row, j, numbers, then)
-                j += line_of(out)
+            if j + line <= end:
+                then = numbers_at(tables, c + LANES, room)
+                write_line(call, place, out, row, j, numbers, then, streaming)
+                j += line
                 continue
             if j + LANES > end:
                 store_first(out, j, value(call, place, row, j, end, numbers), end - j)
@@ -581,7 +631,7 @@ def _write_part(name, numbers_at, value, streamed):
     return write_part
 
 
-def _write_run(name, numbers_at, value, streamed):
+def _write_run(name, numbers_at, value, write_line):
     """Return a loop that writes many rows that follow each other in memory, as one."""
 
     @variant(name)
@@ -589,6 +639,7 @@ def _write_run(name, numbers_at, value, streamed):
         """Write the columns first … last - 1 of all; the tables begin again after call.period of them."""
         place = plain(0), call.channels, plain(1)
         period = call.period
+        line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
         j = first
         c = 0
@@ -596,10 +647,10 @@ def _write_run(name, numbers_at, value, streamed):
         while j < last:
             numbers = numbers_at(tables, c, ROOM)
             end = begin if j < begin else last
-            if streaming and j >= begin and j + line_of(out) <= last:
+            if j + line <= end:
                 then = numbers_at(tables, c + LANES - period if c + LANES >= period else c + LANES, ROOM)
-                streamed(call, place, out, row, j, numbers, then)
-                here = line_of(out)
+                write_line(call, place, out, row, j, numbers, then, streaming)
+                here = line
             elif j + LANES <= end:
                 store(out, j, value(call, place, row, j, j + LANES, numbers))
                 here = LANES
@@ -679,7 +730,7 @@ def _down(name, reads, look, write_part, write_rows):
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_out.gather
         direct = writing and gathers == 0
-        span = SPAN if direct else COLUMNS
+        span = SPAN_BYTES // size_of(pointer(call.x, stored)) if direct else COLUMNS
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
         if apiece:
             span = call.inner
@@ -744,13 +795,13 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-stream_normalized = _streamed(normalized_at)
-_stream_gradient = _streamed(gradient_at)
-_write_normalized = _write_part("normalized", tables_of_x, normalized_at, stream_normalized)
-_write_gradient = _write_part("gradient", tables_of_gradient, gradient_at, _stream_gradient)
-write_normalized_rows = _write_rows("normalized", 1, _write_normalized)
-write_gradient_rows = _write_rows("gradient", 2, _write_gradient)
-write_normalized_run = _write_run("normalized", tables_of_x, normalized_at, stream_normalized)
-write_gradient_run = _write_run("gradient", tables_of_gradient, gradient_at, _stream_gradient)
-look_down = _down("forward", 1, look_at_rows, _write_normalized, write_normalized_rows)
-look_down_both = _down("backward", 2, multiply_rows, _write_gradient, write_gradient_rows)
+normalized_at, write_normalized = _results("normalized", normalized_columns, precise_normalized)
+_gradient_at, _write_gradient = _results("gradient", gradient_columns, precise_gradient)
+_write_normalized_part = _write_part("normalized", tables_of_x, normalized_at, write_normalized)
+_write_gradient_part = _write_part("gradient", tables_of_gradient, _gradient_at, _write_gradient)
+write_normalized_rows = _write_rows("normalized", 1, _write_normalized_part)
+write_gradient_rows = _write_rows("gradient", 2, _write_gradient_part)
+write_normalized_run = _write_run("normalized", tables_of_x, normalized_at, write_normalized)
+write_gradient_run = _write_run("gradient", tables_of_gradient, _gradient_at, _write_gradient)
+look_down = _down("forward", 1, look_at_rows, _write_normalized_part, write_normalized_rows)
+look_down_both = _down("backward", 2, multiply_rows, _write_gradient_part, write_gradient_rows)
