@@ -88,7 +88,7 @@ MUTATIONS = [
         "at_most(offset * 1.25, squares)",
         "at_most(squares, squares)",
         1,
-        ("test_accuracy.py::test_one_outlier", "test_accuracy.py::test_one_outlier_in_a_large_mean"),
+        ("test_accuracy.py::test_one_outlier",),
     ),
     Mutation(
         "folded-output",
@@ -115,10 +115,7 @@ MUTATIONS = [
         "lost = mean - np.float64(rounded)",
         "lost = 0.0 * mean",
         1,
-        (
-            "test_accuracy.py::test_offset_gradients",
-            "test_bugbank.py::test_row_01_offsets[contiguous-float32]",
-        ),
+        ("test_bugbank.py::test_row_01_offsets[contiguous-float32]",),
     ),
     Mutation(
         "low-part-squares",
@@ -163,7 +160,7 @@ MUTATIONS = [
         "return math.ldexp(1.0, math.frexp(invstd)[1])",
         "return 1.0",
         8,
-        ("test_accuracy.py::test_tiny_and_huge_values", "test_accuracy.py::test_tiny_and_huge_gradients"),
+        ("test_accuracy.py::test_tiny_and_huge_values[8x3x100@1-1e-30-float32]",),
     ),
     # --- the formulas ---
     Mutation(
@@ -469,7 +466,7 @@ MUTATIONS = [
         "        if threads == 1:\n"
         '            tiling = Tiling(**vars(tiling) | {"chunk": tiling.rows, "chunks": 1})\n',
         44,
-        ("test_reproducible.py::test_every_number_of_threads",),
+        ("test_reproducible.py::test_every_number_of_threads[32x3x112x112@1-float32]",),
     ),
     Mutation(
         "lost-tasks",
@@ -509,7 +506,7 @@ MUTATIONS = [
         "store(squares, g, choose(trust[g], load(squares, g), anew))",
         "store(squares, g, anew)",
         None,
-        ("test_reproducible.py::test_poison_stays_in_its_channel",),
+        ("test_reproducible.py::test_poison_stays_in_its_channel[6x5x7@1-nan]",),
     ),
     # --- atomicity ---
     Mutation(
@@ -619,7 +616,7 @@ MUTATIONS = [
         "if value.shape != (channels,):",
         "if value.ndim != 1:",
         17,
-        ("test_errors.py::test_one_bad_argument",),
+        ("test_errors.py::test_one_bad_argument[batch_norm-running_mean-short]",),
     ),
     Mutation(
         "no-statistics",
@@ -628,7 +625,7 @@ MUTATIONS = [
         'if value is None:\n            raise ValueError(f"{name} must be given in evaluation',
         'if value is ...:\n            raise ValueError(f"{name} must be given in evaluation',
         18,
-        ("test_errors.py::test_one_bad_argument",),
+        ("test_errors.py::test_one_bad_argument[batch_norm-running_mean-missing]",),
     ),
     Mutation(
         "rank-one",
@@ -696,7 +693,7 @@ MUTATIONS = [
         'if layer and not (layer == "tbb" and alone):',
         'if not layer and not (layer == "tbb" and alone):',
         41,
-        ("test_processes.py::test_fork[workqueue-after_use]", "test_processes.py::test_fork[omp-after_use]"),
+        ("test_processes.py::test_fork[workqueue-after_use]",),
     ),
     Mutation(
         "workqueue",
@@ -929,25 +926,28 @@ def check(mutation: Mutation, seed: str) -> tuple[str, str]:
         return "", "SURVIVED"
 
 
+INTRO = """\
+# The mutation check
+
+`python tests/mutations.py --report docs/mutations.md` plants {count} known bugs, one at a time, in copies of
+the tree, and runs the tests there. A row is that of `tests/test_bugbank.py`: the bug, or one like it, was in
+another batch normalization once. Bugs in `cuda/` are seen in the simulator.
+
+Run on {date}: {machine}, {cores} cores, Python {python}.
+
+| bug planted | where | row | caught by |
+|---|---|---|---|
+"""
+
+
 def report(found: list[tuple[Mutation, str]]) -> str:
     """Return docs/mutations.md."""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    lines = [
-        "# The mutation check",
-        "",
-        "`python tests/mutations.py --report docs/mutations.md` plants known bugs, one at a time, in copies of the",
-        "tree, and runs the tests there. A row is that of `tests/test_bugbank.py`: the bug, or one like it, was in",
-        "another batch normalization once. Bugs in `cuda/` are seen in the simulator.",
-        "",
-        f"Run on {datetime.date.today()}: {machine}.",
-        "",
-        "| bug planted | where | row | caught by |",
-        "|---|---|---|---|",
-    ]
+    about = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    lines = [INTRO.format(count=len(found), date=datetime.date.today(), **about)]
     for mutation, test in found:
         caught = f"`{test}`" if test else "**nothing**"
-        lines.append(f"| {mutation.bug} | `{mutation.place()}` | {mutation.row or ''} | {caught} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {mutation.bug} | `{mutation.place()}` | {mutation.row or ''} | {caught} |\n")
+    return "".join(lines)
 
 
 def main() -> int:
@@ -963,7 +963,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nbbn-mutation-") as directory:
         status, output = run_tests(copy(pathlib.Path(directory)), (seed, *likely_tests(chosen)), ALL_LIMIT)
     if status != 0:
-        print(output, f"Without any bug: exit {status}", sep="\n")
+        print(output[-5000:], f"without any bug: exit {status}", sep="\n")
         return 1
     print(f"without any bug: {output.splitlines()[-1].strip('= ')}", flush=True)
 
