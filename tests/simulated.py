@@ -422,6 +422,15 @@ def check_running(seed):
         assert_same_bits(mean, found[0].copy())
         case.forward(None, var, momentum=1.0)
         assert_same_bits(var, (found[1] * (60 / 59)).astype(np.float32))
+    # Of 16 bits, rounded once: these means lie beside a tie, by less than a float32 shows.
+    for dtype in HALF:
+        eps = float(reference.finfo(dtype).eps)
+        odd, sign = np.array([0, 0, 1, 1]), np.array([1, -1, 1, -1])
+        case = Case(rng, (4, 4), 1, dtype, ["contiguous"] * 3)
+        case.x[...] = [4 + 4 * eps * odd, np.full(4, 2 * eps), sign * 2.0**-24, np.zeros(4)]
+        mean = np.zeros(4, dtype)
+        case.forward(mean, None, momentum=1.0)
+        assert (mean.astype(float) == 1 + eps * (odd + (sign > 0))).all()
 
 
 # --- the bug bank: see test_bugbank.py ---------------------------------------------------------------

@@ -178,7 +178,7 @@ def test_package_in_a_folder_that_is_read_only(python, compiled, tmp_path):
     for folder in [package / "nbbn", *(p for p in (package / "nbbn").rglob("*") if p.is_dir())]:
         (folder / "__pycache__").write_text("a file, so that no folder can be made here")
     home = str(unwritable(tmp_path / "home"))
-    environment = {"HOME": home, "XDG_CACHE_HOME": home, "LOCALAPPDATA": home}
+    environment = {"HOME": home, "XDG_CACHE_HOME": home, "LOCALAPPDATA": home, "NUMBA_CACHE_DIR": ""}
     parallel = """
 stats = nbbn.batch_stats(np.broadcast_to(np.arange(100.0), (4, 100, 100)), axis=-1)
 assert stats.mean.tolist() == list(range(100)) and not stats.var.any()

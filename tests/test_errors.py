@@ -78,6 +78,7 @@ X = [
     Bad("x", "scalar", lambda a: a.dtype.type(3), TypeError),
     Bad("x", "rank_0", lambda a: np.array(3, a.dtype), ValueError),
     Bad("x", "rank_1", lambda a: a[0, :, 0].copy(), ValueError),
+    Bad("x", "rank_1_along_axis_0", lambda a: a[0, :, 0].copy(), ValueError, axis=0),
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import nbbn
 import reference
 from cases import HALF, type_id
-from checks import unchanged
+from checks import check_backward, check_evaluation, unchanged
 
 
 def patterns(dtype):
@@ -125,6 +125,21 @@ def test_terms_that_cancel(rng, dtype, count):
         expected = reference.forward(x, weight, bias)
         tolerance = reference.out_tolerance(expected, dtype)
         assert (expected.out.distance(reference.rows(out)) <= tolerance).all()
+    # In evaluation the statistics are given: out is right to its last place, however small.
+    bias = (mean - x[0].astype(np.float64)) * (1 + 2.0**-18 * rng.normal(size=40))
+    check_evaluation(x, mean, deviation**2 - 1e-5, deviation, bias)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+@pytest.mark.parametrize("count", [2, 3, 1000])
+def test_gradient_terms_that_cancel(rng, dtype, count):
+    """Where dy is all but a line of x, grad_x is what is left of three terms that are as large as dy."""
+    x = (rng.normal(size=(count, 40)) * 2.0 ** rng.integers(-6, 6, 40) + rng.normal(size=40)).astype(dtype)
+    wide = x.astype(np.float64)
+    slope, offset = rng.normal(size=(2, 40))
+    dy = ((wide * slope + offset) * (1 + 2.0**-9 * rng.normal(size=x.shape))).astype(dtype)
+    mean, invstd = wide.mean(axis=0), 1 / np.sqrt(wide.var(axis=0) + 1e-5)
+    check_backward(dy, x, rng.normal(size=40), mean=mean, invstd=invstd)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=type_id)

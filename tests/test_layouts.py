@@ -25,6 +25,7 @@ from checks import around, assert_same_bits, check_backward, check_evaluation, c
 SMALL = Shape((3, 5, 4, 7))
 WIDE = Shape((2, 33, 3, 35))  # more than a vector along every axis that matters
 LONG = Shape((4, 3, 2, 1031))  # rows too long for a buffer, in two pieces
+ONE = Shape((3, 1, 4, 7))  # whose channels lie side by side, however far apart the others do
 ALL_READ = READ_LAYOUTS | permutations(4)
 ALL_WRITE = LAYOUTS | permutations(4)
 
@@ -36,7 +37,7 @@ def statistics_of(x, axis=1):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
 @pytest.mark.parametrize("layout", ALL_READ)
-@pytest.mark.parametrize("shape", [SMALL, WIDE, LONG], ids=str)
+@pytest.mark.parametrize("shape", [SMALL, WIDE, LONG, ONE], ids=str)
 def test_x_in_every_layout(rng, shape, layout, dtype):
     x = ALL_READ[layout](activations(rng, shape, dtype, offset=5))
     weight, bias = rng.normal(size=(2, shape.channels))
