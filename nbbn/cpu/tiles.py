@@ -57,7 +57,8 @@ ROWS = 16  # of all operands, that are read at a time at most
 TABLES = 5  # what a column of grad_x is computed with; of out, three of them
 FLOAT32_BYTES = 4
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
-SPAN_BYTES = 1024  # of a row, that are looked at before as many of another tile are written
+SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
+HALF_SPAN = 4 * SPAN  # of 16 bits, which are not streamed meanwhile
 
 
 def exact(real):
@@ -730,7 +731,9 @@ def _down(name, reads, look, write_part, write_rows):
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_out.gather
         direct = writing and gathers == 0
-        span = SPAN_BYTES // size_of(pointer(call.x, stored)) if direct else COLUMNS
+        span = COLUMNS
+        if direct:
+            span = HALF_SPAN if size_of(pointer(call.x, stored)) == 2 else SPAN
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
         if apiece:
             span = call.inner
