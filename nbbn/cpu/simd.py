@@ -638,6 +638,16 @@ below = _comparison("<")
 
 
 @intrinsic
+def lowest(typingctx, bits):
+    """Return which is the lowest bit that is set; there is one."""
+
+    def codegen(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return bits(bits), codegen
+
+
+@intrinsic
 def rarely(typingctx, condition):
     """Return the condition, which the compiler may take for false where it decides what to be quick at."""
 

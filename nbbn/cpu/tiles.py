@@ -18,12 +18,12 @@ from nbbn.cpu.simd import (
     address,
     after,
     below,
-    choose,
     fold,
     keep_first,
     line_of,
     load,
     load_first,
+    lowest,
     number,
     plain,
     pointer,
@@ -495,26 +495,33 @@ def _set_precise_tables(call, c, what, known, stored):
 
 
 @loop
-def precise_normalized(call, place, row, j, count):
-    """The normalized columns j … j + count - 1 of a row of x, computed in float64."""
+def precise_normalized(call, place, row, j, doubtful, out):
+    """Return `out`, the normalized columns j … of a row of x, with those in doubt computed in float64."""
+    out_of_line()
     tables, room = precise_tables(call), call.room
     channel, group, width = place
     results = scratch(LANES, np.float32)
-    for k in range(count):
+    store(results, 0, out)
+    while doubtful != 0:
+        k = lowest(doubtful)
+        doubtful &= doubtful - 1
         c = channel + (j + k) // width % group
         x = np.float64(number(row[1], j + k))
-        out = normalized(x, tables[c], tables[c + room], tables[c + 2 * room])
-        set_number(results, k, out)
+        set_number(results, k, normalized(x, tables[c], tables[c + room], tables[c + 2 * room]))
     return load(results, 0)
 
 
 @loop
-def precise_gradient(call, place, row, j, count):
-    """The columns j … j + count - 1 of grad_x, computed in float64."""
+def precise_gradient(call, place, row, j, doubtful, grad_x):
+    """Return `grad_x`, the columns j … of a row of it, with those in doubt computed in float64."""
+    out_of_line()
     tables, room = precise_tables(call), call.room
     channel, group, width = place
     results = scratch(LANES, np.float32)
-    for k in range(count):
+    store(results, 0, grad_x)
+    while doubtful != 0:
+        k = lowest(doubtful)
+        doubtful &= doubtful - 1
         c = channel + (j + k) // width % group
         dy, x = np.float64(number(row[0], j + k)), np.float64(number(row[1], j + k))
         mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
@@ -542,7 +549,8 @@ def _results(name, columns, precisely):
             result, doubt = columns(row, j, end, numbers)
             doubtful = below(math.fabs(result), doubt)
             if rarely(doubtful != 0):
-                return choose(doubtful, precisely(call, place, row, j, min(LANES, end - j)), result)
+                inside = (1 << min(LANES, end - j)) - 1
+                return precisely(call, place, row, j, doubtful & inside, result)
             return result
 
         return refined if isinstance(row[0].dtype, Half) else sure
@@ -566,8 +574,8 @@ def _results(name, columns, precisely):
             doubtful = below(math.fabs(first), doubt)
             more = below(math.fabs(second), more_doubt)
             if rarely(doubtful | more != 0):
-                first = choose(doubtful, precisely(call, place, row, j, LANES), first)
-                second = choose(more, precisely(call, place, row, k, LANES), second)
+                first = precisely(call, place, row, j, doubtful, first)
+                second = precisely(call, place, row, k, more, second)
             if streaming:
                 stream_both(out, j, first, second)
             else:
