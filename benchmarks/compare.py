@@ -99,18 +99,21 @@ class Case:
         training = self.operation == "forward"
         return lambda: nbbn.batch_norm(x, *state, training, 0.1, 1e-5, axis=axis, out=out)
 
+    def tensor(self, array: np.ndarray) -> Any:
+        """Return one of the arrays as PyTorch's."""
+        import torch
+
+        if array.dtype.itemsize == 2:
+            bits = array.astype(ml_dtypes.bfloat16).view(np.int16)
+            shared = torch.from_numpy(bits).view(torch.bfloat16)
+        else:
+            shared = torch.from_numpy(array)
+        return shared.movedim(-1, 1) if self.last else shared
+
     def torch(self) -> Contender:
         import torch
 
-        def tensor(array: np.ndarray) -> Any:
-            if array.dtype.itemsize == 2:
-                bits = array.astype(ml_dtypes.bfloat16).view(np.int16)
-                shared = torch.from_numpy(bits).view(torch.bfloat16)
-            else:
-                shared = torch.from_numpy(array)
-            return shared.movedim(-1, 1) if self.last else shared
-
-        x, out = tensor(self.x), tensor(self.out)
+        x, out = self.tensor(self.x), self.tensor(self.out)
         weight, bias = torch.from_numpy(self.weight), torch.from_numpy(self.bias)
         mean, var = torch.from_numpy(self.mean.copy()), torch.from_numpy(self.var.copy())
         saved = torch.empty_like(mean), torch.empty_like(var)
@@ -119,7 +122,7 @@ class Case:
             own_mean = torch.from_numpy(own.mean).float()
             own_invstd = torch.from_numpy(own.invstd).float()
             function = torch.ops.aten.native_batch_norm_backward.out
-            grad_out = tensor(self.grad_out)
+            grad_out = self.tensor(self.grad_out)
             everything = [True, True, True]
             return lambda: function(
                 grad_out, x, weight, mean, var, own_mean, own_invstd, True, 1e-5, everything,
@@ -154,17 +157,17 @@ class Case:
         np.testing.assert_allclose(results[0], results[-1], rtol=close, atol=close)
 
 
-def whole_calls(shape: tuple[int, ...], last: bool) -> dict[str, Contender]:
+def whole_calls(shape: tuple[int, ...], last: bool, dtype: Any = np.float32) -> dict[str, Contender]:
     """A training call through the public functions, with a new output, as a user would write it."""
     import torch
 
-    case = Case("forward", shape, last)
+    case = Case("forward", shape, last, dtype)
     state = case.mean.copy(), case.var.copy(), case.weight, case.bias
-    x = torch.from_numpy(case.x)
+    x = case.tensor(case.x)
     tensors = [torch.from_numpy(array.copy()) for array in state]
     function = torch.nn.functional.batch_norm
     return {
-        "nbbn": lambda: nbbn.batch_norm(case.x, *state, True, 0.1, 1e-5),
+        "nbbn": lambda: nbbn.batch_norm(case.x, *state, True, 0.1, 1e-5, axis=case.axis),
         "torch": lambda: function(x, *tensors, True, 0.1, 1e-5),
     }
 
@@ -327,9 +330,9 @@ def half(options: argparse.Namespace, has_torch: bool) -> list[dict[str, Any]]:
     """Time 16-bit arrays beside the same ones in float32."""
     lines = []
     for last in (False, True):
+        layout = "channels-last" if last else "channels-first"
         for operation in ("forward", "backward", "evaluation"):
             for dtype in (np.float16, ml_dtypes.bfloat16):
-                layout = "channels-last" if last else "channels-first"
                 table = f"{operation}, {layout}, {np.dtype(dtype).name}"
                 if options.only not in table:
                     continue
@@ -341,6 +344,10 @@ def half(options: argparse.Namespace, has_torch: bool) -> list[dict[str, Any]]:
                         contenders["torch"] = case.torch()
                     case.check(contenders)
                     lines.append(row(table, shape, medians(contenders, options.repetitions), case.x.nbytes))
+        table = f"whole calls, {layout}, bfloat16"
+        for shape in resnet50(options.batch) if has_torch and options.only in table else ():
+            times = medians(whole_calls(shape, last, ml_dtypes.bfloat16), options.repetitions)
+            lines.append(row(table, shape, times, 2 * math.prod(shape)))
     return lines
 
 

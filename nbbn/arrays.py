@@ -121,6 +121,14 @@ def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
         raise ValueError(f"out must not overlap {name}, unless it is x itself")
 
 
+def apart(written: dict[str, Any], **read: Any) -> None:
+    """Check that nothing that is written overlaps what is read."""
+    for name, array in written.items():
+        for other_name, other in read.items():
+            if array is not None and other is not None and overlap(array, other):
+                raise ValueError(f"{name} must not overlap {other_name} on a GPU, since training updates it")
+
+
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have memory in common."""
     if not np.may_share_memory(a, b):

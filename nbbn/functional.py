@@ -184,6 +184,11 @@ def train(
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
     if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
+    if here is not HOST and here.device != CPU:
+        # There a channel's are written while others are still read; on the CPU, after all else.
+        arrays.apart(
+            {"running_mean": running_mean, "running_var": running_var}, x=x, weight=weight, bias=bias
+        )
     eps = arrays.number("eps", eps, 0.0, math.inf)
     count = x.size // channels if x.size else 0
     if x.size and count < 2:
@@ -342,8 +347,8 @@ def batch_norm(
         If an array is not one, or not of such a type, or a number not a number.
     ValueError
         If a shape or a value does not fit, running statistics are missing in evaluation, or cannot be
-        written in training or overlap each other, x has one value per channel in training, or `out`
-        overlaps an input without being x. Nothing has been written then.
+        written in training or overlap each other (on a GPU: or `x`, `weight` or `bias`), x has one value
+        per channel in training, or `out` overlaps an input without being x. Nothing has been written then.
     nbbn.DeviceError
         If the arrays are on different devices, or on one that cannot be computed with.
 

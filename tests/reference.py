@@ -248,10 +248,16 @@ def grad_x_tolerance(expected, dtype):
 
     And u_stat |γ|/s · |x_hat| Σ|dy · x_hat|/m: x - mean is rounded once, to float64, in every term of
     grad_weight, which may cancel in the sum. It shows in float64 only, where all three terms above are
-    small at once. Half precision: `ulp_tolerance`, and this with float64's u.
+    small at once. Half precision: `ulp_tolerance`, and this with float64's u, where grad_bias and
+    grad_weight are plain sums in float64, within c u_stat of the sums of absolute values.
     """
     if is_half(dtype):
-        return ulp_tolerance(expected.x, dtype) + grad_x_tolerance(expected, np.float64)
+        bound = ulp_tolerance(expected.x, dtype) + grad_x_tolerance(expected, np.float64)
+        if expected.training:
+            sums = grad_bias_tolerance(expected, np.float64)
+            sums = sums + np.abs(expected.x_hat.hi) * grad_weight_tolerance(expected, np.float64)
+            bound = bound + expected.slope * sums / expected.count
+        return bound
     dy, x_hat = np.abs(expected.grad_out), np.abs(expected.x_hat.hi)
     bound = 8 * unit(dtype) * dy
     if expected.training:

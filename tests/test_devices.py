@@ -307,6 +307,10 @@ def test_other_errors(gpus, host, kind):
         (ValueError, "out must not overlap x", lambda: nbbn.batch_norm_forward(one, out=other)),
         (ValueError, "out must not overlap weight", lambda: nbbn.batch_norm_forward(
             x, one.like(one.lies()[0, :, 0, 0]), out=one)),
+        (ValueError, "running_var must not overlap x on a GPU", lambda: nbbn.batch_norm(
+            one, None, one.like(one.lies()[0, :, 0, 0]), training=True)),
+        (ValueError, "running_mean must not overlap weight on a GPU", lambda: nbbn.batch_norm(
+            x, column, None, column, training=True)),
         (TypeError, "x must be .* or bfloat16.*int32", lambda: nbbn.batch_norm_forward(integers)),
         (TypeError, "out must have x's dtype", lambda: nbbn.batch_norm_forward(x, out=double)),
         (ValueError, "running_mean", lambda: nbbn.batch_norm(x)),
