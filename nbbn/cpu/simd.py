@@ -527,6 +527,21 @@ def prefetch(typingctx, pointer, index, ahead):
 
 
 @intrinsic
+def ask_to_write(typingctx, address):
+    """Ask for the line at an address, of which only a part will be written, to be brought into L1."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        write, level1, data = (ir.Constant(_INDEX, k) for k in (1, 3, 1))
+        builder.call(function, [builder.inttoptr(args[0], byte), write, level1, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
 def fence(typingctx):
     """Make what was streamed visible to other threads before anything stored later."""
 

@@ -17,6 +17,7 @@ from nbbn.cpu.simd import (
     Half,
     address,
     after,
+    ask_to_write,
     below,
     fold,
     keep_first,
@@ -722,6 +723,18 @@ def scatter(call, step, piece, channel, group, buffer, stored):
 # --- looking at one tile while another is written ----------------------------------------------------
 
 
+@loop
+def ask_for_ends(at, size):
+    """Ask for the lines that a row of `size` bytes begins and ends in the middle of.
+
+    They are stored to, not streamed, and what is streamed after them would wait until they are there.
+    """
+    if at % STREAM_BYTES != 0:
+        ask_to_write(at)
+    if (at + size) % STREAM_BYTES != 0:
+        ask_to_write(at + size)
+
+
 def _down(name, reads, look, write_part, write_rows):
     """Return a loop over the rows of a tile that looks at them, and writes those of another one."""
     most_at_once = ROWS // 2
@@ -774,6 +787,8 @@ def _down(name, reads, look, write_part, write_rows):
                     rows[reads * k] = address(dy)
                 if direct:
                     outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
+                    if call.stream == 1:
+                        ask_for_ends(outs[k], width * tile[1] * size_of(x))
             columns = max(shared, longest * tile[1]) if direct else shared
             parts = -(-columns // span)
             ragged = number if longest * group > shared else 0
