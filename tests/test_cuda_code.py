@@ -125,8 +125,8 @@ def registers_allowed(key):
     record = json.loads(RECORD.read_text())
     # Another compiler may take a few more, as may a form of which nothing is recorded; 128 are what the
     # blocks are made for.
-    if record["versions"] != versions() or "float16" in key:
-        return 128  # those of 16 bits are still to be recorded in their last form
+    if record["versions"] != versions():
+        return 128
     return min(128, record["registers"].get(key, 128) + 8)
 
 

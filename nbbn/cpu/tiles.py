@@ -531,7 +531,7 @@ def precise_gradient(call, place, row, j, doubtful, grad_x):
     return load(results, 0)
 
 
-def _results(name, columns, precisely):
+def _results(columns, precisely):
     """Return what has the columns j … of a row, and what writes a line of them.
 
     Results to be stored in 16 bits are computed again by `precisely` where they are in doubt: lane by lane,
@@ -821,8 +821,8 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-normalized_at, write_normalized = _results("normalized", normalized_columns, precise_normalized)
-_gradient_at, _write_gradient = _results("gradient", gradient_columns, precise_gradient)
+normalized_at, write_normalized = _results(normalized_columns, precise_normalized)
+_gradient_at, _write_gradient = _results(gradient_columns, precise_gradient)
 _write_normalized_part = _write_part("normalized", tables_of_x, normalized_at, write_normalized)
 _write_gradient_part = _write_part("gradient", tables_of_gradient, _gradient_at, _write_gradient)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized_part)
