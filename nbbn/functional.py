@@ -71,7 +71,7 @@ class BatchNormGradients(NamedTuple):
 
 def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
-    if here is not HOST and here.device != CPU:
+    if here.device != CPU:
         return here.on_stream(find(x.shape, axis, strides, x.dtype, 1, here.device))
     threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
     return find(x.shape, axis, strides, x.dtype, threads)
@@ -184,7 +184,7 @@ def train(
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
     if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
-    if here is not HOST and here.device != CPU:
+    if here.device != CPU:
         # There a channel's are written while others are still read; on the CPU, after all else.
         arrays.apart(
             {"running_mean": running_mean, "running_var": running_var}, x=x, weight=weight, bias=bias

@@ -141,6 +141,7 @@ class Plan:
         )  # the record holds its addresses: kept alive with the plan
         at = self._strides.ctypes.data
         out_bytes = size * self.count * self.channels
+        large = out_bytes >= STREAM_BYTES
         self.planes = tiling.outer * self.channels
         # Whether they are gone over in the order of memory, see kernels.normalize_planes.
         self.by_planes = (
@@ -149,7 +150,7 @@ class Plan:
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
         )
-        if size == 2 and reads == 1 and self.by_planes and out_bytes >= STREAM_BYTES:
+        if size == 2 and reads == 1 and self.by_planes and large:
             # Computing takes about as long as memory does. To read x again, in order, and to write past the
             # caches is no more traffic than to read the lines that are written, where they are not streamed.
             self.resident = False
@@ -191,7 +192,7 @@ class Plan:
             slab,
             self.slabs,
             self._ahead(geometry, size),
-            int(out_bytes >= STREAM_BYTES and (size > 2 or not self.resident)),
+            int(large and (size > 2 or not self.resident)),  # of 16 bits, streams would wait between looks
             int(out_bytes >= STREAM_PLANES_BYTES),
             period,
         ]

@@ -57,6 +57,7 @@ _WORD = ir.IntType(32)
 _LLVM = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 _VECTORS = {element: Vector(element) for element in _LLVM}
 _INDEX = ir.IntType(32)
+_BYTES = ir.IntType(8).as_pointer()
 _FLOAT16, _BFLOAT16 = Half("float16"), Half("bfloat16")
 # What the elements of an array are to a kernel, by the name of their storage (`nbbn.dtypes`).
 ELEMENTS: dict[str, types.Type] = {
@@ -508,19 +509,22 @@ def _stream(builder, where, bits):
     stored.set_metadata("nontemporal", mark)
 
 
+def _prefetch(builder, where, write, level):
+    """Ask for the line that a pointer to bytes points into; the levels are LLVM's, from 3 for L1 down."""
+    kind = ir.FunctionType(ir.VoidType(), [where.type, _INDEX, _INDEX, _INDEX])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [where, *(ir.Constant(_INDEX, k) for k in (int(write), level, 1))])
+
+
 @intrinsic
 def prefetch(typingctx, pointer, index, ahead):
     """Ask for what lies `ahead` bytes after a vector to be brought into L2; any address will do."""
 
     def codegen(context, builder, signature, args):
-        byte = ir.IntType(8).as_pointer()
-        start = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        read, level2, data = (ir.Constant(_INDEX, k) for k in (0, 2, 1))
+        start = builder.bitcast(builder.gep(args[0], [args[1]]), _BYTES)
         for line in range(0, LANES * pointer.dtype.bitwidth // 8, STREAM_BYTES):
             where = builder.gep(start, [builder.add(args[2], ir.Constant(args[2].type, line))])
-            builder.call(function, [where, read, level2, data])
+            _prefetch(builder, where, write=False, level=2)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.int64), codegen
@@ -531,11 +535,7 @@ def ask_to_write(typingctx, address):
     """Ask for the line at an address, of which only a part will be written, to be brought into L1."""
 
     def codegen(context, builder, signature, args):
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, _INDEX, _INDEX, _INDEX])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        write, level1, data = (ir.Constant(_INDEX, k) for k in (1, 3, 1))
-        builder.call(function, [builder.inttoptr(args[0], byte), write, level1, data])
+        _prefetch(builder, builder.inttoptr(args[0], _BYTES), write=True, level=3)
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
