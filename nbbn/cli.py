@@ -23,14 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         0 if all went well, 1 if the command found something wrong, 2 if it could not be started.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         from nbbn import commands
 
-        return commands.invoke(list(sys.argv[1:] if arguments is None else arguments) or ["--help"])
+        return commands.invoke(given)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("nbbn"):
             raise
-        return refuse(f'this command needs {error.name}, which is not installed: pip install "nbbn[demo]"')
+        extra = "bench" if given[:1] == ["bench"] else "demo"
+        return refuse(f'this command needs {error.name}, which is not installed: pip install "nbbn[{extra}]"')
 
 
 def refuse(reason: str) -> int:

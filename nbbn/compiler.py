@@ -353,6 +353,8 @@ class Entry:
         stored = types.NumberClass(element)
         signature = types.void(types.int64, types.int64, types.int64, stored)
         self._compiled = _compile(_kernels[name], signature)  # keeps the machine code alive
+        self.loaded = self._compiled.cache_hits > 0
+        """Whether it came from the cache on disk."""
         self.address: int = self._compiled.address
         # ctypes gives up the GIL for as long as the kernel runs. `stored` carries nothing: left out.
         function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self.address)
@@ -369,6 +371,11 @@ def entry(name: str, element: types.Type) -> Entry:
         return _entries[name, element]
     except KeyError:
         return undisturbed(partial(_new_entry, name, element))
+
+
+def compilations() -> int:
+    """Return how many kernels this process has compiled, not counting those loaded from disk."""
+    return sum(not entry.loaded for entry in _entries.values())
 
 
 def _new_entry(name: str, element: types.Type) -> Entry:
