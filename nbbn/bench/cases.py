@@ -14,7 +14,8 @@ from nbbn.dtypes import BFLOAT16, STORAGES
 MODES = ("forward", "evaluation", "backward")
 LAYOUTS = ("channels-first", "channels-last")
 DTYPES = tuple(storage.name for storage in STORAGES)
-EPS, MOMENTUM = 1e-5, 0.1
+EPS = float(np.float32(1e-5))  # as ONNX has it, whatever the arrays are of
+MOMENTUM = 0.1
 
 
 def numpy_dtype(name: str) -> np.dtype:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numba
+import numpy as np
 
 import nbbn
-from nbbn.bench.cases import EPS, MOMENTUM, Case, Data
+from nbbn.bench.cases import EPS, MOMENTUM, Case, Data, numpy_dtype
 from nbbn.bench.oracle import Arrays
 from nbbn.cuda import target
 
@@ -24,6 +25,10 @@ PATHS = ("serial", "parallel", "cuda")
 
 class Unsupported(Exception):
     """What a contender cannot do; says why."""
+
+
+class WrongAnswer(Exception):
+    """What is wrong with a contender's answer."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +161,33 @@ Move = Callable[[Any], Any]
 
 
 def cuda_arrays(case: Case) -> tuple[Move, Move, Callable[[], None]]:
-    """Return how an array gets to the GPU, how it comes back, and how to wait for the GPU."""
+    """Return how an array gets to the GPU, how it comes back, and how to wait for the GPU.
+
+    Arrays are Numba's; of bfloat16, which Numba does not have, they are PyTorch's.
+    """
     from numba import cuda
 
-    if case.dtype == "bfloat16":
-        raise Unsupported("Numba's device arrays have no bfloat16")
-    return cuda.to_device, lambda array: array.copy_to_host(), cuda.synchronize
+    if case.dtype != "bfloat16":
+        return cuda.to_device, lambda array: array.copy_to_host(), cuda.synchronize
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise Unsupported("bfloat16 on a GPU needs PyTorch's arrays, and PyTorch is not installed") from error
+    if not torch.cuda.is_available():
+        raise Unsupported("bfloat16 on a GPU needs PyTorch's arrays, and this PyTorch finds no GPU")
+
+    def move(array: np.ndarray) -> Any:
+        if array.dtype.itemsize > 2:
+            return torch.from_numpy(array).cuda()
+        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+
+    def back(tensor: Any) -> np.ndarray:
+        host = tensor.cpu()
+        if host.dtype == torch.bfloat16:
+            return np.asarray(host.view(torch.int16).numpy()).view(numpy_dtype("bfloat16"))
+        return np.asarray(host.numpy())
+
+    return move, back, cuda.synchronize
 
 
 def no_cuda() -> str | None:

@@ -9,11 +9,12 @@ import numba
 import numpy as np
 
 from nbbn.bench.cases import Case, Data
-from nbbn.bench.contenders import Contender, Group, Nbbn, Unsupported, nothing
+from nbbn.bench.contenders import Contender, Group, Nbbn, Prepared, Unsupported, WrongAnswer, nothing
 from nbbn.bench.limits import ARRAYS, LARGE, aligned, limits
 from nbbn.bench.shapes import Shape
-from nbbn.bench.timing import Spread, Turn, rounds
+from nbbn.bench.timing import Clock, Spread, Turn, device, rounds, wall
 from nbbn.compiler import compilations
+from nbbn.cuda.target import SIMULATED
 
 LIMIT = "limit"
 NBBN = Nbbn()
@@ -139,8 +140,13 @@ def measure(settings: Settings, progress: Progress) -> Report:
             progress(case.text, 0)
             if data is None or (data.shape, data.layout, data.name) != (case.shape, case.layout, case.dtype):
                 data = None  # its memory is needed for the next
-                data = Data(case.shape, case.layout, case.dtype, settings.seed, not settings.new_outputs)
-            _case(case, data, settings, report, progress)
+            try:
+                data = data or Data(
+                    case.shape, case.layout, case.dtype, settings.seed, not settings.new_outputs
+                )
+                _case(case, data, settings, report, progress)
+            except MemoryError as error:
+                report.left_out[case.text] = f"there is not enough memory: {error}"
     except KeyboardInterrupt:
         report.interrupted = True
     return report
@@ -158,7 +164,7 @@ def _memory(group: Group) -> Iterator[tuple[str, float]]:
         host = [aligned((LARGE // 4,)) for _ in range(3)]
         ways = {name: (limits(name, *host), count, nothing) for name, count in ARRAYS.items()}
     for name, (calls, count, wait) in ways.items():
-        turns = {way: Turn(call, lambda: NBBN.enter(group), wait) for way, call in calls.items()}
+        turns = {way: Turn(call, _entering(NBBN, group), wait, _clock(group)) for way, call in calls.items()}
         *_, taken = rounds(turns, 5)
         yield name, count * LARGE / min(map(statistics.median, taken.values())) / 1e9
 
@@ -174,7 +180,7 @@ def _limit(case: Case, data: Data, group: Group) -> tuple[str, Callable[[], None
     out = aligned(data.x.shape, data.dtype) if data.out is None else data.out
     calls = limits("triad" if case.mode == "backward" else "copy", data.x, data.grad_out, out)
     *_, taken = rounds(
-        {way: Turn(call, lambda: NBBN.enter(group), nothing) for way, call in calls.items()}, 3
+        {way: Turn(call, _entering(NBBN, group), nothing, wall) for way, call in calls.items()}, 3
     )
     best = min(calls, key=lambda way: statistics.median(taken[way]))
     return best, calls[best], case.nbytes, nothing
@@ -199,7 +205,7 @@ def _case(case: Case, data: Data, settings: Settings, report: Report, progress: 
     turns: dict[str, Turn] = {}
     again: list[tuple[Result, Group]] = []  # of those that would be the same in another group
     for group in settings.groups:
-        disturb = _disturbance(settings, group)
+        disturb, clock = _disturbance(settings, group), _clock(group)
         for contender in (NBBN, *settings.peers):
             if not contender.threaded and not group.cuda:
                 same = next(
@@ -208,19 +214,22 @@ def _case(case: Case, data: Data, settings: Settings, report: Report, progress: 
                 if same is not None:
                     again.append((same, group))
                     continue
-            result = Result(case, group, contender.name, [], case.nbytes)
+            before = compilations()
             try:
-                call = _checked(contender, result, data, report)
+                prepared, first = ready(contender, case, data, group)
             except Unsupported as error:
                 report.left_out.setdefault(f"{contender.name}, {case.heading}, {group.text}", str(error))
                 continue
-            if call is not None:
-                key = f"{group.text}, {contender.name}"
-                turns[key] = Turn(*call, disturb)
-                found[key] = result
+            except WrongAnswer as error:
+                report.wrong.append(str(error))
+                continue
+            how = "compiled" if compilations() > before else ""
+            key = f"{group.text}, {contender.name}"
+            turns[key] = Turn(prepared.call, _entering(contender, group), prepared.wait, clock, disturb)
+            found[key] = Result(case, group, contender.name, [], case.nbytes, first, how)
         way, move, nbytes, wait = _limit(case, data, group)
         key = f"{group.text}, {LIMIT}"
-        turns[key] = Turn(move, _entering(NBBN, group), wait, disturb)
+        turns[key] = Turn(move, _entering(NBBN, group), wait, clock, disturb)
         found[key] = Result(case, group, LIMIT, [], nbytes, how=way)
     try:
         for taken in rounds(turns, settings.rounds):
@@ -235,31 +244,36 @@ def _case(case: Case, data: Data, settings: Settings, report: Report, progress: 
             ]
 
 
+def _clock(group: Group) -> Clock:
+    return device if group.cuda and not SIMULATED else wall  # the simulator's events all take no time
+
+
 def _entering(contender: Contender, group: Group) -> Callable[[], None]:
     return lambda: contender.enter(group)
 
 
-def _checked(
-    contender: Contender, result: Result, data: Data, report: Report
-) -> tuple[Callable[[], object], Callable[[], None], Callable[[], None]] | None:
-    """Return a call, what comes before and after it; nothing if its answer is wrong."""
-    case, group = result.case, result.group
+def ready(contender: Contender, case: Case, data: Data, group: Group) -> tuple[Prepared, float]:
+    """Return what does a case, and the seconds that its first call took; its answer has been checked.
+
+    Raises
+    ------
+    Unsupported
+        If the contender cannot do this.
+    WrongAnswer
+        If what it returned is not what the oracle says.
+    """
     if data.out is not None:
         data.out.fill(np.nan)
     prepared = contender.prepare(case, data, group)
     contender.enter(group)
-    before = compilations()
     begin = time.perf_counter()
     value = prepared.call()
     prepared.wait()
-    result.first = time.perf_counter() - begin
-    if contender is NBBN and compilations() > before:
-        result.how = "compiled"
+    first = time.perf_counter() - begin
     fault = data.oracle.fault(case.mode, prepared.read(value))
     if fault:
-        report.wrong.append(f"{contender.name}, {case.text}, {group.text}: {fault}")
-        return None
-    return prepared.call, _entering(contender, group), prepared.wait
+        raise WrongAnswer(f"{contender.name}, {case.text}, {group.text}: {fault}")
+    return prepared, first
 
 
 def most_threads() -> int:

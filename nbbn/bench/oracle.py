@@ -151,6 +151,6 @@ def _difference(result: np.ndarray, value: np.ndarray, off: np.ndarray, names: t
     at = tuple(int(k) for k in np.argwhere(wrong)[0])
     where = ", ".join(f"{name} {k}" for name, k in zip(names, at, strict=True))
     return (
-        f", {where}: {result[at]:.9g}, should be {value[at]:.9g} ± {off[at]:.1g}; "
+        f", {where}: {result[at]:.16g}, should be {value[at]:.16g} ± {off[at]:.1g}; "
         f"so {int(wrong.sum())} of {wrong.size}"
     )

@@ -21,6 +21,11 @@ WIDEST = 30  # shapes of a panel
 
 def draw(record: Record, path: Path) -> None:
     """Draw a report to a file; its name says whether as PNG or as SVG."""
+    picture(record).savefig(path, dpi=150)
+
+
+def picture(record: Record) -> Figure:
+    """Return a report as a figure: a panel for each table, and one for each sweep."""
     found = rows(record.report)
     swept = {id(row) for same in sweeps(found).values() for row in same}
     bars = [row for row in found if id(row) not in swept]
@@ -42,7 +47,7 @@ def draw(record: Record, path: Path) -> None:
         _lines(axes, title, found)
     if not count:
         every[0].text(0.5, 0.5, "nothing was measured", ha="center")
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _bars(axes: Axes, title: str, some: list[Row]) -> None:

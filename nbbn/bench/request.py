@@ -112,7 +112,12 @@ def wanted_peers(text: str) -> tuple[Contender, ...]:
     for name in names:
         package = by_name[name].missing()
         if package is not None:
-            raise Refused("--peer", f"got {name!r}, which needs {package}, and that is not installed")
+            there = ", ".join(peer.name for peer in PEERS if peer.missing() is None)
+            raise Refused(
+                "--peer",
+                f"got {name!r}, which needs {package}, not installed here: pip install {package}; what is "
+                f"here: {there}",
+            )
     return tuple(by_name[name] for name in names)
 
 

@@ -17,7 +17,7 @@ Cells = list[str]
 NOTE = (
     "A peer's column is its time divided by nbbn's: above 1, nbbn is faster. MB is one array; GB/s counts x, "
     "the result and grad_out once each; 100 % of the limit is a copy (backward: out = x + y) of the same "
-    "arrays on the same threads, in the same rounds."
+    "arrays on the same threads, or on a GPU a device copy, in the same rounds."
 )
 
 

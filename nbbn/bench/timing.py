@@ -23,6 +23,8 @@ class Turn:
         What comes first, such as setting a number of threads.
     wait : callable
         Waits for what calls have begun; for those that return before they are done.
+    clock : callable
+        Takes what is to be timed and returns the seconds it took.
     disturb : callable, optional
         Puts something else into the caches; each call is then timed by itself.
     """
@@ -30,6 +32,7 @@ class Turn:
     call: Callable[[], object]
     enter: Callable[[], None]
     wait: Callable[[], None]
+    clock: "Clock"
     disturb: Callable[[], None] | None = None
 
     def __call__(self) -> float:
@@ -47,11 +50,35 @@ class Turn:
         else:
             self.disturb()
             self.wait()
-        begin = time.perf_counter()
-        for _ in range(repeat):
-            self.call()
-        self.wait()
-        return (time.perf_counter() - begin) / repeat
+
+        def timed() -> None:
+            for _ in range(repeat):
+                self.call()
+            self.wait()
+
+        return self.clock(timed) / repeat
+
+
+Clock = Callable[[Callable[[], None]], float]
+
+
+def wall(timed: Callable[[], None]) -> float:
+    """Return how long it takes by the clock on the wall."""
+    begin = time.perf_counter()
+    timed()
+    return time.perf_counter() - begin
+
+
+def device(timed: Callable[[], None]) -> float:
+    """Return how long the GPU works on it: without what it costs to start, and to wait for the end."""
+    from numba import cuda
+
+    begin, end = cuda.event(), cuda.event()
+    begin.record()
+    timed()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 @dataclass(frozen=True)
