@@ -41,7 +41,7 @@ numpydoc_validation_exclude = {r"nbbn\.(BatchNormForward|BatchNormGradients|Batc
 
 nitpicky = True
 default_role = "py:obj"
-# In single back-ticks docstrings have names of public objects, and of parameters, which have no place of their own.
+# In single back-ticks docstrings have names of public objects, and of parameters, which nothing can link to.
 PUBLIC = [getattr(nbbn, name) for name in nbbn.__all__ if callable(getattr(nbbn, name))]
 CALLABLE = [one for one in PUBLIC if one is not nbbn.DeviceError]
 CALLABLE += [one for one in vars(nbbn.BatchNorm).values() if inspect.isfunction(one)]
