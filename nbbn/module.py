@@ -221,6 +221,11 @@ class BatchNorm:
     def train(self, mode: bool = True) -> "BatchNorm":
         """Set the mode: batch statistics, and running ones updated; return self.
 
+        Parameters
+        ----------
+        mode : bool, default True
+            False sets the mode of `eval`.
+
         Raises
         ------
         TypeError

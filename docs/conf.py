@@ -1,0 +1,66 @@
+"""How Sphinx builds these pages: `sphinx-build -W --keep-going -n -b html docs docs/_build/html`."""
+
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import nbbn
+
+HERE = pathlib.Path(__file__).parent
+
+project = "nbbn"
+author = "The nbbn developers"
+project_copyright = author
+version = release = nbbn.__version__
+
+extensions = ["myst_parser", "numpydoc", "sphinx.ext.autodoc"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build", "reference/_commands.md"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+# Pages of results, which scripts write, begin with the command that wrote them, not with a heading.
+suppress_warnings = ["myst.header"]
+
+html_theme = "furo"
+html_title = f"nbbn {version}"
+html_copy_source = False
+
+autodoc_member_order = "bysource"
+# numpydoc's sections say what a parameter is, in words that signatures have no room for.
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+numpydoc_show_class_members = False  # the reference pages list them
+autosummary_generate = False  # numpydoc loads it, nothing here uses it
+numpydoc_xref_param_type = False
+# Missing, unknown and disordered sections and parameters: what makes a docstring wrong, not what is style.
+numpydoc_validation_checks = {"GL06", "GL07", "GL08", "PR01", "PR02", "PR03", "PR04", "PR10"}
+# Fields of named tuples are documented as attributes, which they are.
+numpydoc_validation_exclude = {r"nbbn\.(BatchNormForward|BatchNormGradients|BatchStats)$"}
+
+nitpicky = True
+default_role = "py:obj"
+# In single back-ticks docstrings have names of public objects, and of parameters, which nothing can link to.
+PUBLIC = [getattr(nbbn, name) for name in nbbn.__all__ if callable(getattr(nbbn, name))]
+CALLABLE = [one for one in PUBLIC if one is not nbbn.DeviceError]
+CALLABLE += [one for one in vars(nbbn.BatchNorm).values() if inspect.isfunction(one)]
+CALLABLE += [nbbn.BatchStats.merge]
+nitpick_ignore = {("py:obj", name) for one in CALLABLE for name in inspect.signature(one).parameters}
+
+
+def write_command_line(app: object) -> None:
+    """Write the reference of the command line as the command line has it: docs/reference/_commands.md."""
+    made = subprocess.run(
+        [sys.executable, "-m", "typer", "nbbn.commands", "utils", "docs", "--name", "nbbn"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, _, commands = made.stdout.partition("# `nbbn`\n")
+    (HERE / "reference" / "_commands.md").write_text(commands)
+
+
+def setup(app: object) -> None:
+    """Let Sphinx call what is above."""
+    app.connect("builder-inited", write_command_line)  # type: ignore[attr-defined]
