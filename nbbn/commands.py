@@ -11,7 +11,6 @@ from rich.console import Console
 
 from nbbn import cli
 from nbbn.demo.settings import Settings
-from nbbn.info import facts
 
 app = typer.Typer(
     help="Batch normalization for arrays, compiled by Numba.",
@@ -119,9 +118,7 @@ def demo(
 @app.command(epilog="Example: `nbbn info`")
 def info() -> int:
     """Print versions, threads, vector width, the kernel cache and whether CUDA is there."""
-    for name, value in facts().items():
-        typer.echo(f"{name:<17}{value}")
-    return 0
+    return cli.tell()
 
 
 # A blank line between examples, or Markdown makes a paragraph of them.

@@ -12,8 +12,9 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.columns import Columns, columns_on
+from nbbn.dtypes import BFLOAT16
 from nbbn.errors import DeviceError
-from nbbn.frameworks import CPU
+from nbbn.frameworks import CPU, read
 from nbbn.functional import differentiate, evaluate, train
 
 log = logging.getLogger("nbbn")
@@ -418,7 +419,7 @@ class BatchNorm:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"state[{name!r}] must be an array of numbers, got a masked array")
         try:
-            array = np.asarray(value)
+            array = _numbers(name, value)
             if name != _COUNTER:
                 array = array.astype(own.dtype, casting="same_kind")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -429,6 +430,23 @@ class BatchNorm:
         if array.shape != own.shape:
             raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {array.shape}")
         return _count(array) if name == _COUNTER else array
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    """Return a value of a state as an array of NumPy's, which has no bfloat16: that becomes float32."""
+    try:
+        array = np.asarray(value)
+    except TypeError:
+        if not hasattr(value, "__dlpack__"):
+            raise
+        array = read(f"state[{name!r}]", value, None)
+    # As PyTorch's are read, and what numpy.load makes of those of ml_dtypes.
+    if array.dtype not in (BFLOAT16.dtype, np.dtype("V2")):
+        return array
+    wide: np.ndarray = np.zeros(array.shape, np.uint32)
+    wide |= array.view(np.uint16)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def _count(array: np.ndarray) -> np.ndarray:

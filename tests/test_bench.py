@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,17 @@ def test_limits_move_all_of_it(size, seed):
             out.fill(np.nan)
             call()
             np.testing.assert_array_equal(out, expected)
+
+
+def test_limits_keep_their_arrays():
+    """What they write to must not be given to anybody else meanwhile."""
+    arrays = [limits.aligned((64,)) for _ in range(3)]
+    calls = limits.limits("triad", *arrays)
+    alive = [weakref.ref(array) for array in arrays]
+    del arrays
+    assert all(array() is not None for array in alive)
+    del calls
+    assert all(array() is None for array in alive)
 
 
 # --- measuring -------------------------------------------------------------------------------------

@@ -90,13 +90,34 @@ def test_missing_extra(missing, tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert missing in done.stderr
-    assert 'pip install "nbbn[demo]"' in done.stderr
+    assert 'pip install ".[demo]"' in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["rich", "typer"])
+def test_bench_without_its_extra(missing):
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from nbbn.cli import main\n"
+        "sys.exit(main(['bench', '--quick']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == cli.NOT_STARTED
+    assert done.stderr.count("\n") == 1
+    assert missing in done.stderr
+    assert 'pip install ".[bench]"' in done.stderr
+
+
+def test_info_needs_no_extra(python):
+    program = (
+        "import sys; sys.modules['typer'] = sys.modules['rich'] = None\n"
+        "from nbbn.cli import main\n"
+        "sys.exit(main(['info']))"
+    )
+    assert "threading layer" in python(program)
 
 
 def test_an_error_of_nbbn_itself_is_not_taken_for_a_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "nbbn.info", None)
-    monkeypatch.delitem(sys.modules, "nbbn.commands", raising=False)
-    monkeypatch.delattr(nbbn, "commands", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"nbbn\.info"):
         cli.main(["info"])
 

@@ -3,6 +3,7 @@
 All other tests take these types along with the wider ones.
 """
 
+import io
 import platform
 
 import numpy as np
@@ -223,6 +224,14 @@ def test_module(rng, dtype):
     assert np.array_equal(twin.eval()(x), bn.eval()(x))
     twin.load_state_dict({k: np.asarray(v, np.float64) for k, v in bn.state_dict().items()})
     assert np.array_equal(twin(x), bn(x))
+    # numpy.load knows nothing of ml_dtypes.
+    memory = io.BytesIO()
+    np.savez(memory, **bn.state_dict())
+    memory.seek(0)
+    reloaded = nbbn.BatchNorm(5, dtype=dtype)
+    reloaded.load_state_dict(np.load(memory))
+    for name, value in bn.state_dict().items():
+        np.testing.assert_array_equal(getattr(reloaded, name), value)
     wide = nbbn.BatchNorm(5)
     assert wide(x).dtype == x.dtype  # of float32, which inputs of any type go with
     with pytest.raises(TypeError, match=r"must be float32 or float64 for x of float32"):

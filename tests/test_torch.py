@@ -170,6 +170,18 @@ def test_large_means(rng, offset, dtype):
     np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=BOUND[dtype] + 1e-14 * offset)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_state_of_bfloat16(rng, dtype):
+    """As networks are often saved; NumPy has no such arrays."""
+    theirs = torch.nn.BatchNorm2d(6).train()
+    theirs(torch.from_numpy(rng.normal(3, 2, (4, 6, 5, 5)).astype(np.float32)))
+    theirs = theirs.to(torch.bfloat16)
+    ours = nbbn.BatchNorm(6, dtype=dtype)
+    ours.load_state_dict(theirs.state_dict())
+    for name, value in theirs.state_dict().items():
+        np.testing.assert_array_equal(np.asarray(getattr(ours, name), np.float64), value.double().numpy())
+
+
 def test_agreement_on_errors(rng):
     """What PyTorch refuses, nbbn refuses with the same kind of error."""
     one_value = rng.normal(size=(1, 6)).astype(np.float32)

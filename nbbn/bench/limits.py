@@ -83,7 +83,12 @@ def limits(name: str, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> dict[str
         record = np.zeros(1, CALL)
         record["x"], record["grad_out"], record["out"] = address(x), address(y), address(out)
         record["stream"] = stream
-        return lambda: pool.run(compiled, 1 if alone else pool.threads(), tasks, address(record))
+        held = record, x, y, out  # the record has no more than their addresses
+
+        def call() -> None:
+            pool.run(compiled, 1 if alone else pool.threads(), tasks, address(held[0]))
+
+        return call
 
     return {
         f"streaming {name}": way(stream=True, alone=False),

@@ -493,7 +493,7 @@ def why_not() -> str | None:
     try:
         importlib.metadata.version("numba-cuda")
     except importlib.metadata.PackageNotFoundError:
-        return 'numba-cuda is not installed (pip install "nbbn[cuda]")'
+        return "numba-cuda is not installed (it comes with nbbn's extra 'cuda')"
     try:
         from cuda.bindings import driver
 
