@@ -136,6 +136,18 @@ def by_the_tests_oracle(data, mode):
     return {"grad_x": large(back.x), "grad_weight": small(back.weight), "grad_bias": small(back.bias)}
 
 
+def test_small_results_of_float16_are_rounded_to_what_there_is():
+    """Below 2⁻¹⁴ its steps do not shrink any more."""
+    data = Data((4, 3, 50), "channels-first", "float16", 0)
+    data.weight[...] = 1e-6
+    exact = by_the_tests_oracle(data, "backward")
+    exact["grad_x"] = exact["grad_x"].astype(np.float16)
+    assert (np.abs(exact["grad_x"]) < 2**-14).all()
+    assert data.oracle.fault("backward", exact) == ""
+    exact["grad_x"][1, 2, 3] += np.float16(2**-22)
+    assert "grad_x[1], channel 2, value 3" in data.oracle.fault("backward", exact)
+
+
 # --- timing ----------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ PART = 1 << 22
 """How many values of out or grad_x are looked at; where there are more, in slices of the first axis."""
 
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # of what is stored in 16 bits
+_SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133}  # the steps of their subnormal numbers
 _SUMS = {"float64": 2.0**-44}  # what sums may be off by, of the sum of absolute values
 _SUMS_32 = 2.0**-15
 
@@ -129,7 +130,7 @@ class Oracle:
                 value = gamma * self.invstd[:, None] * (dy - bias - x_hat * weight)
                 scale = np.abs(gamma) * self.invstd[:, None]
                 scale = scale * (np.abs(dy) + bias_scale + np.abs(x_hat) * weight_scale)
-            tolerance = unit * np.abs(value) + off * scale
+            tolerance = unit * np.abs(value) + off * scale + _SMALLEST.get(kind, 0.0)
             fault = _difference(_rows(result[part], self.axis), value, tolerance, ("channel", "value"))
             if fault:
                 return f"[{n}]{fault}"

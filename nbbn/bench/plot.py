@@ -12,7 +12,7 @@ from nbbn.bench.contenders import Group
 from nbbn.bench.model import models, sweeps
 from nbbn.bench.record import Record, Row, rows
 from nbbn.bench.shapes import Shape, written
-from nbbn.bench.tables import heading, peers
+from nbbn.bench.tables import asked, heading, peers
 
 # Okabe and Ito's colours, which people with any kind of colour blindness tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#999999")
@@ -35,7 +35,7 @@ def picture(record: Record) -> Figure:
     count = len(panels) + lines
     figure = Figure(figsize=(11, 1.2 + 3.3 * max(1, count)), layout="constrained")
     told = record.machine
-    figure.suptitle(f"{record.command}\n{told.get('processor', '')}, {told.get('date', '')}", fontsize=10)
+    figure.suptitle(f"{asked(record)}\n{told.get('processor', '')}, {told.get('date', '')}", fontsize=10)
     every = np.atleast_1d(figure.subplots(max(1, count), 1)).tolist()
     for axes, (title, some) in zip(every, panels, strict=False):
         _bars(axes, title, some)

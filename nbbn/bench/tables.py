@@ -1,6 +1,7 @@
 """What a report looks like: tables on a terminal, in a pipe, and in Markdown."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -183,10 +184,23 @@ def print_table(title: str, top: Cells, body: list[Cells], last: list[Cells], co
         console.print(escape(text.rstrip()), highlight=False, soft_wrap=True)
 
 
+def asked(record: Record) -> str:
+    """Return the command without the files that it writes."""
+    return re.sub(r" --(json|markdown|plot)[ =]\S+", "", record.command)
+
+
 def markdown(record: Record) -> str:
     """Return a report as Markdown."""
     told = record.machine
-    lines = [f"`{record.command}`", "", f"Measured on {told.get('date', 'an unknown day')}:", ""]
+    where = f"{told.get('processor', 'an unknown processor')}, {told.get('cores', '?')} cores"
+    lines = [
+        f"# {where}: `{asked(record)}`",
+        "",
+        f"`{record.command}`",
+        "",
+        f"Measured on {told.get('date', 'an unknown day')}:",
+        "",
+    ]
     lines += [f"- {name}: {value}" for name, value in told.items() if name != "date"]
     for (group, what), rate in record.report.memory.items():
         lines.append(f"- memory, {what}, {group.text}: {number(rate)} GB/s read and written")
