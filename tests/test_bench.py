@@ -546,3 +546,14 @@ def test_the_benchmarks_for_pytest():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda file: file.stem
+)
+def test_published_tables_are_what_was_measured(file):
+    if "format" not in json.loads(file.read_text()):
+        pytest.skip("made by benchmarks/peers.py, which test_docs.py looks at")
+    found = record.load(file)
+    assert found.report.wrong == []
+    assert file.with_suffix(".md").read_text() == tables.markdown(found)
