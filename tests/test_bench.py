@@ -269,6 +269,27 @@ def test_a_wrong_answer_is_told_and_not_timed(no_large_arrays, tmp_path, capsys)
     assert "left out: unable (6 times): it is not able to" in printed
 
 
+class Raising(Contender):
+    name, packages = "raising", ("numpy",)
+
+    def prepare(self, case, data, group):
+        raise RuntimeError("not implemented\nfor 'Half'")
+
+
+def test_a_peer_that_raises_is_left_out(no_large_arrays):
+    report = measured(peers=(Raising(),))
+    assert len(record.rows(report)) == 12
+    assert set(report.left_out.values()) == {"it raised RuntimeError: not implemented for 'Half'"}
+
+
+def test_nbbn_must_not_raise(no_large_arrays, monkeypatch):
+    monkeypatch.setattr(measure.Nbbn, "prepare", Raising.prepare)
+    report = measured()
+    assert record.rows(report) == []
+    assert len(report.wrong) == 12
+    assert "nbbn, forward, channels-first, float32, 2×3×4×4, serial: it raised" in report.wrong[0]
+
+
 def test_control_c_leaves_what_was_measured(no_large_arrays, tmp_path, capsys):
     from rich.console import Console
 

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numba
 import numpy as np
@@ -200,19 +200,25 @@ def _disturbance(settings: Settings, group: Group) -> Callable[[], None] | None:
     return limits("copy", host[0], host[0], host[1])["cached copy"]
 
 
-def _case(case: Case, data: Data, settings: Settings, report: Report, progress: Progress) -> None:
-    found: dict[str, Result] = {}
-    turns: dict[str, Turn] = {}
-    again: list[tuple[Result, Group]] = []  # of those that would be the same in another group
+@dataclass
+class _Field:
+    """Who takes turns at a case, what will be known of each, and who stands for another group as well."""
+
+    turns: dict[str, Turn] = field(default_factory=dict)
+    found: dict[str, Result] = field(default_factory=dict)
+    again: list[tuple[Result, Group]] = field(default_factory=list)
+
+
+def _line_up(case: Case, data: Data, settings: Settings, report: Report) -> _Field:
+    """Return those who gave the right answer, and the limit; report the others."""
+    lined = _Field()
     for group in settings.groups:
         disturb, clock = _disturbance(settings, group), _clock(group)
         for contender in (NBBN, *settings.peers):
             if not contender.threaded and not group.cuda:
-                same = next(
-                    (r for r in found.values() if r.name == contender.name and not r.group.cuda), None
-                )
-                if same is not None:
-                    again.append((same, group))
+                others = (r for r in lined.found.values() if r.name == contender.name and not r.group.cuda)
+                if (same := next(others, None)) is not None:
+                    lined.again.append((same, group))
                     continue
             before = compilations()
             try:
@@ -225,23 +231,28 @@ def _case(case: Case, data: Data, settings: Settings, report: Report, progress: 
                 continue
             how = "compiled" if compilations() > before else ""
             key = f"{group.text}, {contender.name}"
-            turns[key] = Turn(prepared.call, _entering(contender, group), prepared.wait, clock, disturb)
-            found[key] = Result(case, group, contender.name, [], case.nbytes, first, how)
+            lined.turns[key] = Turn(prepared.call, _entering(contender, group), prepared.wait, clock, disturb)
+            lined.found[key] = Result(case, group, contender.name, [], case.nbytes, first, how)
         way, move, nbytes, wait = _limit(case, data, group)
         key = f"{group.text}, {LIMIT}"
-        turns[key] = Turn(move, _entering(NBBN, group), wait, clock, disturb)
-        found[key] = Result(case, group, LIMIT, [], nbytes, how=way)
+        lined.turns[key] = Turn(move, _entering(NBBN, group), wait, clock, disturb)
+        lined.found[key] = Result(case, group, LIMIT, [], nbytes, how=way)
+    return lined
+
+
+def _case(case: Case, data: Data, settings: Settings, report: Report, progress: Progress) -> None:
+    """Time a case, and add what came out to the report."""
+    lined = _line_up(case, data, settings, report)
+    found = lined.found.values()
     try:
-        for taken in rounds(turns, settings.rounds):
+        for taken in rounds(lined.turns, settings.rounds):
             for key, seconds in taken.items():
-                found[key].seconds = seconds
+                lined.found[key].seconds = seconds
             progress(case.text, 1 / settings.rounds)
     finally:  # Ctrl-C leaves what has been measured of this case, if everybody has had a turn
-        if all(result.seconds for result in found.values()):
-            report.results += found.values()
-            report.results += [
-                Result(case, group, same.name, same.seconds, same.nbytes, same.first) for same, group in again
-            ]
+        if all(result.seconds for result in found):
+            report.results += found
+            report.results += [replace(same, group=group) for same, group in lined.again]
 
 
 def _clock(group: Group) -> Clock:
@@ -264,15 +275,24 @@ def ready(contender: Contender, case: Case, data: Data, group: Group) -> tuple[P
     """
     if data.out is not None:
         data.out.fill(np.nan)
-    prepared = contender.prepare(case, data, group)
-    contender.enter(group)
-    begin = time.perf_counter()
-    value = prepared.call()
-    prepared.wait()
-    first = time.perf_counter() - begin
-    fault = data.oracle.fault(case.mode, prepared.read(value))
-    if fault:
-        raise WrongAnswer(f"{contender.name}, {case.text}, {group.text}: {fault}")
+    who = f"{contender.name}, {case.text}, {group.text}"
+    try:
+        prepared = contender.prepare(case, data, group)
+        contender.enter(group)
+        begin = time.perf_counter()
+        value = prepared.call()
+        prepared.wait()
+        first = time.perf_counter() - begin
+        results = prepared.read(value)
+    except (MemoryError, Unsupported):
+        raise
+    except Exception as error:  # whatever another library raises where it cannot do this
+        reason = f"it raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if contender is NBBN:
+            raise WrongAnswer(f"{who}: {reason}") from error
+        raise Unsupported(reason) from error
+    if fault := data.oracle.fault(case.mode, results):
+        raise WrongAnswer(f"{who}: {fault}")
     return prepared, first
 
 
