@@ -72,7 +72,22 @@ def test_a_shape_and_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["resnet", "8", "8,0", "8,-1,3", "8,x", "8,1.5", "", "1,5", "1,5,1,1", "-8,3", "8,,3"]
+    "text",
+    [
+        "resnet",
+        "8",
+        "8,0",
+        "8,-1,3",
+        "8,x",
+        "8,1.5",
+        "",
+        "1,5",
+        "1,5,1,1",
+        "-8,3",
+        "8,,3",
+        "x" * 5000,
+        "8," * 3000,
+    ],
 )
 def test_no_shape(text):
     with pytest.raises(ValueError, match="got"):

@@ -52,9 +52,9 @@ def shapes(text: str, batch: int | None = None) -> list[Shape]:
     """
     if text in SHAPES:
         found = list(SHAPES[text])
-    elif (path := Path(text)).is_file():
+    elif _is_file(text):
         try:
-            lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
+            lines = (line.partition("#")[0].strip() for line in Path(text).read_text().splitlines())
             found = [_shape(line) for line in lines if line]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"got the file {text!r}, which cannot be read ({error})") from error
@@ -76,6 +76,13 @@ def shapes(text: str, batch: int | None = None) -> list[Shape]:
 def written(shape: Shape) -> str:
     """Return a shape as tables have it."""
     return "×".join(map(str, shape))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def _values(shape: Shape) -> int:
