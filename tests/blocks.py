@@ -32,7 +32,7 @@ from nbbn.cuda import target
 
 ROOT = pathlib.Path(__file__).parent.parent
 RUN = ("python", "sh")
-SHOWN = ("text", "console", "json")
+SHOWN = ("text", "console", "json", "dockerfile")
 SECONDS = (
     300  # for a block of sh: hundreds are too many, but kernels may have to be compiled, and wheels fetched
 )
