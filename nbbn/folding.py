@@ -104,31 +104,32 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
     view = checked("weight", view)
     if view.ndim == 0:
         raise ValueError("weight must have at least 1 dimension, got 0")
-    mean, var, gamma, beta = _statistics_and_parameters(bn)
+    if not isinstance(bn, BatchNorm):
+        raise TypeError(f"bn must be a BatchNorm, got {type(bn).__name__}")
+    if not bn.track_running_stats:
+        raise ValueError("bn must have running statistics (track_running_stats=True), got a module without")
     channels = bn.num_features
     axis = arrays.integer("axis", axis)
     if not -view.ndim <= axis < view.ndim:
         raise ValueError(f"axis must be in [-{view.ndim}, {view.ndim}), got {axis} (weight {view.shape})")
     groups = _checked_groups(groups, view.shape, axis % view.ndim, channels)
-    shift = np.zeros(channels)
     if own_bias is not None:
         own_bias = checked("bias", own_bias)
         if own_bias.shape != (channels,):
             raise ValueError(f"bias must have shape ({channels},), got {own_bias.shape}")
-        shift = _widened(own_bias)
     with np.errstate(all="ignore"):  # NaN and infinity go their way, as they do in evaluation
+        mean, var, gamma, beta = _statistics_and_parameters(bn)
         scale = gamma / np.sqrt(var + bn.eps)
-        shift = (shift - mean) * scale + beta
+        shift = (0.0 if own_bias is None else _widened(own_bias)) - mean
         product = _widened(view) * _along(scale, view.shape, axis % view.ndim, groups)
-        return Folded(_result(here, view, product), _result(here, np.empty(channels, view.dtype), shift))
+        return Folded(
+            _result(here, view, product),
+            _result(here, np.empty(channels, view.dtype), shift * scale + beta),
+        )
 
 
-def _statistics_and_parameters(bn: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return running_mean, running_var, weight and bias of a module in float64, or raise."""
-    if not isinstance(bn, BatchNorm):
-        raise TypeError(f"bn must be a BatchNorm, got {type(bn).__name__}")
-    if not bn.track_running_stats:
-        raise ValueError("bn must have running statistics (track_running_stats=True), got a module without")
+def _statistics_and_parameters(bn: BatchNorm) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return running_mean, running_var, weight and bias of a module in float64."""
     state = {name: _widened(column) for name, column in bn.state_dict().items() if column.ndim}
     ones, zeros = np.ones(bn.num_features), np.zeros(bn.num_features)
     return state["running_mean"], state["running_var"], state.get("weight", ones), state.get("bias", zeros)
