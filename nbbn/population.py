@@ -113,7 +113,7 @@ def pooled(
 def _of_batch(name: str, x: Any, axis: int) -> BatchStats:
     """Return the statistics of a batch in NumPy's arrays, or raise what says which batch it is."""
     try:
-        return on_host(batch_stats(x, axis=axis))
+        return on_host("stats", batch_stats(x, axis=axis))
     except (DeviceError, TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import zipfile
 import zlib
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -105,13 +105,15 @@ class BatchStats(NamedTuple):
         >>> nbbn.BatchStats.load(path)
         BatchStats(count=2, mean=array([ 2., 20.]), var=array([  1., 100.]))
         """
-        _checked_count("self", self)
-        own = on_host(self)
-        values = {"count": np.array(own.count, np.int64), "mean": own.mean, "var": own.var}
-        with contextlib.ExitStack() as stack:
-            # Opened here: savez would add ".npz" to a name without it.
-            opened = stack.enter_context(open(file, "wb")) if isinstance(file, (str, os.PathLike)) else file
-            np.savez(opened, **values)
+        own = on_host("self", self)
+        _checked_count("self", own)
+        if own.count >= 2**63:
+            raise ValueError(f"self.count must be less than 2**63, got {own.count}")
+        if (own.var < 0).any():
+            raise ValueError("self.var must be at least 0, got negative numbers")
+        mean, var = (np.asarray(column, np.float64) for column in own[1:])
+        with _opened(file, "wb") as opened:
+            np.savez(opened, count=np.int64(own.count), mean=mean, var=var)
 
     @classmethod
     def load(cls, file: "str | os.PathLike[str] | IO[bytes]") -> "BatchStats":
@@ -135,7 +137,7 @@ class BatchStats(NamedTuple):
             If it is not such a file, or what it has are no statistics. Nothing in it is executed.
         """
         try:
-            with np.load(file, allow_pickle=False) as archive:
+            with _opened(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
                 found = {name: archive[name] for name in archive.files}
         except (
             AttributeError,  # of what has no `files`: an .npy
@@ -151,8 +153,8 @@ class BatchStats(NamedTuple):
                 f"file must have count, mean and var, as BatchStats.save wrote them, got {list(found)}"
             )
         count = found["count"]
-        if count.shape != () or count.dtype.kind not in "iu" or count < 0:
-            raise ValueError(f"file must have an int that is at least 0 as count, got {count!r}")
+        if count.shape != () or count.dtype.kind not in "iu" or not 0 <= count < 2**63:
+            raise ValueError(f"file must have an int in [0, 2**63) as count, got {count!r}")
         for name in ("mean", "var"):
             if found[name].dtype.kind != "f" or found[name].dtype.itemsize > 8:
                 raise ValueError(f"file must have float64 numbers as {name}, got dtype {found[name].dtype}")
@@ -166,19 +168,28 @@ class BatchStats(NamedTuple):
         return cls(int(count), found["mean"].astype(np.float64), found["var"].astype(np.float64))
 
 
-def on_host(stats: BatchStats) -> BatchStats:
-    """Return statistics with float64 arrays of NumPy's, wherever theirs are and of whatever kind."""
+def _opened(
+    file: "str | os.PathLike[str] | IO[bytes]", mode: str
+) -> "contextlib.AbstractContextManager[Any]":
+    """Open a file by its name as it is; numpy.savez would add to it, and numpy.load leave a bad file open."""
+    return open(file, mode) if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file)
 
-    def copied(column: Array) -> np.ndarray:
-        framework = framework_of("mean", column)
-        device = framework.device("mean", column)
+
+def on_host(name: str, stats: BatchStats) -> BatchStats:
+    """Return statistics with NumPy arrays: their own, or float64 copies of others."""
+
+    def copied(field: str, column: Array) -> np.ndarray:
+        if isinstance(column, np.ndarray):
+            return column
+        framework = framework_of(f"{name}.{field}", column)
+        device = framework.device(f"{name}.{field}", column)
         if device != CPU:
             column = columns_on(device).host(column)
-        elif not isinstance(column, np.ndarray):
-            column = framework.read("mean", column, None)
+        else:
+            column = framework.read(f"{name}.{field}", column, None)
         return np.array(column, np.float64)
 
-    return BatchStats(stats.count, copied(stats.mean), copied(stats.var))
+    return BatchStats(stats.count, copied("mean", stats.mean), copied("var", stats.var))
 
 
 def _checked_count(name: str, stats: BatchStats) -> int:
