@@ -4,6 +4,7 @@ import importlib.util
 import io
 import itertools
 import pickle
+import sys
 import threading
 
 import numpy as np
@@ -13,6 +14,8 @@ import nbbn
 import reference
 from cases import DTYPES, Shape, activations, channels_last, type_id
 from checks import assert_same_bits, assert_within, bits, unchanged
+from gpus import CupyArray, Gpus, NumbaArray, Tensor
+from nbbn.dispatch import find
 from reference import finfo, unit
 from test_errors import names
 from test_frameworks import LIBRARIES
@@ -305,6 +308,52 @@ def test_threads(rng):
         thread.join()
     assert (bn.running_mean**2).tolist() == bn.running_var.tolist()
     assert bn.num_batches_tracked == 1
+
+
+# --- on GPUs, which are those of gpus.py -----------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    if sys.platform == "win32":
+        pytest.skip("needs mprotect")
+    find.cache_clear()
+    yield Gpus(monkeypatch)
+    find.cache_clear()
+
+
+KINDS = pytest.mark.parametrize("kind", [CupyArray, Tensor, NumbaArray], ids=lambda kind: kind.__name__)
+
+
+@KINDS
+def test_batches_on_gpus(rng, gpus, kind, tmp_path):
+    """The statistics are NumPy's, also where the batches are on different devices."""
+    batches = cut(activations(rng, SHAPE, np.float32), CUTS["ragged"])
+    expected = nbbn.population_stats(batches)
+    on_gpus = [gpus.array(kind, batch, k % 2) for k, batch in enumerate(batches[1:])]
+    assert_same_bits(nbbn.population_stats([batches[0], *on_gpus]), expected)
+    nbbn.batch_stats(on_gpus[1]).save(tmp_path / "f")
+    assert_same_bits(nbbn.BatchStats.load(tmp_path / "f"), nbbn.batch_stats(batches[2]))
+
+
+@KINDS
+def test_module_on_a_gpu(rng, gpus, kind):
+    batches = cut(activations(rng, SHAPE, np.float32), CUTS["empty"])
+    expected = nbbn.BatchNorm(4).calibrate(batches)
+    bn = own(nbbn.BatchNorm(4))
+    bn.to("cuda:1").calibrate(gpus.array(kind, batch, 1) for batch in batches)
+    assert type(bn.running_mean) is NumbaArray
+    assert_same_bits(tuple(bn.state_dict().values()), tuple(expected.state_dict().values()))
+    weight = rng.normal(size=(4, 3))
+    assert_same_bits(nbbn.fold(weight, None, bn), nbbn.fold(weight, None, expected))
+    with pytest.raises(nbbn.DeviceError, match=r"weight .*cuda:1"):
+        nbbn.fold(gpus.array(kind, weight, 1), None, bn)
+    with pytest.raises(nbbn.DeviceError, match="bias is on cuda:0"):
+        nbbn.fold(weight, gpus.array(kind, np.ones(4), 0), bn)
+    before = state(bn)
+    with pytest.raises(Interrupted):
+        bn.calibrate(failing([batches[1]]))
+    assert state(bn) == before
 
 
 # --- the progress bar ------------------------------------------------------------------------------
