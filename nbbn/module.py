@@ -351,7 +351,7 @@ class BatchNorm:
         Returns
         -------
         BatchNorm
-            This module. Its mode is what it was, and either mode will do. `num_batches_tracked` is the number
+            This module. Its mode is what it was, and either will do. ``num_batches_tracked`` is the number
             of batches that were not empty, as if the running statistics had been reset and had tracked these
             with ``momentum=None``.
 
