@@ -37,7 +37,7 @@ numpydoc_xref_param_type = False
 # Missing, unknown and disordered sections and parameters: what makes a docstring wrong, not what is style.
 numpydoc_validation_checks = {"GL06", "GL07", "GL08", "PR01", "PR02", "PR03", "PR04", "PR10"}
 # Fields of named tuples are documented as attributes, which they are.
-numpydoc_validation_exclude = {r"nbbn\.(BatchNormForward|BatchNormGradients|BatchStats)$"}
+numpydoc_validation_exclude = {r"nbbn\.(BatchNormForward|BatchNormGradients|BatchStats|Folded)$"}
 
 nitpicky = True
 default_role = "py:obj"
@@ -45,7 +45,7 @@ default_role = "py:obj"
 PUBLIC = [getattr(nbbn, name) for name in nbbn.__all__ if callable(getattr(nbbn, name))]
 CALLABLE = [one for one in PUBLIC if one is not nbbn.DeviceError]
 CALLABLE += [one for one in vars(nbbn.BatchNorm).values() if inspect.isfunction(one)]
-CALLABLE += [nbbn.BatchStats.merge]
+CALLABLE += [nbbn.BatchStats.merge, nbbn.BatchStats.save, nbbn.BatchStats.load]
 nitpick_ignore = {("py:obj", name) for one in CALLABLE for name in inspect.signature(one).parameters}
 
 

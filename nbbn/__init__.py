@@ -1,6 +1,7 @@
 """Batch normalization for arrays, outside any deep-learning framework."""
 
 from nbbn.errors import DeviceError
+from nbbn.folding import Folded, fold
 from nbbn.functional import (
     BatchNormForward,
     BatchNormGradients,
@@ -12,6 +13,7 @@ from nbbn.functional import (
 )
 from nbbn.memory import set_recycling
 from nbbn.module import BatchNorm
+from nbbn.population import population_stats
 from nbbn.stats import BatchStats
 
 __version__ = "0.1.0"
@@ -22,11 +24,14 @@ __all__ = [
     "BatchNormGradients",
     "BatchStats",
     "DeviceError",
+    "Folded",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",
+    "fold",
+    "population_stats",
     "set_recycling",
     "warmup",
 ]

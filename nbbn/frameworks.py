@@ -704,7 +704,9 @@ class _OnStream:
 HOST = Place()
 
 
-def place(x: Any, arguments: dict[str, Any], written: tuple[str, ...] = ()) -> tuple[Place, list[Any]]:
+def place(
+    x: Any, arguments: dict[str, Any], written: tuple[str, ...] = (), called: str = "x"
+) -> tuple[Place, list[Any]]:
     """Return where a call is to be computed, and views of its arrays; or raise.
 
     Parameters
@@ -715,18 +717,22 @@ def place(x: Any, arguments: dict[str, Any], written: tuple[str, ...] = ()) -> t
         The others, by name. None stays None.
     written : tuple of str
         Which of them the call writes to.
+    called : str
+        The name of x.
 
     Returns
     -------
     Place, list of numpy.ndarray or None
         The views of x and the others.
     """
-    named = {"x": x, **arguments}
+    named = {called: x, **arguments}
     found = {
-        name: framework_of(name, value) for name, value in named.items() if value is not None or name == "x"
+        name: framework_of(name, value)
+        for name, value in named.items()
+        if value is not None or name == called
     }
     devices = {name: framework.device(name, named[name]) for name, framework in found.items()}
-    device = devices["x"]
+    device = devices[called]
     if any(other != device for other in devices.values()):
         where = ", ".join(f"{name} is on {place}" for name, place in devices.items())
         raise DeviceError(f"all arrays must be on one device, got: {where}")
@@ -736,7 +742,7 @@ def place(x: Any, arguments: dict[str, Any], written: tuple[str, ...] = ()) -> t
                 f"{name} must be an array that can be written to, got {kind_of(named[name])}, which is "
                 "immutable; batch_norm_forward returns the output and the statistics, and writes to nothing"
             )
-    here = _place(found, x, device)
+    here = _place(found, found[called], x, device)
     views: list[Any] = []
     for name, value in named.items():
         if value is None:
@@ -745,12 +751,11 @@ def place(x: Any, arguments: dict[str, Any], written: tuple[str, ...] = ()) -> t
             views.append(_as_numpy(name, value))
         else:
             found[name].check(name, value)
-            views.append(found[name].read(name, value, _stream_for(found[name], found["x"], here)))
+            views.append(found[name].read(name, value, _stream_for(found[name], found[called], here)))
     return here, views
 
 
-def _place(found: dict[str, Framework], x: Any, device: str) -> Place:
-    framework = found["x"]
+def _place(found: dict[str, Framework], framework: Framework, x: Any, device: str) -> Place:
     if device != CPU:
         return _Gpu(framework, x, device, any(other.has_hidden_streams for other in found.values()))
     return HOST if framework is NUMPY else _Host(framework, x)

@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,10 +12,12 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.columns import Columns, columns_on
+from nbbn.compiler import in_one
 from nbbn.dtypes import BFLOAT16
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, read
 from nbbn.functional import differentiate, evaluate, train
+from nbbn.population import pooled
 
 log = logging.getLogger("nbbn")
 
@@ -323,6 +325,88 @@ class BatchNorm:
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2], training=True)
         return out
+
+    def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> "BatchNorm":
+        """Set the running statistics to those of all values of many batches at once; return self.
+
+        With the mean and the biased variance of all m values of each channel, pooled exactly
+        (`nbbn.population_stats`)::
+
+            running_mean ← mean
+            running_var  ← var · m / (m - correction)
+
+        In algorithm 2 of the paper [1]_ they are, likewise, estimated over the training data for evaluation
+        when training has ended. There the variance is the average of those of the batches. The one here has
+        in it how far the batches' means lie apart as well, so it does not depend on how the data are cut into
+        batches.
+
+        Parameters
+        ----------
+        batches : iterable of array
+            The inputs of this module, of any kind and type, on any device, with `num_features` channels. It
+            is gone through once. Empty batches contribute nothing.
+        progress : bool, default False
+            Whether to show a progress bar on stderr. It needs the package rich.
+
+        Returns
+        -------
+        BatchNorm
+            This module. Its mode is what it was, and either will do. ``num_batches_tracked`` is the number
+            of batches that were not empty, as if the running statistics had been reset and had tracked these
+            with ``momentum=None``.
+
+        Raises
+        ------
+        TypeError
+            If `batches` is not an iterable of arrays, or is a single array.
+        ValueError
+            If this module has no running statistics, or `batches` has no more than `correction` values per
+            channel, or an array whose shape does not fit.
+        nbbn.DeviceError
+            If an array is on a device that cannot be computed with.
+        ModuleNotFoundError
+            If there is to be a progress bar, and no rich. What iterating raises comes through. In all of
+            these cases nothing has changed.
+
+        References
+        ----------
+        .. [1] S. Ioffe and C. Szegedy, arXiv 1502.03167, algorithm 2, steps 8 to 10.
+
+        Examples
+        --------
+        >>> import numpy as np, nbbn
+        >>> data = np.array([[1.0, 10.0], [3.0, 30.0], [8.0, 80.0]])
+        >>> bn = nbbn.BatchNorm(2).calibrate([data[:2], data[2:]])
+        >>> bn.running_mean, bn.running_var
+        (array([ 4., 40.], dtype=float32), array([  13., 1300.], dtype=float32))
+        >>> int(bn.num_batches_tracked)
+        2
+        """
+        if not self.track_running_stats:
+            raise ValueError("calibrate needs running statistics (track_running_stats=True)")
+        stats, used = pooled(batches, self.axis, progress, self.num_features)
+        if stats.count <= self.correction:
+            raise ValueError(
+                f"batches must have more than {self.correction:g} values per channel (correction), got "
+                f"{stats.count}"
+            )
+        assert self.num_batches_tracked is not None
+        with self._lock:
+            with np.errstate(over="ignore"):  # float16 ends at 65504
+                mean = stats.mean.astype(self.running_mean.dtype)
+                var = stats.var * (stats.count / (stats.count - self.correction))
+                var = var.astype(self.running_var.dtype)
+            if self.device == CPU:
+                in_one(
+                    partial(self.running_mean.__setitem__, ..., mean),
+                    partial(self.running_var.__setitem__, ..., var),
+                    partial(self.num_batches_tracked.fill, used),
+                )
+            else:
+                self._columns.write(self.running_mean, mean)
+                self._columns.write(self.running_var, var)
+                self.num_batches_tracked.fill(used)
+        return self
 
     def backward(self, grad_out: Any) -> Any:
         """Return the gradient with respect to the last call's x; set grad_weight and grad_bias.

@@ -1,12 +1,17 @@
 """BatchStats: what is known of a set of values per channel, and how two such sets are pooled."""
 
-from typing import NamedTuple
+import contextlib
+import os
+import zipfile
+import zlib
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from nbbn import arrays, formulas
+from nbbn.columns import columns_on
 from nbbn.compiler import interpreted
-from nbbn.frameworks import Array, framework_of
+from nbbn.frameworks import CPU, Array, framework_of
 
 
 class BatchStats(NamedTuple):
@@ -77,6 +82,114 @@ class BatchStats(NamedTuple):
             other.var * others,
         )
         return BatchStats(count, mean + rest, m2 / count)
+
+    def save(self, file: "str | os.PathLike[str] | IO[bytes]") -> None:
+        """Write these statistics to a file, in the format of ``numpy.savez``.
+
+        Parameters
+        ----------
+        file : str, path or binary file
+            Where to: a name, which is taken as it is, or a file that is open for writing.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If these are no statistics that `load` would take. Nothing has been written then.
+
+        Examples
+        --------
+        >>> import pathlib, tempfile
+        >>> import numpy as np, nbbn
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "stats.npz"
+        >>> nbbn.batch_stats(np.array([[1.0, 10.0], [3.0, 30.0]])).save(path)
+        >>> nbbn.BatchStats.load(path)
+        BatchStats(count=2, mean=array([ 2., 20.]), var=array([  1., 100.]))
+        """
+        own = on_host("self", self)
+        _checked_count("self", own)
+        if own.count >= 2**63:
+            raise ValueError(f"self.count must be less than 2**63, got {own.count}")
+        if (own.var < 0).any():
+            raise ValueError("self.var must be at least 0, got negative numbers")
+        mean, var = (np.asarray(column, np.float64) for column in own[1:])
+        with _opened(file, "wb") as opened:
+            np.savez(opened, count=np.int64(own.count), mean=mean, var=var)
+
+    @classmethod
+    def load(cls, file: "str | os.PathLike[str] | IO[bytes]") -> "BatchStats":
+        """Return statistics that `save` has written.
+
+        Parameters
+        ----------
+        file : str, path or binary file
+            A name, or a file that is open for reading.
+
+        Returns
+        -------
+        BatchStats
+            ``mean`` and ``var`` are NumPy arrays, whatever they were when they were saved.
+
+        Raises
+        ------
+        OSError
+            If there is no such file, or it cannot be read.
+        ValueError
+            If it is not such a file, or what it has are no statistics. Nothing in it is executed.
+        """
+        try:
+            with _opened(file, "rb") as opened, np.load(opened, allow_pickle=False) as archive:
+                found = {name: archive[name] for name in archive.files}
+        except (
+            AttributeError,  # of what has no `files`: an .npy
+            EOFError,
+            TypeError,
+            ValueError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
+            raise ValueError(f"file must be an .npz file that BatchStats.save wrote: {error}") from error
+        if sorted(found) != ["count", "mean", "var"]:
+            raise ValueError(
+                f"file must have count, mean and var, as BatchStats.save wrote them, got {list(found)}"
+            )
+        count = found["count"]
+        if count.shape != () or count.dtype.kind not in "iu" or not 0 <= count < 2**63:
+            raise ValueError(f"file must have an int in [0, 2**63) as count, got {count!r}")
+        for name in ("mean", "var"):
+            if found[name].dtype.kind != "f" or found[name].dtype.itemsize > 8:
+                raise ValueError(f"file must have float64 numbers as {name}, got dtype {found[name].dtype}")
+            if found[name].ndim != 1 or found[name].shape != found["mean"].shape:
+                raise ValueError(
+                    f"file must have a number per channel as mean and as var, got shapes "
+                    f"{found['mean'].shape} and {found['var'].shape}"
+                )
+        if (found["var"] < 0).any():
+            raise ValueError("file must have numbers that are at least 0 as var, got negative ones")
+        return cls(int(count), found["mean"].astype(np.float64), found["var"].astype(np.float64))
+
+
+def _opened(
+    file: "str | os.PathLike[str] | IO[bytes]", mode: str
+) -> "contextlib.AbstractContextManager[Any]":
+    """Open a file by its name as it is; numpy.savez would add to it, and numpy.load leave a bad file open."""
+    return open(file, mode) if isinstance(file, (str, os.PathLike)) else contextlib.nullcontext(file)
+
+
+def on_host(name: str, stats: BatchStats) -> BatchStats:
+    """Return statistics with NumPy arrays: their own, or float64 copies of others."""
+
+    def copied(field: str, column: Array) -> np.ndarray:
+        if isinstance(column, np.ndarray):
+            return column
+        framework = framework_of(f"{name}.{field}", column)
+        device = framework.device(f"{name}.{field}", column)
+        if device != CPU:
+            column = columns_on(device).host(column)
+        else:
+            column = framework.read(f"{name}.{field}", column, None)
+        return np.array(column, np.float64)
+
+    return BatchStats(stats.count, copied("mean", stats.mean), copied("var", stats.var))
 
 
 def _checked_count(name: str, stats: BatchStats) -> int:

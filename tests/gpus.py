@@ -429,9 +429,14 @@ class Gpus:
         def device_array(shape, dtype, *, strides):
             return self.empty(NumbaArray, shape, strides, dtype)
 
+        def as_cuda_array(array):
+            assert array.index == self.current
+            return NumbaArray(self, array.index, array.address, array.shape, array.strides, array.dtype)
+
         return types.SimpleNamespace(
             gpus=[_Selected(self, 0), _Selected(self, 1)],
             device_array=device_array,
+            as_cuda_array=as_cuda_array,
             to_device=lambda values: self.array(NumbaArray, values, self.current),
             get_current_device=lambda: types.SimpleNamespace(id=self.current),
             synchronize=lambda: None,
