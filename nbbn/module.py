@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn import arrays
+from nbbn import arrays, conventions
 from nbbn.columns import Columns, columns_on
 from nbbn.compiler import in_one
 from nbbn.dtypes import BFLOAT16
@@ -21,7 +21,8 @@ from nbbn.population import pooled
 
 log = logging.getLogger("nbbn")
 
-_PARAMETERS = ("weight", "bias")
+_NEUTRAL = {"weight": 1.0, "bias": 0.0}
+_PARAMETERS = tuple(_NEUTRAL)
 _STATISTICS = ("running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
 _MOST_FEATURES = 1 << 59  # of float64, NumPy has no larger array
@@ -444,52 +445,98 @@ class BatchNorm:
         names = _PARAMETERS if self.affine else ()
         return names + (*_STATISTICS, _COUNTER) if self.track_running_stats else names
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Return copies of parameters and running statistics, named as torch.nn.BatchNorm2d names them.
+    def state_dict(self, *, convention: str = "torch") -> dict[str, Any]:
+        """Return copies of parameters and running statistics, named as a library names them.
+
+        Parameters
+        ----------
+        convention : str, default "torch"
+            "torch", "keras", "flax" or "onnx": see `load_state_dict`.
 
         Returns
         -------
         dict of str to numpy.ndarray
-            ``weight``, ``bias`` if affine; ``running_mean``, ``running_var`` and
-            ``num_batches_tracked`` if they are tracked. Always in the memory of the host.
+            For "torch" ``weight``, ``bias`` if affine; ``running_mean``, ``running_var`` and
+            ``num_batches_tracked`` if they are tracked. Always in the memory of the host. Only PyTorch has a
+            counter. "flax" has a dict of two such dicts, ``params`` and ``batch_stats``.
+
+        Raises
+        ------
+        TypeError
+            If `convention` is not a str.
+        ValueError
+            If `convention` is unknown.
 
         Examples
         --------
         >>> import nbbn
         >>> list(nbbn.BatchNorm(3).state_dict())
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+        >>> list(nbbn.BatchNorm(3).state_dict(convention="keras"))
+        ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        return {
+        theirs = conventions.find(convention)
+        state = {
             name: getattr(self, name).copy() if name == _COUNTER else self._columns.host(getattr(self, name))
             for name in self._state_names()
         }
+        return theirs.named(state)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, convention: str = "torch") -> None:
         """Set parameters and running statistics.
 
         Parameters
         ----------
         state : mapping of str to array
-            As `state_dict` returns it, or that of a torch.nn.BatchNorm*d. A state without
-            ``num_batches_tracked``, as older ones are, leaves the counter as it is.
+            As `state_dict` returns it for the same convention: that of a torch.nn.BatchNorm*d, of a Keras or
+            Flax layer, or the inputs of ONNX's BatchNormalization. A state without ``num_batches_tracked``,
+            as that of other libraries and older ones of PyTorch are, leaves the counter as it is.
+        convention : str, default "torch"
+            Whose names the state has: "torch"; "keras" (``gamma``, ``beta``, ``moving_mean``,
+            ``moving_variance``); "flax" (``scale`` and ``bias`` in ``params``, ``mean`` and ``var`` in
+            ``batch_stats``: nested, or with keys such as ``params/scale``); "onnx" (``scale``, ``B``,
+            ``input_mean``, ``input_var``).
 
         Raises
         ------
         TypeError
-            If `state` is not a mapping, or a value not of numbers.
+            If `state` is not a mapping, `convention` not a str, or a value not of numbers.
         ValueError
-            If keys are missing or unexpected, or a shape does not fit. Nothing has changed then.
+            If `convention` is unknown, keys are missing or unexpected, or a shape does not fit. Nothing has
+            changed then.
+
+        Notes
+        -----
+        A state has neither eps nor momentum in it, and does not say how its running variance was estimated.
+        All numbers are stored as they are, and evaluation uses them as they are, with this module's eps:
+        Keras has 1e-3. Training goes on with this module's momentum and correction. The running variance of
+        "keras", "flax" and "onnx" is biased: a module that is to go on as they would has ``correction=0``.
+        Their momentum is the weight of the old value. `nbbn.conventions.options` has the options to make the
+        module with. With ``momentum=None`` the next batch is weighed by the counter, so that in a new module
+        it replaces the loaded statistics.
+
+        Keras and Flax have layers with only one of the two parameters. Where one is missing from their state,
+        a weight of ones or a bias of zeros is set. A state with neither is that of a module with
+        ``affine=False``, and an error in any other.
         """
+        theirs = conventions.find(convention)
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
-        names = self._state_names()
-        missing = [name for name in names if name not in state and name != _COUNTER]
-        unexpected = [name for name in state if name not in names]
+        state = theirs.flat(state)
+        names = {own: name for own in self._state_names() if (name := getattr(theirs, own)) is not None}
+        missing = [own for own, name in names.items() if name not in state and own != _COUNTER]
+        lone = [own for own in missing if own in _PARAMETERS] if theirs.lone_parameter else []
+        if len(lone) == 1:
+            missing.remove(lone[0])
+        unexpected = [name for name in state if name not in names.values()]
         if missing or unexpected:
             raise ValueError(
-                f"state must have the keys {list(names)}; missing: {missing}, unexpected: {unexpected}"
+                f"state must have the keys {list(names.values())}; "
+                f"missing: {[names[own] for own in missing]}, unexpected: {unexpected}"
             )
-        loaded = {name: self._loadable(name, state[name]) for name in names if name in state}
+        loaded = {own: self._loadable(own, name, state[name]) for own, name in names.items() if name in state}
+        for own in lone:
+            loaded[own] = np.full(self.num_features, _NEUTRAL[own], self.dtype)
         with self._lock:
             for name, value in loaded.items():
                 if name == _COUNTER:
@@ -497,33 +544,33 @@ class BatchNorm:
                 else:
                     self._columns.write(getattr(self, name), value)
 
-    def _loadable(self, name: str, value: Any) -> np.ndarray:
-        """Return a value of a state as an array that can be stored under `name`, or raise."""
+    def _loadable(self, name: str, key: str, value: Any) -> np.ndarray:
+        """Return what a state has under `key` as an array that can be stored under `name`, or raise."""
         own: np.ndarray = getattr(self, name)
         if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"state[{name!r}] must be an array of numbers, got a masked array")
+            raise TypeError(f"state[{key!r}] must be an array of numbers, got a masked array")
         try:
-            array = _numbers(name, value)
+            array = _numbers(key, value)
             if name != _COUNTER:
                 array = array.astype(own.dtype, casting="same_kind")
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"state[{name!r}] must be an array of numbers: {error}") from None
+            raise TypeError(f"state[{key!r}] must be an array of numbers: {error}") from None
         # Some savers make a 1-element array of the 0-d counter.
         if name == _COUNTER and array.size == 1:
             array = array.reshape(())
         if array.shape != own.shape:
-            raise ValueError(f"state[{name!r}] must have shape {own.shape}, got {array.shape}")
+            raise ValueError(f"state[{key!r}] must have shape {own.shape}, got {array.shape}")
         return _count(array) if name == _COUNTER else array
 
 
-def _numbers(name: str, value: Any) -> np.ndarray:
+def _numbers(key: str, value: Any) -> np.ndarray:
     """Return a value of a state as an array of NumPy's, which has no bfloat16: that becomes float32."""
     try:
         array = np.asarray(value)
     except TypeError:
         if not hasattr(value, "__dlpack__"):
             raise
-        array = read(f"state[{name!r}]", value, None)
+        array = read(f"state[{key!r}]", value, None)
     # As PyTorch's are read, and what numpy.load makes of those of ml_dtypes.
     if array.dtype not in (BFLOAT16.dtype, np.dtype("V2")):
         return array
