@@ -50,7 +50,8 @@ def run_python(example):
     """Execute a block: example by example if it has prompts."""
     if not example.parsed.startswith(">>>"):
         return _execute(example)
-    name = pathlib.Path(example.path).name
+    # Not that of other blocks: doctest looks up the lines of whatever is called in this one's.
+    name = f"{pathlib.Path(example.path).name}:{example.line}"
     test = sybil.evaluators.doctest.DocTest(
         _examples(example.parsed), example.namespace, name, example.path, example.line, None
     )
@@ -144,7 +145,9 @@ def _environment(directory):
     paths = [str(home / "bin"), sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
     own = {"PATH": os.pathsep.join(paths), "VIRTUAL_ENV": str(home), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     # Matplotlib and others would look for a screen, or leave files at home.
-    return {**os.environ, **own, "MPLBACKEND": "agg", "COLUMNS": "100"}
+    # What these tests are run with is not for those that a block runs.
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**outer, **own, "MPLBACKEND": "agg", "COLUMNS": "100"}
 
 
 def run_sh(example):
