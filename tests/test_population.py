@@ -380,7 +380,10 @@ def test_progress_of_what_fails(capfd):
     with pytest.raises(Interrupted):
         bn.calibrate(failing([GOOD]), progress=True)
     assert state(bn) == before
-    assert not [t for t in threading.enumerate() if "rich" in type(t).__module__]
+    for thread in threading.enumerate():  # rich tells its thread to end and does not wait for it
+        if "rich" in type(thread).__module__:
+            thread.join(timeout=30)
+            assert not thread.is_alive()
 
 
 WITHOUT_RICH = """
