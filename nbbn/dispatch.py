@@ -14,7 +14,7 @@ from nbbn.compiler import undisturbed
 from nbbn.dtypes import storage_of
 from nbbn.errors import DeviceError
 from nbbn.geometry import Strides
-from nbbn.problem import Problem
+from nbbn.problem import BATCH, Form, Problem
 
 
 @functools.cache
@@ -50,6 +50,7 @@ def find(
     dtype: np.dtype,
     threads: int,
     device: str = "cpu",
+    form: Form = BATCH,
 ) -> Any:
     """Return what runs the stages of a problem, whose parts these are: see `nbbn.cpu.run.Run`.
 
@@ -57,7 +58,7 @@ def find(
     """
     storage = storage_of(dtype)
     assert storage is not None
-    problem = Problem(shape, axis, strides, storage, threads, device)
+    problem = Problem(shape, axis, strides, storage, threads, device, form)
     for implementation in IMPLEMENTATIONS:
         if (run := implementation(problem)) is not None:
             return run

@@ -6,6 +6,34 @@ from nbbn.dtypes import Storage
 from nbbn.geometry import Strides
 
 
+class Form(NamedTuple):
+    """Which values share statistics, and which of the parameters each value has.
+
+    The default is batch normalization: statistics of each channel, and a weight and a bias for it.
+
+    Attributes
+    ----------
+    pool : int
+        So many channels, one after the other, have their statistics in common.
+    period : int
+        Channel c has the parameters c % period; 0: as many parameters as channels.
+    along : bool
+        Parameters go along the elements of a channel, instead: each has one for every element, and all
+        channels have the same. The arrays are then of two dimensions, the channels the first, and the
+        elements of a channel lie side by side.
+    centered : bool
+        Whether the mean is subtracted. If not it is 0, and the variance the mean square.
+    """
+
+    pool: int = 1
+    period: int = 0
+    along: bool = False
+    centered: bool = True
+
+
+BATCH = Form()
+
+
 class Problem(NamedTuple):
     """What does not change from one call to the next on arrays of one kind.
 
@@ -23,6 +51,8 @@ class Problem(NamedTuple):
         How many may work on it. Never changes the result.
     device : str
         Where the arrays lie: "cpu" or "cuda:N".
+    form : Form
+        What is normalized together.
     """
 
     shape: tuple[int, ...]
@@ -31,3 +61,4 @@ class Problem(NamedTuple):
     storage: Storage
     threads: int
     device: str = "cpu"
+    form: Form = BATCH
