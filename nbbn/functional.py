@@ -23,6 +23,7 @@ from nbbn.compiler import Step, pool
 from nbbn.dispatch import cpu, find
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.geometry import Strides
+from nbbn.problem import BATCH, Form
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
@@ -75,6 +76,21 @@ def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) ->
         return here.on_stream(find(x.shape, axis, strides, x.dtype, 1, here.device))
     threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
     return find(x.shape, axis, strides, x.dtype, threads)
+
+
+def runner(
+    here: Place,
+    shape: tuple[int, ...],
+    axis: int,
+    strides: tuple[Strides, ...],
+    dtype: np.dtype,
+    form: Form = BATCH,
+) -> Any:
+    """Return what runs the stages on any such problem."""
+    if here.device != CPU:
+        return here.on_stream(find(shape, axis, strides, dtype, 1, here.device, form))
+    threads = 1 if math.prod(shape) < SERIAL_ELEMENTS else pool.threads()
+    return find(shape, axis, strides, dtype, threads, CPU, form)
 
 
 def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
@@ -568,7 +584,7 @@ def differentiate(
     gradients = here.empty((2, channels))
     run = _run(x, axis, (x.strides, grad_out.strides, out.strides), here)
     run.backward(
-        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training
+        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training, False
     )  # fmt: skip
     return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
 
