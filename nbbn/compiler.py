@@ -361,13 +361,13 @@ class Entry:
         """Does the tasks first … last - 1 of the call described at an address."""
 
 
-_entries: dict[tuple[str, types.Type], Entry] = {}
+_entries: dict[tuple[str, str], Entry] = {}
 
 
 def entry(name: str, stored: types.Type) -> Entry:
     """Return the kernel `name`, compiled for arrays that are stored so (`nbbn.cpu.simd.stored_as`)."""
     try:
-        return _entries[name, stored]
+        return _entries[name, stored.name]
     except KeyError:
         return undisturbed(partial(_new_entry, name, stored))
 
@@ -378,9 +378,9 @@ def compilations() -> int:
 
 
 def _new_entry(name: str, stored: types.Type) -> Entry:
-    if (name, stored) not in _entries:  # another thread may have been faster
-        _entries[name, stored] = Entry(name, stored)
-    return _entries[name, stored]
+    if (name, stored.name) not in _entries:  # another thread may have been faster
+        _entries[name, stored.name] = Entry(name, stored)
+    return _entries[name, stored.name]
 
 
 # --- the parallel loop -----------------------------------------------------------------------------

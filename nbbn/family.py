@@ -9,6 +9,7 @@ all else is as in `nbbn.functional`, whose conventions about arrays and errors h
 - Y. Wu and K. He, "Group Normalization", arXiv 1803.08494.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -79,48 +80,55 @@ class _Walk(NamedTuple):
     sets: int  # of a problem: how many there are that are normalized together
 
 
-def _by_channel(x: np.ndarray, others: Sequence[np.ndarray], axis: int, groups: int | None) -> _Walk:
+@functools.lru_cache(maxsize=1024)
+def _channel_walk(
+    shape: tuple[int, ...], strides: tuple[Strides, ...], axis: int, groups: int | None
+) -> _Walk:
     """The channels of each sample; so many groups of them a sample, or each for itself."""
     sample = 0 if axis != 0 else 1
-    samples, channels = x.shape[sample], x.shape[axis]
+    samples, channels = shape[sample], shape[axis]
     pool = 1 if groups is None else channels // groups
     form = Form(pool=pool, period=channels)
-    rest = [d for d in range(x.ndim) if d not in (sample, axis)]
-    steps = [(a.strides[sample], a.strides[axis]) for a in (x, *others)]
-    inner = [tuple(a.strides[d] for d in rest) for a in (x, *others)]
-    sizes = tuple(x.shape[d] for d in rest)
+    rest = [d for d in range(len(shape)) if d not in (sample, axis)]
+    sizes = tuple(shape[d] for d in rest)
+    steps = [(of[sample], of[axis]) for of in strides]
+    inner = [tuple(of[d] for d in rest) for of in strides]
     if samples == 1 or channels == 1 or all(outer == channels * step for outer, step in steps):
-        strides = tuple(
+        joined = tuple(
             ((step if channels > 1 else outer), *more)
             for (outer, step), more in zip(steps, inner, strict=True)
         )
         origin = (0,) * len(steps)
-        return _Walk((samples * channels, *sizes), strides, [origin], form, samples * channels // pool)
-    strides = tuple((step, *more) for (_, step), more in zip(steps, inner, strict=True))
+        return _Walk((samples * channels, *sizes), joined, [origin], form, samples * channels // pool)
+    apart = tuple((step, *more) for (_, step), more in zip(steps, inner, strict=True))
     offsets = [tuple(n * outer for outer, _ in steps) for n in range(samples)]
-    return _Walk((channels, *sizes), strides, offsets, form, channels // pool)
+    return _Walk((channels, *sizes), apart, offsets, form, channels // pool)
 
 
-def _side_by_side(a: np.ndarray, dims: int) -> bool:
-    """Whether the elements of the last `dims` dimensions follow each other in memory."""
-    step = a.itemsize
-    for size, stride in zip(a.shape[: -dims - 1 : -1], a.strides[: -dims - 1 : -1], strict=True):
+def _by_channel(x: np.ndarray, others: Sequence[np.ndarray], axis: int, groups: int | None) -> _Walk:
+    return _channel_walk(x.shape, (x.strides, *(a.strides for a in others)), axis, groups)
+
+
+def _side_by_side(shape: tuple[int, ...], strides: Strides, itemsize: int) -> bool:
+    """Whether elements follow each other in memory, in C order."""
+    step = itemsize
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size > 1 and stride != step:
             return False
         step *= size
     return True
 
 
-def _by_row(x: np.ndarray, others: Sequence[np.ndarray], dims: int, centered: bool) -> _Walk | None:
+@functools.lru_cache(maxsize=1024)
+def _row_walk(
+    shape: tuple[int, ...], strides: tuple[Strides, ...], itemsize: int, dims: int, centered: bool
+) -> _Walk | None:
     """The last `dims` dimensions together; None where they are too scattered to be gone through."""
-    together = (x, *others)
-    if not all(_side_by_side(a, dims) for a in together):
+    if not all(_side_by_side(shape[-dims:], of[-dims:], itemsize) for of in strides):
         return None
-    leading = [
-        (size, tuple(a.strides[d] for a in together)) for d, size in enumerate(x.shape[:-dims]) if size > 1
-    ]
-    columns = math.prod(x.shape[-dims:])
-    rows, steps = leading.pop() if leading else (1, (columns * x.itemsize,) * len(together))
+    leading = [(size, tuple(of[d] for of in strides)) for d, size in enumerate(shape[:-dims]) if size > 1]
+    columns = math.prod(shape[-dims:])
+    rows, steps = leading.pop() if leading else (1, (columns * itemsize,) * len(strides))
     while leading and all(a == rows * b for a, b in zip(leading[-1][1], steps, strict=True)):
         rows *= leading.pop()[0]
     walks = math.prod(size for size, _ in leading)
@@ -128,13 +136,22 @@ def _by_row(x: np.ndarray, others: Sequence[np.ndarray], dims: int, centered: bo
         return None
     offsets = [
         tuple(
-            sum(n * step[k] for n, (_, step) in zip(index, leading, strict=True))
-            for k in range(len(together))
+            sum(n * step[k] for n, (_, step) in zip(index, leading, strict=True)) for k in range(len(strides))
         )
         for index in itertools.product(*(range(size) for size, _ in leading))
     ]
-    row_strides = tuple((step, x.itemsize) for step in steps)
+    row_strides = tuple((step, itemsize) for step in steps)
     return _Walk((rows, columns), row_strides, offsets, Form(along=True, centered=centered), rows)
+
+
+def _by_row(x: np.ndarray, others: Sequence[np.ndarray], dims: int, centered: bool) -> _Walk | None:
+    strides = x.strides, *(a.strides for a in others)
+    return _row_walk(x.shape, strides, x.itemsize, dims, centered)
+
+
+def _near(here: Place, a: np.ndarray) -> np.ndarray:
+    """Return an array whose elements follow each other in C order: this one or a copy."""
+    return a if _side_by_side(a.shape, a.strides, a.itemsize) else _copied(here, a)
 
 
 def _copy(here: Place, source: np.ndarray, target: np.ndarray) -> None:
@@ -235,7 +252,10 @@ def _moved(parameter: Parameter, elements: int) -> Parameter:
 
 
 def _viewed(x: Any, arguments: dict[str, Any]) -> tuple[Place, list[Any]]:
-    here, views = place(x, arguments, written=("out",))
+    own = type(x) is np.ndarray and all(
+        value is None or type(value) is np.ndarray for value in arguments.values()
+    )
+    here, views = (HOST, [x, *arguments.values()]) if own else place(x, arguments, written=("out",))
     views[0] = arrays.checked("x", views[0])
     return here, views
 
@@ -286,7 +306,7 @@ def normalize_rows(
     stats = here.empty((3, *lead))
     walk = _by_row(x, (out,), len(shape), centered)
     if walk is None:
-        near = x if _side_by_side(x, x.ndim) else _copied(here, x)
+        near = _near(here, x)
         room = here.room(x.shape, x.dtype)
         walk = _by_row(near, (room,), len(shape), centered)
         assert walk is not None
@@ -332,7 +352,7 @@ def differentiate_rows(
     gradients = here.empty((2, *shape))
     walk = _by_row(x, (grad_out, out), len(shape), centered)
     if walk is None:
-        near, dy = (a if _side_by_side(a, a.ndim) else _copied(here, a) for a in (x, grad_out))
+        near, dy = _near(here, x), _near(here, grad_out)
         room = here.room(x.shape, x.dtype)
         walk = _by_row(near, (dy, room), len(shape), centered)
         assert walk is not None
