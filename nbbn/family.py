@@ -19,9 +19,10 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
+from nbbn.dispatch import find
 from nbbn.dtypes import STATISTICS, storage_of
 from nbbn.frameworks import HOST, Array, Place, place
-from nbbn.functional import evaluate, runner
+from nbbn.functional import evaluate, runner, threads_for
 from nbbn.geometry import Strides
 from nbbn.problem import Form
 
@@ -78,6 +79,7 @@ class _Walk(NamedTuple):
     offsets: list[tuple[int, ...]]  # of each problem: where each array begins, in bytes
     form: Form
     sets: int  # of a problem: how many there are that are normalized together
+    runs: dict[tuple[np.dtype, int, str], Any]  # what runs it: by type, number of threads and device
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,10 +101,10 @@ def _channel_walk(
             for (outer, step), more in zip(steps, inner, strict=True)
         )
         origin = (0,) * len(steps)
-        return _Walk((samples * channels, *sizes), joined, [origin], form, samples * channels // pool)
+        return _Walk((samples * channels, *sizes), joined, [origin], form, samples * channels // pool, {})
     apart = tuple((step, *more) for (_, step), more in zip(steps, inner, strict=True))
     offsets = [tuple(n * outer for outer, _ in steps) for n in range(samples)]
-    return _Walk((channels, *sizes), apart, offsets, form, channels // pool)
+    return _Walk((channels, *sizes), apart, offsets, form, channels // pool, {})
 
 
 def _by_channel(x: np.ndarray, others: Sequence[np.ndarray], axis: int, groups: int | None) -> _Walk:
@@ -141,7 +143,7 @@ def _row_walk(
         for index in itertools.product(*(range(size) for size, _ in leading))
     ]
     row_strides = tuple((step, itemsize) for step in steps)
-    return _Walk((rows, columns), row_strides, offsets, Form(along=True, centered=centered), rows)
+    return _Walk((rows, columns), row_strides, offsets, Form(along=True, centered=centered), rows, {})
 
 
 def _by_row(x: np.ndarray, others: Sequence[np.ndarray], dims: int, centered: bool) -> _Walk | None:
@@ -196,7 +198,11 @@ def _parameter(
 
 
 def _run(here: Place, walk: _Walk, dtype: np.dtype) -> Any:
-    return runner(here, walk.shape, 0, walk.strides, dtype, walk.form)
+    threads = threads_for(here, math.prod(walk.shape))
+    key = dtype, threads, here.device
+    if (run := walk.runs.get(key)) is None:
+        run = walk.runs[key] = find(walk.shape, 0, walk.strides, dtype, threads, here.device, walk.form)
+    return here.on_stream(run)
 
 
 def _forward(

@@ -23,7 +23,6 @@ from nbbn.compiler import Step, pool
 from nbbn.dispatch import cpu, find
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.geometry import Strides
-from nbbn.problem import BATCH, Form
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
@@ -70,27 +69,22 @@ class BatchNormGradients(NamedTuple):
     bias: Array
 
 
-def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
-    """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
-    if here.device != CPU:
-        return here.on_stream(find(x.shape, axis, strides, x.dtype, 1, here.device))
-    threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
-    return find(x.shape, axis, strides, x.dtype, threads)
+def threads_for(here: Place, size: int) -> int:
+    """Return how many threads may work on so many elements."""
+    return 1 if size < SERIAL_ELEMENTS or here.device != CPU else pool.threads()
 
 
 def runner(
-    here: Place,
-    shape: tuple[int, ...],
-    axis: int,
-    strides: tuple[Strides, ...],
-    dtype: np.dtype,
-    form: Form = BATCH,
+    here: Place, shape: tuple[int, ...], axis: int, strides: tuple[Strides, ...], dtype: np.dtype
 ) -> Any:
-    """Return what runs the stages on any such problem."""
-    if here.device != CPU:
-        return here.on_stream(find(shape, axis, strides, dtype, 1, here.device, form))
-    threads = 1 if math.prod(shape) < SERIAL_ELEMENTS else pool.threads()
-    return find(shape, axis, strides, dtype, threads, CPU, form)
+    """Return what runs the stages of batch normalization on such arrays."""
+    threads = threads_for(here, math.prod(shape))
+    return here.on_stream(find(shape, axis, strides, dtype, threads, here.device))
+
+
+def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
+    """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
+    return here.on_stream(find(x.shape, axis, strides, x.dtype, threads_for(here, x.size), here.device))
 
 
 def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
