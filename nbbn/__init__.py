@@ -29,6 +29,7 @@ from nbbn.functional import (
 )
 from nbbn.memory import set_recycling
 from nbbn.module import BatchNorm
+from nbbn.modules import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from nbbn.population import population_stats
 from nbbn.stats import BatchStats
 
@@ -41,8 +42,12 @@ __all__ = [
     "BatchStats",
     "DeviceError",
     "Folded",
+    "GroupNorm",
+    "InstanceNorm",
+    "LayerNorm",
     "NormForward",
     "NormGradients",
+    "RMSNorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",

@@ -266,13 +266,6 @@ def _viewed(x: Any, arguments: dict[str, Any]) -> tuple[Place, list[Any]]:
     return here, views
 
 
-def _rows_of(here: Place, array: np.ndarray) -> Any:
-    """Return the rows as arrays of the caller's kind, also where they are of no dimension."""
-    if here is HOST:
-        return [array[k, ...] for k in range(len(array))]
-    return here.rows(array)
-
-
 def _finish(here: Place, out: np.ndarray, given: Any) -> Any:
     return here.result(out) if given is None else given
 
@@ -522,7 +515,7 @@ def layer_norm_forward(
     (array([ 2., 20.]), array([  1., 100.]), 2)
     """
     out, stats, count, here = normalize_rows(x, normalized_shape, weight, bias, eps, out, True)
-    mean, var, invstd = _rows_of(here, stats)
+    mean, var, invstd = here.rows(stats)
     return NormForward(out, mean, var, invstd, count)
 
 
@@ -640,7 +633,7 @@ def layer_norm_backward(
     grad_x, gradients, here = differentiate_rows(
         grad_out, x, normalized_shape, weight, mean, invstd, out, True
     )
-    grad_weight, grad_bias = _rows_of(here, gradients)
+    grad_weight, grad_bias = here.rows(gradients)
     return NormGradients(grad_x, grad_weight, grad_bias)
 
 
@@ -680,7 +673,7 @@ def rms_norm_forward(
     array([12.5])
     """
     out, stats, count, here = normalize_rows(x, normalized_shape, weight, None, eps, out, False)
-    mean, var, invstd = _rows_of(here, stats)
+    mean, var, invstd = here.rows(stats)
     return NormForward(out, mean, var, invstd, count)
 
 
@@ -770,7 +763,7 @@ def rms_norm_backward(
     grad_x, gradients, here = differentiate_rows(
         grad_out, x, normalized_shape, weight, None, invstd, out, False
     )
-    grad_weight, _ = _rows_of(here, gradients)
+    grad_weight, _ = here.rows(gradients)
     return NormGradients(grad_x, grad_weight, None)
 
 
@@ -811,7 +804,7 @@ def group_norm_forward(
     array([[ 2., 20.]])
     """
     out, stats, count, here = normalize_channels(x, _some(num_groups), weight, bias, eps, axis, out)
-    mean, var, invstd = _rows_of(here, stats)
+    mean, var, invstd = here.rows(stats)
     return NormForward(out, mean, var, invstd, count)
 
 
@@ -930,7 +923,7 @@ def group_norm_backward(
     grad_x, gradients, here = differentiate_channels(
         grad_out, x, _some(num_groups), weight, mean, invstd, axis, out
     )
-    grad_weight, grad_bias = _rows_of(here, gradients)
+    grad_weight, grad_bias = here.rows(gradients)
     return NormGradients(grad_x, grad_weight, grad_bias)
 
 
@@ -970,7 +963,7 @@ def instance_norm_forward(
     array([[ 2., 20.]])
     """
     out, stats, count, here = normalize_channels(x, None, weight, bias, eps, axis, out)
-    mean, var, invstd = _rows_of(here, stats)
+    mean, var, invstd = here.rows(stats)
     return NormForward(out, mean, var, invstd, count)
 
 
@@ -1178,5 +1171,5 @@ def instance_norm_backward(
     array([[[ 0.1763, -0.2204,  0.0441]]])
     """
     grad_x, gradients, here = differentiate_channels(grad_out, x, None, weight, mean, invstd, axis, out)
-    grad_weight, grad_bias = _rows_of(here, gradients)
+    grad_weight, grad_bias = here.rows(gradients)
     return NormGradients(grad_x, grad_weight, grad_bias)

@@ -546,10 +546,10 @@ class Jax(Framework):
 
     def kept_rows(self, array: np.ndarray) -> Iterable[Any]:  # noqa: D102
         assert isinstance(array, View)
-        address, (rows, channels), (step, stride), dtype = _lies(array)
+        address, (rows, *shape), (step, *strides), dtype = _lies(array)
         index = array.owner.__dlpack_device__()[1]
         return [
-            self._exporter(address + k * step, (channels,), (stride,), dtype, array.owner, index)
+            self._exporter(address + k * step, tuple(shape), tuple(strides), dtype, array.owner, index)
             for k in range(rows)
         ]
 
@@ -575,6 +575,11 @@ def framework_of(name: str, value: Any) -> Framework:
 
 
 # --- where a call is computed ----------------------------------------------------------------------
+
+
+def _rows(array: np.ndarray) -> Any:
+    """Return what has the rows of an array, as arrays also where they are numbers."""
+    return array if array.ndim > 1 else [array[k, ...] for k in range(len(array))]
 
 
 class Place:
@@ -614,11 +619,11 @@ class Place:
 
     def rows(self, array: np.ndarray) -> Any:
         """Return the rows of what `empty` gave as arrays of the caller's kind."""
-        return array
+        return _rows(array)
 
     def kept_rows(self, array: np.ndarray) -> Any:
         """Return the rows as float64 arrays for a later call, whatever type the library has them in."""
-        return array
+        return _rows(array)
 
 
 class _Host(Place):
@@ -635,8 +640,7 @@ class _Host(Place):
         return self._wrap(array)
 
     def rows(self, array: np.ndarray) -> Any:
-        values = self._framework.statistics(array)
-        return [self._wrap(values[k, ...]) for k in range(len(values))]
+        return [self._wrap(row) for row in _rows(self._framework.statistics(array))]
 
 
 class _Gpu(Place):

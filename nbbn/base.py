@@ -1,0 +1,246 @@
+"""What all modules have in common: columns of numbers on a device, a mode, states, copies and pickles."""
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from nbbn import arrays
+from nbbn.columns import Columns, columns_on
+from nbbn.dtypes import BFLOAT16
+from nbbn.errors import DeviceError
+from nbbn.frameworks import CPU, Place, read
+
+log = logging.getLogger("nbbn")
+
+NEUTRAL = {"weight": 1.0, "bias": 0.0}
+PARAMETERS = tuple(NEUTRAL)
+STATISTICS = ("running_mean", "running_var")
+COUNTER = "num_batches_tracked"
+GRADIENTS = ("grad_weight", "grad_bias")
+COLUMNS = (*PARAMETERS, *STATISTICS, *GRADIENTS)  # what lies on the device; the counter never does
+MOST_ELEMENTS = 1 << 59  # of float64, NumPy has no larger array
+_MOST_BATCHES = 1 << 62  # counting on from here, nobody arrives where int64 ends
+
+_modules: weakref.WeakSet["Module"] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """A thread that held a lock when this process was forked is not in it."""
+    for module in list(_modules):
+        module._renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
+
+
+class Module:
+    """A normalization with parameters, and perhaps with running statistics."""
+
+    weight: Any
+    bias: Any
+    running_mean: Any = None
+    running_var: Any = None
+    num_batches_tracked: np.ndarray | None = None
+
+    def __init__(self, dtype: Any, device: str) -> None:
+        self.dtype = arrays.numpy_dtype(dtype)
+        self._columns = columns_on(device)
+        self.training = True
+        self.grad_weight: Any = None
+        self.grad_bias: Any = None
+        self._saved: Any = None  # what the last call left for `backward`
+        self._renew_lock()
+
+    @property
+    def device(self) -> str:
+        """Where parameters and statistics live: "cpu" or "cuda:N"."""
+        return self._columns.device
+
+    # What cannot be copied or pickled is made anew; the x of the last call stays behind.
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_lock": None, "_saved": None, "_columns": self.device}
+        return state if self.device == CPU else state | self._moved(self._columns.host)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _columns=Columns())
+        self._renew_lock()
+        try:
+            self.to(state["_columns"])
+        except DeviceError as error:
+            log.warning("a %s comes back on the CPU: %s", type(self).__name__, error)
+
+    def __copy__(self) -> Any:
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _saved=None)
+        twin._renew_lock()
+        return twin
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()
+        _modules.add(self)
+
+    def _moved(self, move: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the columns that there are, moved."""
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        return {name: move(column) for name, column in columns.items() if column is not None}
+
+    def _fill(self, shape: tuple[int, ...], weight: bool, bias: bool) -> None:
+        """Set those parameters that there are to what changes nothing."""
+        self.weight = self._columns.new(np.ones(shape, self.dtype)) if weight else None
+        self.bias = self._columns.new(np.zeros(shape, self.dtype)) if bias else None
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode: batch statistics, and running ones updated; return self.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            False sets the mode of `eval`.
+
+        Raises
+        ------
+        TypeError
+            If `mode` is not a bool.
+        """
+        self.training = arrays.flag("mode", mode)
+        return self
+
+    def eval(self) -> Any:
+        """Set the mode: the running statistics, if any, are used and not updated; return self."""
+        return self.train(False)
+
+    def to(self, device: str) -> Any:
+        """Move parameters, running statistics and gradients to a device; return self.
+
+        `backward` then needs a call on the new device before it.
+
+        Parameters
+        ----------
+        device : str
+            "cpu", "cuda" or "cuda:N".
+
+        Raises
+        ------
+        TypeError
+            If `device` is not a str.
+        nbbn.DeviceError
+            If the device is not to be had. Nothing has changed then.
+        """
+        columns = columns_on(device)
+        if columns.device != self.device:
+            moved = self._moved(lambda column: columns.new(self._columns.host(column)))
+            self.__dict__.update(moved, _columns=columns, _saved=None)
+        return self
+
+    def _last_call(self) -> Any:
+        if self._saved is None:
+            raise RuntimeError(f"backward needs a call of this {type(self).__name__} before it")
+        return self._saved
+
+    def _keep_gradients(self, gradients: np.ndarray, here: Place) -> None:
+        """Set those of the parameters that there are, from float64[2, …]."""
+        for row, name in enumerate(PARAMETERS):
+            if getattr(self, name) is not None:
+                setattr(self, f"grad_{name}", self._columns.rounded(gradients, row, self.dtype, here))
+
+    def _state_names(self) -> tuple[str, ...]:
+        """Return the names of what there is, in the order of PyTorch's."""
+        return tuple(name for name in (*PARAMETERS, *STATISTICS, COUNTER) if getattr(self, name) is not None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of parameters and running statistics, those that there are.
+
+        Returns
+        -------
+        dict of str to numpy.ndarray
+            With the keys of PyTorch's module of this name. Always in the memory of the host.
+        """
+        return {
+            name: getattr(self, name).copy() if name == COUNTER else self._columns.host(getattr(self, name))
+            for name in self._state_names()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set parameters and running statistics.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            As `state_dict` returns it, or that of PyTorch's module of this name.
+
+        Raises
+        ------
+        TypeError
+            If `state` is not a mapping, or a value not of numbers.
+        ValueError
+            If keys are missing or unexpected, or a shape does not fit. Nothing has changed then.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+        names = self._state_names()
+        missing = [name for name in names if name not in state and name != COUNTER]
+        unexpected = [name for name in state if name not in names]
+        if missing or unexpected:
+            raise ValueError(
+                f"state must have the keys {list(names)}; missing: {missing}, unexpected: {unexpected}"
+            )
+        self._load({name: self._loadable(name, name, state[name]) for name in names if name in state})
+
+    def _load(self, loaded: dict[str, np.ndarray]) -> None:
+        with self._lock:
+            for name, value in loaded.items():
+                if name == COUNTER:
+                    getattr(self, name)[...] = value
+                else:
+                    self._columns.write(getattr(self, name), value)
+
+    def _loadable(self, name: str, key: str, value: Any) -> np.ndarray:
+        """Return what a state has under `key` as an array that can be stored under `name`, or raise."""
+        own: np.ndarray = getattr(self, name)
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"state[{key!r}] must be an array of numbers, got a masked array")
+        try:
+            array = _numbers(key, value)
+            if name != COUNTER:
+                array = array.astype(own.dtype, casting="same_kind")
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"state[{key!r}] must be an array of numbers: {error}") from None
+        # Some savers make a 1-element array of the 0-d counter.
+        if name == COUNTER and array.size == 1:
+            array = array.reshape(())
+        if array.shape != own.shape:
+            raise ValueError(f"state[{key!r}] must have shape {own.shape}, got {array.shape}")
+        return _count(array) if name == COUNTER else array
+
+
+def _numbers(key: str, value: Any) -> np.ndarray:
+    """Return a value of a state as an array of NumPy's, which has no bfloat16: that becomes float32."""
+    try:
+        array = np.asarray(value)
+    except TypeError:
+        if not hasattr(value, "__dlpack__"):
+            raise
+        array = read(f"state[{key!r}]", value, None)
+    # As PyTorch's are read, and what numpy.load makes of those of ml_dtypes.
+    if array.dtype not in (BFLOAT16.dtype, np.dtype("V2")):
+        return array
+    wide: np.ndarray = np.zeros(array.shape, np.uint32)
+    wide |= array.view(np.uint16)
+    wide <<= 16
+    return wide.view(np.float32)
+
+
+def _count(array: np.ndarray) -> np.ndarray:
+    """Return the value of a 0-d array as a number of batches, or raise."""
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"state[{COUNTER!r}] must be an int, got dtype {array.dtype}")
+    count = array.item()
+    if not 0 <= count <= _MOST_BATCHES or count != int(count):
+        raise ValueError(f"state[{COUNTER!r}] must be an int in [0, 2**62], got {count}")
+    return np.array(int(count))
