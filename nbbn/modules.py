@@ -406,8 +406,8 @@ class InstanceNorm(Module):
     eps : float, default 1e-5
         Added to the variance; at least 0.
     momentum : float or None, default 0.1
-        The weight of the new observation in the running statistics, in [0, 1]; None: they keep what they
-        are, as PyTorch has it.
+        The weight of the new observation in the running statistics, in [0, 1]; None: they are the
+        average over all batches so far, as in `nbbn.BatchNorm`; in PyTorch they would keep what they are.
     affine : bool, default False
         Whether there are a weight and a bias.
     track_running_stats : bool, default False
@@ -426,7 +426,7 @@ class InstanceNorm(Module):
     running_mean, running_var : numpy.ndarray, Numba device array, or None
         Shape (C,): averages over the samples of their means and unbiased variances.
     num_batches_tracked : numpy.ndarray or None
-        0-d, int64.
+        0-d, int64: how many batches there were that were not empty. PyTorch has it, and does not count.
 
     Raises
     ------
@@ -489,6 +489,10 @@ class InstanceNorm(Module):
         self.reset_running_stats()
         self._fill((self.num_features,), self.affine, self.affine)
 
+    def _momentum(self) -> float:
+        assert self.num_batches_tracked is not None
+        return 1.0 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
+
     def __call__(self, x: Any) -> Any:
         """Normalize x.
 
@@ -521,12 +525,12 @@ class InstanceNorm(Module):
             self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
             return out
         with self._lock:
-            momentum = self.momentum or 0.0
+            momentum = 0.0 if mean is None else self._momentum()
             out, stats, count, here = normalize_instances(
                 x, mean, var, self.weight, self.bias, momentum, self.eps, self.axis, None, self.num_features
             )
             if count and self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
+                self.num_batches_tracked += 1  # type: ignore[misc]
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2])
         return out
