@@ -1,7 +1,8 @@
 """Bad input to layer, RMS, instance and group norm: the right error, and nothing written.
 
 The error names the argument. Every function is called with arguments that are all good but for the one that
-is tested, as in test_errors.py, which has what can be wrong with an array or a number. `out` is full of NaN, and must stay so.
+is tested, as in test_errors.py, which has what can be wrong with an array or a number. `out` is full of NaN,
+and must stay so.
 """
 
 import inspect
