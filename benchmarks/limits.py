@@ -17,7 +17,7 @@ from nbbn.arrays import address
 from nbbn.bench.limits import BLOCK, aligned, limits
 from nbbn.compiler import entry, kernel, pool
 from nbbn.cpu.call import CALL, read
-from nbbn.cpu.simd import ELEMENTS, LANES, fence, load, pointer, splat, store, stream
+from nbbn.cpu.simd import LANES, fence, load, pointer, splat, store, stored_as, stream
 
 
 @kernel
@@ -64,7 +64,7 @@ def way(name: str, x: np.ndarray, out: np.ndarray) -> Callable[[], None]:
     """Return a call of a kernel on all blocks of x and out."""
     record = np.zeros(1, CALL)
     record["x"], record["out"] = address(x), address(out)
-    compiled = entry(name, ELEMENTS["float32"])
+    compiled = entry(name, stored_as("float32"))
     return lambda: pool.run(compiled, pool.threads(), x.size // BLOCK, address(record))
 
 

@@ -1,6 +1,22 @@
 """Batch normalization for arrays, outside any deep-learning framework."""
 
 from nbbn.errors import DeviceError
+from nbbn.family import (
+    NormForward,
+    NormGradients,
+    group_norm,
+    group_norm_backward,
+    group_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from nbbn.folding import Folded, fold
 from nbbn.functional import (
     BatchNormForward,
@@ -25,13 +41,27 @@ __all__ = [
     "BatchStats",
     "DeviceError",
     "Folded",
+    "NormForward",
+    "NormGradients",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",
     "fold",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "population_stats",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "set_recycling",
     "warmup",
 ]

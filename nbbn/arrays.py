@@ -76,15 +76,7 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
     """
     if value is None:
         return ABSENT
-    storage = storage_of(value.dtype)
-    if storage is None:
-        raise unsupported(name, value.dtype)
-    if value.itemsize < 4 and storage is not storage_of(x.dtype):
-        wide = "float32 or float64"
-        allowed = f"{wide}, or of x's type," if x.itemsize < 4 else wide
-        raise TypeError(f"{name} must be {allowed} for x of {type_name(x.dtype)}, got {storage.name}")
-    if value.shape != (channels,):
-        raise ValueError(f"{name} must have shape ({channels},), a number per channel, got {value.shape}")
+    storage = parameter_storage(name, value, (channels,), x)
     stride = value.strides[0]
     if updated:
         if not value.flags.writeable:
@@ -95,6 +87,21 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
         if channels > 1 and abs(stride) < value.itemsize:
             raise ValueError(f"{name} must not overlap itself, got stride {stride}")
     return address(value), stride, storage.code
+
+
+def parameter_storage(name: str, value: Any, shape: tuple[int, ...], x: np.ndarray) -> Storage:
+    """Check the type and the shape of a parameter; return how its elements are stored."""
+    storage = storage_of(value.dtype)
+    if storage is None:
+        raise unsupported(name, value.dtype)
+    if value.itemsize < 4 and storage is not storage_of(x.dtype):
+        wide = "float32 or float64"
+        allowed = f"{wide}, or of x's type," if x.itemsize < 4 else wide
+        raise TypeError(f"{name} must be {allowed} for x of {type_name(x.dtype)}, got {storage.name}")
+    if value.shape != shape:
+        per_channel = ", a number per channel" if len(shape) == 1 else ""
+        raise ValueError(f"{name} must have shape {shape}{per_channel}, got {value.shape}")
+    return storage
 
 
 def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:

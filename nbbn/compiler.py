@@ -349,8 +349,7 @@ def in_one(*steps: Step) -> None:
 class Entry:
     """A compiled kernel: `run(first, last, call)` in this thread, `address` for the parallel loop."""
 
-    def __init__(self, name: str, element: types.Type) -> None:
-        stored = types.NumberClass(element)
+    def __init__(self, name: str, stored: types.Type) -> None:
         signature = types.void(types.int64, types.int64, types.int64, stored)
         self._compiled = _compile(_kernels[name], signature)  # keeps the machine code alive
         self.loaded = self._compiled.cache_hits > 0
@@ -362,15 +361,15 @@ class Entry:
         """Does the tasks first … last - 1 of the call described at an address."""
 
 
-_entries: dict[tuple[str, types.Type], Entry] = {}
+_entries: dict[tuple[str, str], Entry] = {}
 
 
-def entry(name: str, element: types.Type) -> Entry:
-    """Return the kernel `name`, compiled for arrays of such elements."""
+def entry(name: str, stored: types.Type) -> Entry:
+    """Return the kernel `name`, compiled for arrays that are stored so (`nbbn.cpu.simd.stored_as`)."""
     try:
-        return _entries[name, element]
+        return _entries[name, stored.name]
     except KeyError:
-        return undisturbed(partial(_new_entry, name, element))
+        return undisturbed(partial(_new_entry, name, stored))
 
 
 def compilations() -> int:
@@ -378,10 +377,10 @@ def compilations() -> int:
     return sum(not entry.loaded for entry in _entries.values())
 
 
-def _new_entry(name: str, element: types.Type) -> Entry:
-    if (name, element) not in _entries:  # another thread may have been faster
-        _entries[name, element] = Entry(name, element)
-    return _entries[name, element]
+def _new_entry(name: str, stored: types.Type) -> Entry:
+    if (name, stored.name) not in _entries:  # another thread may have been faster
+        _entries[name, stored.name] = Entry(name, stored)
+    return _entries[name, stored.name]
 
 
 # --- the parallel loop -----------------------------------------------------------------------------

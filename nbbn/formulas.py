@@ -102,6 +102,24 @@ def normalized_doubt(shift):
 
 
 @formula
+def affine(x_hat, weight, bias):
+    """out = weight · x_hat + bias, where each element of what is normalized has parameters of its own."""
+    return x_hat * weight + bias
+
+
+@formula
+def affine_doubt(doubt, weight, bias):
+    """Below this |out| is not known to the last place of a float16, if x_hat is not below `doubt`."""
+    return doubt * math.fabs(weight) + math.fabs(bias) * 2.0**-11
+
+
+@formula
+def mean_square(var, mean):
+    """Σ x² / m = var + mean², what is normalized with where the mean is not subtracted."""
+    return var + mean * mean
+
+
+@formula
 def shift_of(bias, lost, scale):
     """The shift that makes up for `lost`, the part of the mean that its rounding lost.
 
@@ -140,7 +158,8 @@ def gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count
     """Return slope and offset of grad_x = scale · dy + slope · (x - mean) · unit + offset.
 
     grad_x = weight · invstd · (dy - grad_bias/m - x_hat · grad_weight/m), scale = weight · invstd;
-    `lost` is the part of the mean that its rounding to x's type lost.
+    `lost` is the part of the mean that its rounding to x's type lost. Where values that share statistics
+    have different weights, `scale` is invstd here, and the sums are those of weight · dy.
     """
     slope = -scale * (grad_weight / count * (invstd / unit))
     return slope, -scale * (grad_bias / count) - slope * (lost * unit)

@@ -10,7 +10,9 @@ A new framework: a class here, and its place in FRAMEWORKS.
 import ctypes
 import functools
 import importlib
+import itertools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -587,13 +589,16 @@ class Place:
     empty_like : callable
         Returns a new array of x's shape, dtype and memory layout, to be written.
     empty : callable
-        Returns a new float64 array of a shape (rows, channels), to be written.
+        Returns a new float64 array of a shape (rows, channels), or (rows, …), to be written.
+    room : callable
+        Returns a new array of a shape and type, in C order, to work in.
     """
 
     device = CPU
     stream: int | None = None
     empty_like: Callable[[np.ndarray], np.ndarray] = staticmethod(memory.empty_like)
-    empty: Callable[[tuple[int, int]], np.ndarray] = staticmethod(np.empty)  # type: ignore[assignment]
+    empty: Callable[[tuple[int, ...]], np.ndarray] = staticmethod(np.empty)  # type: ignore[assignment]
+    room: Callable[[tuple[int, ...], np.dtype], np.ndarray] = staticmethod(memory.empty_aligned)
 
     def on_stream(self, run: Any) -> Any:
         """Return what runs the stages, on this stream."""
@@ -630,7 +635,8 @@ class _Host(Place):
         return self._wrap(array)
 
     def rows(self, array: np.ndarray) -> Any:
-        return [self._wrap(row) for row in self._framework.statistics(array)]
+        values = self._framework.statistics(array)
+        return [self._wrap(values[k, ...]) for k in range(len(values))]
 
 
 class _Gpu(Place):
@@ -644,6 +650,7 @@ class _Gpu(Place):
         self.stream = framework.stream(x, self._index)
         self.empty_like = self._empty_like
         self.empty = self._empty_rows
+        self.room = self._room
 
     def on_stream(self, run: Any) -> Any:
         return _OnStream(run, self.stream, self._index if self._holds_back else None)
@@ -655,8 +662,12 @@ class _Gpu(Place):
     def _empty_like(self, x: np.ndarray) -> np.ndarray:
         return self._empty(x.shape, strides_like(x), x.dtype)
 
-    def _empty_rows(self, shape: tuple[int, int]) -> np.ndarray:
-        return self._empty(shape, (8 * shape[1], 8), np.dtype(np.float64))
+    def _room(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        strides = itertools.accumulate(shape[:0:-1], operator.mul, initial=dtype.itemsize)
+        return self._empty(shape, tuple(strides)[::-1], dtype)
+
+    def _empty_rows(self, shape: tuple[int, ...]) -> np.ndarray:
+        return self._room(shape, np.dtype(np.float64))
 
     def put(self, values: np.ndarray) -> np.ndarray:
         array = self._framework.on_gpu(values, self._index)

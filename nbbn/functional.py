@@ -69,12 +69,22 @@ class BatchNormGradients(NamedTuple):
     bias: Array
 
 
+def threads_for(here: Place, size: int) -> int:
+    """Return how many threads may work on so many elements."""
+    return 1 if size < SERIAL_ELEMENTS or here.device != CPU else pool.threads()
+
+
+def runner(
+    here: Place, shape: tuple[int, ...], axis: int, strides: tuple[Strides, ...], dtype: np.dtype
+) -> Any:
+    """Return what runs the stages of batch normalization on such arrays."""
+    threads = threads_for(here, math.prod(shape))
+    return here.on_stream(find(shape, axis, strides, dtype, threads, here.device))
+
+
 def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
-    if here.device != CPU:
-        return here.on_stream(find(x.shape, axis, strides, x.dtype, 1, here.device))
-    threads = 1 if x.size < SERIAL_ELEMENTS else pool.threads()
-    return find(x.shape, axis, strides, x.dtype, threads)
+    return here.on_stream(find(x.shape, axis, strides, x.dtype, threads_for(here, x.size), here.device))
 
 
 def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
@@ -568,7 +578,7 @@ def differentiate(
     gradients = here.empty((2, channels))
     run = _run(x, axis, (x.strides, grad_out.strides, out.strides), here)
     run.backward(
-        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training
+        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training, False
     )  # fmt: skip
     return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
 

@@ -12,7 +12,7 @@ import numpy as np
 from nbbn.arrays import address
 from nbbn.compiler import entry, kernel, pool
 from nbbn.cpu.call import CALL, read
-from nbbn.cpu.simd import ELEMENTS, LANES, fence, load, pointer, store, stream
+from nbbn.cpu.simd import LANES, fence, load, pointer, store, stored_as, stream
 
 BLOCK = 4 * LANES  # elements of a task
 GRAIN = 256  # bytes that an array's size must be a multiple of: a block of float32
@@ -76,7 +76,7 @@ def limits(name: str, x: np.ndarray, y: np.ndarray, out: np.ndarray) -> dict[str
     out : array
         What is written.
     """
-    compiled = entry(name, ELEMENTS["float32"])
+    compiled = entry(name, stored_as("float32"))
     tasks = -(-x.nbytes // GRAIN)
 
     def way(stream: bool, alone: bool) -> Callable[[], None]:

@@ -41,7 +41,8 @@ ARGUMENTS = [
     ("x", _WORD),  # addresses
     ("grad_out", _WORD),
     ("out", _WORD),  # also grad_x
-    ("stats", _WORD),  # float64[3, channels]: mean, var, invstd; backward: grad_weight, grad_bias
+    ("stats", _WORD),  # float64[3, sets]: mean, var, invstd; backward: float64[2, parameters]
+    ("channel_stats", _WORD),  # the same of each channel; `stats` where that is the same
     ("weight", PARAMETER),
     ("bias", PARAMETER),
     ("mean", PARAMETER),  # backward: the batch mean; otherwise the running mean
@@ -50,6 +51,7 @@ ARGUMENTS = [
     ("momentum", np.float64),
     ("correction", np.float64),
     ("training", _WORD),
+    ("adds", _WORD),  # 1: the gradients of parameters are added to what is there
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
 ]
 
@@ -59,6 +61,7 @@ PARTIALS = 4  # numbers of a channel that a chunk leaves behind
 ROOMS = [
     ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, its rest, m2; Σ dy, its rest, Σ dy · …
     ("tables", _WORD),  # real[5, channels]: what normalize and backward_apply need of a channel
+    ("along", _WORD),  # real[2, along_room]: weight and bias of each element of a row, where they go along
 ]
 
 # What a plan knows ahead.
@@ -72,6 +75,10 @@ PLAN = [
     ("outer", _WORD),  # their product
     ("channels", _WORD),
     ("inner", _WORD),
+    ("pool", _WORD),  # channels of a set, which has its statistics in common
+    ("parameters", _WORD),  # channel c has the parameters c % parameters
+    ("centered", _WORD),  # 1: the mean is subtracted
+    ("along_room", _WORD),  # elements from the weights to the biases
     ("fold", _WORD),
     ("pieces", _WORD),
     ("width", _WORD),  # elements of a channel in a row
@@ -83,6 +90,7 @@ PLAN = [
     ("room", _WORD),  # elements from a table to the next
     ("group", _WORD),  # channels of a tile
     ("groups", _WORD),
+    ("tiles", _WORD),  # of a set: a set is a tile, or a part of one, or several
     ("slab", _WORD),  # rows that are written together
     ("slabs", _WORD),
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for

@@ -10,15 +10,22 @@ import numpy as np
 
 from nbbn.compiler import kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
+from nbbn.cpu.parameters import (
+    ROWS,
+    affine_of,
+    mean_of_row,
+    parameter,
+    set_of,
+    set_parameter,
+    spread_along,
+)
 from nbbn.cpu.simd import (
     LANES,
     address,
     after,
     at_most,
-    bfloat16,
     choose,
     fence,
-    float16,
     line_of,
     load,
     load_first,
@@ -27,7 +34,6 @@ from nbbn.cpu.simd import (
     plain,
     pointer,
     scratch,
-    set_number,
     size_of,
     splat,
     store,
@@ -38,7 +44,6 @@ from nbbn.cpu.simd import (
 )
 from nbbn.cpu.tiles import (
     ROOM,
-    ROWS,
     TABLES,
     add_to,
     exact,
@@ -63,12 +68,12 @@ from nbbn.cpu.tiles import (
     write_normalized_rows,
     write_normalized_run,
 )
-from nbbn.dtypes import FLOAT16, FLOAT32, FLOAT64
 from nbbn.formulas import (
     about_mean,
     gradient_parameters,
     inverse_deviation,
     mean_of,
+    mean_square,
     merge,
     power_of_two,
     running,
@@ -82,43 +87,8 @@ ROW_BUFFERS = ROWS * ROOM
 TABLES_ROOM = TABLES * ROOM
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
+LINE = 1 << 12  # elements of a table that are set together
 LARGEST = float(np.finfo(np.float64).max)
-CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
-
-
-@loop
-def parameter(where, index, missing):
-    """Return element `index` of a parameter, of whatever type, or `missing`."""
-    if where.address == 0:
-        return missing
-    at = where.address + index * where.stride
-    if where.code == CODE64:
-        return number(pointer(at, np.float64), 0)
-    if where.code == CODE32:
-        return np.float64(number(pointer(at, np.float32), 0))
-    return half_parameter(at, where.code)
-
-
-@loop
-def half_parameter(at, code):
-    """Return a parameter of 16 bits."""
-    out_of_line()
-    if code == CODE16:
-        return np.float64(number(pointer(at, float16()), 0))
-    return np.float64(number(pointer(at, bfloat16()), 0))
-
-
-@loop
-def set_parameter(where, index, value):
-    at = where.address + index * where.stride
-    if where.code == CODE64:
-        set_number(pointer(at, np.float64), 0, value)
-    elif where.code == CODE32:
-        set_number(pointer(at, np.float32), 0, value)
-    elif where.code == CODE16:
-        set_number(pointer(at, float16()), 0, value)
-    else:
-        set_number(pointer(at, bfloat16()), 0, value)
 
 
 @loop
@@ -133,6 +103,20 @@ def group_of(call, number):
     """Return the first channel of a group, and how many it has."""
     channel = number * call.group
     return channel, min(call.group, call.channels - channel)
+
+
+@loop
+def set_at(call, task):
+    """Return the first channel of a task of a resident kernel, and that after its last."""
+    channel = task * call.tiles * call.group
+    return channel, min(call.channels, channel + call.tiles * call.group)
+
+
+@loop
+def tile_before(call, task, part, number, tables, real):
+    """Return a part of what the task before took statistics of, ready to be written."""
+    channel, group = group_of(call, (task - 1) * call.tiles + part)
+    return tile_of(call, channel, group, number, tables, real)
 
 
 @loop
@@ -277,7 +261,7 @@ def pool_chunks(call, first, last):
     The mean goes to its place among the statistics and so does the variance; the mean's low part
     goes to invstd's for the time being.
     """
-    stats = pointer(call.stats, np.float64)
+    stats = pointer(call.channel_stats, np.float64)
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
         mean = splat(0.0)
@@ -311,6 +295,32 @@ def pool_chunks(call, first, last):
 
 
 @loop
+def pool_sets(call, first, last):
+    """Merge the statistics of the channels of the sets first … last - 1, in their order."""
+    out_of_line()
+    channels = pointer(call.channel_stats, np.float64)
+    stats = pointer(call.stats, np.float64)
+    sets = call.channels // call.pool
+    each = float(call.outer * call.inner)
+    for s in range(first, last):
+        mean = rest = m2 = count = 0.0
+        for c in range(s * call.pool, (s + 1) * call.pool):
+            its_mean, its_var, its_rest = (
+                channels[c],
+                channels[call.channels + c],
+                channels[2 * call.channels + c],
+            )
+            if count == 0.0:
+                mean, rest, m2 = its_mean, its_rest, its_var * each
+            else:
+                mean, rest, m2 = merge(count, mean, rest, m2, each, its_mean, its_rest, its_var * each)
+            count += each
+        stats[s] = mean
+        stats[sets + s] = variance(m2, count)
+        stats[2 * sets + s] = rest
+
+
+@loop
 def set_tables(call, c, what, known, stored):
     """Set what channel c is written with, as what(call, tables, c, known, real) has it."""
     what(call, pointer(call.tables, wide(stored)), c, known, wide(stored))
@@ -326,26 +336,35 @@ def quieted(value, real):
 @loop
 def for_normalize(call, tables, c, known, real):
     """What `normalize` needs of channel c."""
-    mean, rest, invstd = known
+    mean, rest, invstd, weight, bias = known
     pad = call.room
-    scale = parameter(call.weight, c, 1.0) * invstd
+    scale = weight * invstd
     rounded = quieted(mean, real)
     lost = (mean - np.float64(rounded)) + rest
     tables[c] = rounded
     tables[pad + c] = quieted(scale, real)
-    tables[2 * pad + c] = quieted(shift_of(parameter(call.bias, c, 0.0), lost, scale), real)
+    tables[2 * pad + c] = quieted(shift_of(bias, lost, scale), real)
 
 
 @loop
 def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
     pool_chunks(call, first, last)
+    if call.pool > 1:
+        pool_sets(call, first // call.pool, last // call.pool)
     stats = pointer(call.stats, np.float64)
-    for c in range(first, last):
-        rest = stats[2 * call.channels + c]
-        invstd = inverse_deviation(stats[call.channels + c], call.eps)
-        stats[2 * call.channels + c] = invstd
-        set_tables(call, c, for_normalize, (stats[c], rest, invstd), stored)
+    sets = call.channels if call.pool == 1 else call.channels // call.pool
+    for s in range(set_of(call, first), set_of(call, last)):
+        if call.centered == 0:
+            stats[sets + s] = mean_square(stats[sets + s], stats[s])
+            stats[s] = 0.0
+            stats[2 * sets + s] = 0.0
+        rest = stats[2 * sets + s]
+        invstd = inverse_deviation(stats[sets + s], call.eps)
+        stats[2 * sets + s] = invstd
+        for c in range(s * call.pool, (s + 1) * call.pool):
+            weight, bias = affine_of(call, c, stored)
+            set_tables(call, c, for_normalize, (stats[s], rest, invstd, weight, bias), stored)
 
 
 @loop
@@ -365,22 +384,26 @@ def update_channels(call):
 
 @kernel
 def forward(first, last, address, stored):
-    """Training forward, resident. Tasks: groups of channels.
+    """Training forward, resident. Tasks: groups of channels, or sets of several.
 
-    While the statistics of a group are taken, the group before is written.
+    While the statistics of one are taken, the one before is written.
     """
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, stored)
-    tile = no_tile(tables)
+    nothing = no_tile(tables)
     for task in range(first, last):
-        channel, group = group_of(call, task)
-        for chunk in range(call.chunks):
-            chunk_stats(call, chunk, channel, group, tile, buffer, stored)
-        finish_channels(call, channel, channel + group, stored)
-        tile = tile_of(call, channel, group, 3, tables, real)
-    write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
+        for part in range(call.tiles):
+            tile = tile_before(call, task, part, 3, tables, real) if task > first else nothing
+            channel, group = group_of(call, task * call.tiles + part)
+            for chunk in range(call.chunks):
+                chunk_stats(call, chunk, channel, group, tile, buffer, stored)
+        begin, end = set_at(call, task)
+        finish_channels(call, begin, end, stored)
+    for part in range(call.tiles):
+        tile = tile_before(call, last, part, 3, tables, real)
+        write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
     if call.updates == 1:
@@ -400,9 +423,10 @@ def collect_stats(first, last, address, stored):
 
 @kernel
 def finish_stats(first, last, address, stored):
-    """Partials into mean, var, invstd and the tables. Tasks: blocks of LANES channels."""
+    """Partials into mean, var, invstd and the tables. Tasks: blocks of LANES sets."""
     call = read(address)
-    finish_channels(call, first * LANES, min(last * LANES, call.channels), stored)
+    block = LANES * call.pool
+    finish_channels(call, first * block, min(last * block, call.channels), stored)
 
 
 @kernel
@@ -411,7 +435,9 @@ def use_running_stats(first, last, address, stored):
     call = read(address)
     for c in range(first * LANES, min(last * LANES, call.channels)):
         invstd = inverse_deviation(parameter(call.var, c, 1.0), call.eps)
-        set_tables(call, c, for_normalize, (parameter(call.mean, c, 0.0), 0.0, invstd), stored)
+        weight, bias = affine_of(call, c, stored)
+        known = parameter(call.mean, c, 0.0), 0.0, invstd, weight, bias
+        set_tables(call, c, for_normalize, known, stored)
 
 
 @kernel
@@ -552,14 +578,15 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     products = scratch(ROOM, np.float64)
     products_lost = scratch(ROOM, np.float64)
     for g in range(group):
-        mean_of_channel[g] = parameter(call.mean, channel + g, 0.0)
+        mean_of_channel[g] = mean_of_row(call, channel + g, stored)
     means = to_columns(call, group, width, mean_of_channel, scratch(ROOM, np.float64))
     begin, end = chunk_rows(call, chunk)
     fill(sums, span, 0.0)
     fill(lost, span, 0.0)
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
-    state = means, (sums, lost), (products, products_lost), call.one, call.ahead
+    numbers = scratch(ROWS, np.float64)
+    state = means, (sums, lost), (products, products_lost), call.one, call.ahead, numbers
     look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
@@ -577,7 +604,7 @@ def pool_gradients(call, first, last):
 
     Σ dy goes to grad_bias's place, Σ dy · (x - mean) to grad_weight's for the time being.
     """
-    stats = pointer(call.stats, np.float64)
+    stats = pointer(call.channel_stats, np.float64)
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
         total = splat(0.0), splat(0.0)
@@ -594,29 +621,40 @@ def pool_gradients(call, first, last):
 
 @loop
 def finish_gradients(call, first, last, stored):
-    """From partials to grad_weight, grad_bias and the tables of grad_x."""
+    """From partials to the gradients of each channel's parameters, and the tables of grad_x."""
     pool_gradients(call, first, last)
-    stats = pointer(call.stats, np.float64)
-    for c in range(first, last):
-        invstd = parameter(call.var, c, 1.0)
-        grad_bias = stats[call.channels + c]
-        grad_weight = stats[c] * invstd
-        stats[c] = grad_weight
-        set_tables(call, c, for_apply, (invstd, grad_weight, grad_bias), stored)
+    gradients = pointer(call.channel_stats, np.float64)
+    count = float(call.outer * call.inner * call.pool)
+    for s in range(set_of(call, first), set_of(call, last)):
+        mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
+        total = 0.0
+        product = 0.0
+        factor = invstd
+        for c in range(s * call.pool, (s + 1) * call.pool):
+            gradients[c] *= invstd
+            weight, _ = affine_of(call, c, stored)
+            if call.pool == 1:
+                factor, product, total = weight * invstd, gradients[c], gradients[call.channels + c]
+            else:
+                product += weight * gradients[c]
+                total += weight * gradients[call.channels + c]
+        if call.centered == 0:
+            total = 0.0
+        for c in range(s * call.pool, (s + 1) * call.pool):
+            weight, _ = affine_of(call, c, stored)
+            known = mean, invstd, weight * invstd, factor, product, total, count
+            set_tables(call, c, for_apply, known, stored)
 
 
 @loop
 def for_apply(call, tables, c, known, real):
     """What `backward_apply` needs of channel c; or, in evaluation, `normalize` of dy."""
-    invstd, grad_weight, grad_bias = known
+    mean, invstd, scale, factor, grad_weight, grad_bias, count = known
     pad = call.room
-    count = float(call.outer * call.inner)
-    mean = parameter(call.mean, c, 0.0)
     rounded = quieted(mean, real)
     lost = mean - np.float64(rounded)
-    scale = parameter(call.weight, c, 1.0) * invstd
     unit = power_of_two(invstd)
-    slope, offset = gradient_parameters(scale, lost, grad_bias, grad_weight, invstd, unit, count)
+    slope, offset = gradient_parameters(factor, lost, grad_bias, grad_weight, invstd, unit, count)
     if call.training == 0:
         # The statistics are constants: grad_x = scale · dy.
         rounded = real(0.0)
@@ -630,19 +668,23 @@ def for_apply(call, tables, c, known, real):
 
 @kernel
 def backward(first, last, address, stored):
-    """Training backward, resident. Tasks: groups of channels, written as in `forward`."""
+    """Training backward, resident. Tasks and writing as in `forward`."""
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = scratch(ROW_BUFFERS, stored)
-    tile = no_tile(tables)
+    nothing = no_tile(tables)
     for task in range(first, last):
-        channel, group = group_of(call, task)
-        for chunk in range(call.chunks):
-            chunk_gradients(call, chunk, channel, group, tile, buffer, stored)
-        finish_gradients(call, channel, channel + group, stored)
-        tile = tile_of(call, channel, group, 5, tables, real)
-    write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
+        for part in range(call.tiles):
+            tile = tile_before(call, task, part, 5, tables, real) if task > first else nothing
+            channel, group = group_of(call, task * call.tiles + part)
+            for chunk in range(call.chunks):
+                chunk_gradients(call, chunk, channel, group, tile, buffer, stored)
+        begin, end = set_at(call, task)
+        finish_gradients(call, begin, end, stored)
+    for part in range(call.tiles):
+        tile = tile_before(call, last, part, 5, tables, real)
+        write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
 
@@ -660,9 +702,40 @@ def backward_reduce(first, last, address, stored):
 
 @kernel
 def finish_backward(first, last, address, stored):
-    """Partials into grad_weight, grad_bias and the tables. Tasks: blocks of LANES channels."""
+    """Partials into grad_weight, grad_bias and the tables. Tasks: blocks of LANES sets."""
     call = read(address)
-    finish_gradients(call, first * LANES, min(last * LANES, call.channels), stored)
+    block = LANES * call.pool
+    finish_gradients(call, first * block, min(last * block, call.channels), stored)
+
+
+@kernel
+def finish_across(first, last, address, stored):
+    """Partials into the gradients of each column's parameters. Tasks: blocks of LANES columns."""
+    call = read(address)
+    pool_gradients(call, first * LANES, min(last * LANES, call.channels))
+
+
+@kernel
+def sum_parameters(first, last, address, stored):
+    """The gradients of parameters that several channels have. Tasks: parameters."""
+    call = read(address)
+    of_channels = pointer(call.channel_stats, np.float64)
+    gradients = pointer(call.stats, np.float64)
+    for row in range(2):
+        for p in range(first, last):
+            total = gradients[row * call.parameters + p] if call.adds == 1 else 0.0
+            lost = 0.0
+            for c in range(p, call.channels, call.parameters):
+                total, more = two_sum(total, of_channels[row * call.channels + c])
+                lost += more
+            gradients[row * call.parameters + p] = total + lost
+
+
+@kernel
+def set_along(first, last, address, stored):
+    """The table of weights and biases, where they go along rows. Tasks: LINE elements of it."""
+    call = read(address)
+    spread_along(call, first * LINE, min(last * LINE, call.along_room), wide(stored))
 
 
 @kernel

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
-from nbbn.cpu.simd import ELEMENTS, LANES
+from nbbn.cpu.simd import ACROSS, ALONG, LANES, stored_as
 from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS, TABLES
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
+from nbbn.problem import BATCH, Form
 
 BLOCK_ELEMENTS = 128 * COLUMNS  # what is summed up before it is added to the rest
 MAX_CHUNKS = 256
@@ -77,8 +78,8 @@ def _piece(inner: int) -> int:
     return _up(-(-inner // least), LANES)
 
 
-def tile(geometry: Geometry, size: int) -> Tiling:
-    """Cut a problem of elements of `size` bytes into rows, blocks and chunks."""
+def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
+    """Cut a problem of elements of `size` bytes into blocks and chunks of rows, each of several steps."""
     channels, inner = geometry.channels, geometry.inner
     outer = int(np.prod(geometry.sizes, dtype=np.int64))
     fold, pieces, width, rows = 1, 1, inner, outer
@@ -87,7 +88,7 @@ def tile(geometry: Geometry, size: int) -> Tiling:
         width = _piece(inner)
         pieces = -(-inner // width)
         rows = outer * pieces
-    elif len(geometry.sizes) == 1 and outer > 1 and channels * inner <= SHARED_COLUMNS // 2:
+    elif folds and len(geometry.sizes) == 1 and outer > 1 and channels * inner <= SHARED_COLUMNS // 2:
         side_by_side = _joined(first, geometry, size) and first.outer[0] == channels * inner * size
         if side_by_side or channels * inner < 4 * LANES:
             fold = min(outer, SHARED_COLUMNS // (channels * inner))
@@ -110,24 +111,53 @@ class Plan:
         Of the arrays' elements.
     threads : int
         How many threads may work on it. Changes the schedule, never the result.
+    form : Form
+        What is normalized together.
+    across : bool
+        Whether this is about the gradients of parameters that go along rows: of columns, the channels here.
     """
 
-    def __init__(self, geometry: Geometry, storage: Storage, threads: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        storage: Storage,
+        threads: int,
+        form: Form = BATCH,
+        across: bool = False,
+    ) -> None:
         size = storage.dtype.itemsize
-        self.element = ELEMENTS[storage.name]
+        self.stored = stored_as(storage.name, ACROSS if across else ALONG if form.along else "")
         self.threads = threads
         self.channels = geometry.channels
-        tiling = tile(geometry, size)
+        self.sets = self.channels // form.pool
+        self.parameters = form.period or self.channels
+        tiling = tile(geometry, size, not across)
         self.count = tiling.outer * geometry.inner
         reads = len(geometry.layouts) - 1
-        self.group, self.resident = self._schedule(geometry, tiling, size * max(1, reads))
+        element = size * max(1, reads)
+        self.group, self.resident = self._schedule(geometry, tiling, element)
+        tiles = 1
+        if form.pool > 1:
+            whole = element * self.count * form.pool
+            self.group, tiles, self.resident = self._pooled(form.pool, whole)
         self.groups = -(-geometry.channels // self.group)
+        self.tasks = -(-self.groups // tiles)
         slab = self._slab(geometry, tiling)
         self.slabs = -(-tiling.rows // slab)
         self.chunks = tiling.chunks
         self.partial_words = PARTIALS * self.channels * tiling.chunks
         room = (self.channels // LANES + 2) * LANES  # of a table: whole lines, a vector more to read beyond
         self.words = self.partial_words + TABLES * (room + (room // 2 if size < 4 else 0)) + LANES
+        # Beside that, what forms other than batch normalization need.
+        self.along_at = self.words
+        self.along_room = 0
+        if form.along:
+            columns = tiling.pieces * tiling.width if self.group == 1 else self.group * geometry.inner
+            self.along_room = _up(columns, LANES) + LANES
+            self.words += 2 * self.along_room + LANES
+        self.channel_stats_at = self.words
+        if form != BATCH or across:
+            self.words += 3 * self.channels
         x, grad_out, out = (
             geometry.layouts[0],
             geometry.layouts[len(geometry.layouts) // 2],
@@ -146,6 +176,7 @@ class Plan:
         # Whether they are gone over in the order of memory, see kernels.normalize_planes.
         self.by_planes = (
             geometry.inner > 1
+            and not form.along
             and (threads == 1 or self.planes >= 8 * threads)
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
@@ -158,6 +189,7 @@ class Plan:
         period = self.channels * (LANES // math.gcd(LANES, self.channels))
         self.by_columns = (
             geometry.inner == 1
+            and not (form.along or across)
             and dims == 1
             and period <= COLUMNS
             and (threads == 1 or tiling.outer >= 8 * threads)
@@ -178,6 +210,10 @@ class Plan:
             tiling.outer,
             self.channels,
             geometry.inner,
+            form.pool,
+            self.parameters,
+            int(form.centered),
+            self.along_room,
             tiling.fold,
             tiling.pieces,
             tiling.width,
@@ -189,6 +225,7 @@ class Plan:
             room,
             self.group,
             self.groups,
+            tiles,
             slab,
             self.slabs,
             self._ahead(geometry, size),
@@ -226,6 +263,14 @@ class Plan:
         if cached >= min(shortest, channels) and -(-channels // cached) >= self.threads:
             return cached, True
         return min(widest, channels), False
+
+    def _pooled(self, pool: int, nbytes: int) -> tuple[int, int, bool]:
+        """Return the same for sets of `pool` channels, of so many bytes; and how many tiles a set has."""
+        if self.group >= pool:
+            return self.group // pool * pool, 1, self.resident
+        tiles = next(tiles for tiles in range(-(-pool // self.group), pool + 1) if pool % tiles == 0)
+        fits = nbytes <= L2_BYTES // 2 or 2 * nbytes * self.threads <= L3_BYTES * 3 // 4
+        return pool // tiles, tiles, self.threads == 1 or (fits and self.sets >= self.threads)
 
     def _ahead(self, geometry: Geometry, size: int) -> int:
         """Return how far ahead memory is asked for; from row to row where rows are short and far apart."""

@@ -11,13 +11,13 @@ from nbbn.compiler import Step, entry, pool
 from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
-from nbbn.cpu.simd import ELEMENTS, LANES
+from nbbn.cpu.simd import LANES, stored_as
 from nbbn.dtypes import Storage
-from nbbn.geometry import canonical
-from nbbn.problem import Problem
+from nbbn.geometry import Geometry, Layout, canonical
+from nbbn.problem import BATCH, Problem
 
-_ARGUMENTS = struct.Struct("4q12q3d2q")  # see nbbn.cpu.call.ARGUMENTS
-_ROOMS = struct.Struct("2q")
+_ARGUMENTS = struct.Struct("5q12q3d3q")  # see nbbn.cpu.call.ARGUMENTS
+_ROOMS = struct.Struct("3q")
 SERIAL_PARTIALS = 1 << 15  # numbers to merge, below which one thread is as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 17  # what a larger one worked in is kept for others up to here
@@ -54,7 +54,7 @@ def compile_for(storage: Storage, operations: Iterable[str]) -> None:
     """Compile all that the operations may run on arrays that are stored so."""
     for operation in operations:
         for name in _KERNELS[operation]:
-            entry(name, ELEMENTS[storage.name])
+            entry(name, stored_as(storage.name))
 
 
 class _Room:
@@ -93,7 +93,16 @@ class _Call:
         """Work in this room from now on."""
         self.room = room
         tables = room.address + 8 * self.plan.partial_words
-        _ROOMS.pack_into(self._buffer, _ARGUMENTS.size, room.address, tables + -tables % 64)
+        along = room.address + 8 * self.plan.along_at
+        _ROOMS.pack_into(
+            self._buffer, _ARGUMENTS.size, room.address, tables + -tables % 64, along + -along % 64
+        )
+
+    @property
+    def channel_stats(self) -> int:
+        """Where statistics of each channel are, where they are not those of a set."""
+        assert self.room is not None
+        return self.room.address + 8 * self.plan.channel_stats_at
 
     def leave(self) -> None:
         """Leave the room to the next call."""
@@ -112,11 +121,11 @@ class _Call:
     ) -> None:
         """Run a kernel over its tasks, on as many threads as the plan is for, and `then` some steps."""
         shares = min(self.plan.threads if threads is None else threads, tasks)
-        pool.run(entry(kernel, self.plan.element), shares, tasks, self._at, *then)
+        pool.run(entry(kernel, self.plan.stored), shares, tasks, self._at, *then)
 
     def step(self, kernel: str) -> Step:
         """Return what runs the only task of a kernel."""
-        return partial(entry(kernel, self.plan.element).run, 0, 1, self._at)
+        return partial(entry(kernel, self.plan.stored).run, 0, 1, self._at)
 
 
 class Run:
@@ -124,9 +133,9 @@ class Run:
 
     def __init__(self, problem: Problem) -> None:
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
-        self.plan = plan = Plan(geometry, problem.storage, problem.threads)
-        self._blocks = -(-plan.channels // LANES)
-        self._groups = plan.groups
+        self.form = form = problem.form
+        self.plan = plan = Plan(geometry, problem.storage, problem.threads, form)
+        self._sets = -(-plan.sets // LANES)  # blocks of them
         self._tiles = plan.chunks * plan.groups
         self._slabs = plan.slabs * plan.groups
         # What writes the result where nothing stays in cache, and over how many tasks.
@@ -140,9 +149,21 @@ class Run:
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
         self._finishers = 1 if few else plan.threads
         # One share alone updates the running statistics itself, after all else.
-        self._alone = int(plan.resident and min(plan.threads, plan.groups) == 1)
+        self._alone = int(plan.resident and min(plan.threads, plan.tasks) == 1)
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
         self._idle: list[_Call] = []
+        self._across: Run | None = None
+        if form.along and len(problem.strides) == 3:
+            self._across = object.__new__(Run)
+            self._across._sum_columns_of(problem)
+
+    def _sum_columns_of(self, problem: Problem) -> None:
+        """Make this what takes the gradients of parameters that go along the rows of a problem."""
+        rows, columns = problem.shape
+        layouts = tuple(Layout(0, (outer,), inner, 0) for outer, inner in problem.strides)
+        geometry = Geometry((rows,), columns, 1, layouts)
+        self.plan = Plan(geometry, problem.storage, problem.threads, across=True)
+        self._idle = []
 
     def _take(self) -> _Call:
         try:
@@ -161,16 +182,16 @@ class Run:
     def _compile(self, *names: str) -> None:
         """Compile all that a call will run before any of it runs: what raises has changed nothing."""
         for name in names:
-            entry(name, self.plan.element)
+            entry(name, self.plan.stored)
 
     def stats(self, x: int, stats: int) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         self._compile(kernels.collect_stats, kernels.finish_stats)
         call = self._take()
         x += self.plan.offset_x
-        call.set(x, 0, 0, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 1, 0)
+        call.set(x, 0, 0, stats, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 1, 0, 0)
         call(kernels.collect_stats, self._tiles)
-        call(kernels.finish_stats, self._blocks, self._finishers)
+        call(kernels.finish_stats, self._sets, self._finishers)
         self._give_back(call)
 
     def forward(
@@ -187,7 +208,7 @@ class Run:
         correction: float,
         then: tuple[Step, ...] = (),
     ) -> None:
-        """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`.
+        """Training: normalize with x's own statistics, which go to float64[3, sets] at `stats`.
 
         Then update the running statistics, those that there are, and take further steps. All that is
         written for the caller is written in one: see nbbn.compiler.in_one.
@@ -198,20 +219,28 @@ class Run:
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
         call = self._take()
+        channel_stats = stats if self.form.pool == 1 else call.channel_stats
         call.set(
-            x, 0, out, stats, *weight, *bias, *mean, *var, eps, momentum, correction, 1, updates and alone
+            x, 0, out, stats, channel_stats, *weight, *bias, *mean, *var, eps, momentum, correction,
+            1, 0, updates and alone,
         )  # fmt: skip
         if updates and not alone:
             then = (call.step(kernels.update_running_stats), *then)
+        if self.form.along:
+            self._compile(kernels.set_along, kernels.forward)
+            self._set_along(call)
         if plan.resident:
-            call(kernels.forward, self._groups, then=then)
+            call(kernels.forward, plan.tasks, then=then)
         else:
             kernel, tasks = self._normalizes_x
             self._compile(kernels.collect_stats, kernels.finish_stats, kernel)
             call(kernels.collect_stats, self._tiles)
-            call(kernels.finish_stats, self._blocks, self._finishers)
+            call(kernels.finish_stats, self._sets, self._finishers)
             call(kernel, tasks, then=then)
         self._give_back(call)
+
+    def _set_along(self, call: _Call) -> None:
+        call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
 
     def evaluate(
         self,
@@ -230,8 +259,8 @@ class Run:
         call = self._take()
         x += plan.offset_x
         out += plan.offset_out
-        call.set(x, 0, out, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, 0, 0)
-        call(kernels.use_running_stats, self._blocks, self._finishers)
+        call.set(x, 0, out, 0, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, 0, 0, 0)
+        call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
         self._give_back(call)
 
@@ -245,26 +274,58 @@ class Run:
         mean: Parameter,
         invstd: Parameter,
         training: bool,
+        adds: bool = False,
     ) -> None:
-        """grad_x, and grad_weight and grad_bias into float64[2, C] at `gradients`."""
+        """grad_x, and the gradients of weight and bias into float64[2, parameters] at `gradients`.
+
+        Those are added to what is there, if it `adds`.
+        """
         plan = self.plan
+        if self._across is not None:
+            # First: grad_x may be written to where x is.
+            self._across._sum_columns(x, grad_out, gradients, mean, invstd, adds)
         x += plan.offset_x
         grad_out += plan.offset_grad_out
         grad_x += plan.offset_out
         call = self._take()
+        direct = self.form == BATCH and not adds
         call.set(
-            x, grad_out, grad_x, gradients, *weight, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, training, 0
+            x, grad_out, grad_x, gradients, gradients if direct else call.channel_stats, *weight, *ABSENT,
+            *mean, *invstd, 0.0, 0.0, 0.0, training, adds, 0,
         )  # fmt: skip
+        if self.form.along:
+            self._set_along(call)
+        elif not direct:
+            self._compile(kernels.sum_parameters)
         if plan.resident and training:
-            call(kernels.backward, self._groups)
-            self._give_back(call)
-            return
-        last, tasks = self._applies if training else self._normalizes
-        self._compile(kernels.backward_reduce, kernels.finish_backward, last)
-        call(kernels.backward_reduce, self._tiles)
-        call(kernels.finish_backward, self._blocks, self._finishers)
-        if not training:
-            call.normalize_grad_out()
-        call(last, tasks)
+            call(kernels.backward, plan.tasks)
+        else:
+            last, tasks = self._applies if training else self._normalizes
+            self._compile(kernels.backward_reduce, kernels.finish_backward, last)
+            call(kernels.backward_reduce, self._tiles)
+            call(kernels.finish_backward, self._sets, self._finishers)
+            if not training:
+                call.normalize_grad_out()
+            call(last, tasks)
+        if not (direct or self.form.along):
+            call(kernels.sum_parameters, plan.parameters, 1)
         if training:
             self._give_back(call)
+
+    def _sum_columns(
+        self, x: int, grad_out: int, gradients: int, mean: Parameter, invstd: Parameter, adds: bool
+    ) -> None:
+        """The gradients of the parameters of each column, where rows have statistics of their own."""
+        plan = self.plan
+        self._compile(kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters)
+        call = self._take()
+        call.set(
+            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, gradients,
+            call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0,
+            1, adds, 0,
+        )  # fmt: skip
+        call(kernels.backward_reduce, plan.chunks * plan.groups)
+        call(kernels.finish_across, -(-plan.channels // LANES))
+        if adds:
+            call(kernels.sum_parameters, plan.parameters, 1)
+        self._give_back(call)

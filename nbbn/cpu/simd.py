@@ -52,6 +52,21 @@ class _HalfModel(models.PrimitiveModel):
         super().__init__(manager, kind, _BITS)
 
 
+class Way(types.NumberClass):
+    """A class of elements, for a kernel whose parameters do not go by channel (`stored_as`)."""
+
+    def __init__(self, element: types.Type, name: str) -> None:
+        self.way = name
+        super().__init__(element)
+        self.name: str = f"class({element}, {name})"
+
+    @property
+    def key(self):  # noqa: D102
+        return self.instance_type, self.way
+
+
+register_model(Way)(models.OpaqueModel)
+
 _BITS = ir.IntType(16)
 _WORD = ir.IntType(32)
 _LLVM = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
@@ -66,6 +81,23 @@ ELEMENTS: dict[str, types.Type] = {
     "float16": _FLOAT16,
     "bfloat16": _BFLOAT16,
 }
+
+
+ALONG = "along"
+"""A parameter for each element of a channel: each row of the array has all of them."""
+ACROSS = "across"
+"""The gradients of such: of each column, and each row was normalized with numbers of its own."""
+
+
+def stored_as(name: str, way: str = "") -> types.Type:
+    """Return what a kernel is compiled for: a storage type, and which way its parameters go."""
+    element = ELEMENTS[name]
+    return Way(element, way) if way else types.NumberClass(element)
+
+
+def way_of(stored: types.Type) -> str:
+    """Return which way the parameters of a kernel go: "" by channel, ALONG or ACROSS."""
+    return getattr(stored, "way", "")
 
 
 def _real(element):

@@ -11,6 +11,18 @@ import numpy as np
 from numba.core import types
 
 from nbbn.compiler import by_type, fma, loop, out_of_line, variant
+from nbbn.cpu.parameters import (
+    NOTED,
+    ROWS,
+    beside,
+    deviation,
+    finished,
+    note_beside,
+    precisely_finished,
+    precisely_scaled,
+    scaled,
+    weighted,
+)
 from nbbn.cpu.simd import (
     LANES,
     STREAM_BYTES,
@@ -54,7 +66,6 @@ from nbbn.formulas import (
 COLUMNS = 1024  # a row is at most this long
 SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
-ROWS = 16  # of all operands, that are read at a time at most
 TABLES = 5  # what a column of grad_x is computed with; of out, three of them
 FLOAT32_BYTES = 4
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
@@ -313,10 +324,10 @@ def plus_product(total, lost, a, b, real):
 
 
 @loop
-def multiply(dy, x, mean, total, rest, product, product_rest, one, real):
-    """Return the sums with dy and dy · (x - mean) added."""
+def multiply(dy, off, total, rest, product, product_rest, one, real):
+    """Return the sums with dy and dy · off added, off being x - mean."""
     total, rest = plus(total, rest, dy, one, real)
-    product, product_rest = plus_product(product, product_rest, widen(dy), widen(x) - mean, real)
+    product, product_rest = plus_product(product, product_rest, widen(dy), off, real)
     return total, rest, product, product_rest
 
 
@@ -326,7 +337,7 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
 
     The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
     """
-    means, sums, products, one, ahead = state
+    means, sums, products, one, ahead, numbers = state
     real = wide(stored)
     both = plain(exact(real))
     c = base + (first & mask)
@@ -349,13 +360,15 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
                 if size_of(row[0]) > 2:
                     prefetch(row[0], j + LANES, ahead)
                     prefetch(row[1], j + LANES, ahead)
-                here = multiply(
-                    load(row[0], j), load(row[1], j), mean, here[0], here[1], here[2], here[3], one, real
-                )
-                dy, x = load(row[0], j + LANES), load(row[1], j + LANES)
+                dy = weighted(rows, k, j, load(row[0], j), stored)
+                off = deviation(load(row[1], j), mean, numbers, k, stored)
+                here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
+                dy = weighted(rows, k, j + LANES, load(row[0], j + LANES), stored)
+                x = load(row[1], j + LANES)
             else:
-                dy, x = some(row[0], j, last), some(row[1], j, last)
-            here = multiply(dy, x, mean, here[0], here[1], here[2], here[3], one, real)
+                dy, x = weighted(rows, k, j, some(row[0], j, last), stored), some(row[1], j, last)
+            off = deviation(x, mean, numbers, k, stored)
+            here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
         total, rest, product, product_rest = here
         if j + LANES > last:
             product = keep_first(product, last - j)
@@ -456,7 +469,7 @@ def normalized_columns(row, j, end, numbers):
     """The normalized columns j … of a row of x, which has `end`, and what they are in doubt below."""
     mean, scale, shift = numbers
     prefetch(row[1], j, AHEAD)
-    return normalized(some(row[1], j, end), mean, scale, shift), normalized_doubt(shift)
+    return finished(row, j, normalized(some(row[1], j, end), mean, scale, shift), normalized_doubt(shift))
 
 
 @loop
@@ -473,7 +486,8 @@ def gradient_columns(row, j, end, numbers):
     prefetch(row[0], j, AHEAD)
     prefetch(row[1], j, AHEAD)
     x = some(row[1], j, end)
-    grad_x = gradient(some(row[0], j, end), x, mean, unit, scale, slope, offset)
+    dy = scaled(row, j, some(row[0], j, end))
+    grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
     return grad_x, gradient_doubt(x, mean, unit, slope, offset)
 
 
@@ -508,7 +522,8 @@ def precise_normalized(call, place, row, j, doubtful, out):
         doubtful &= doubtful - 1
         c = channel + (j + k) // width % group
         x = np.float64(number(row[1], j + k))
-        set_number(results, k, normalized(x, tables[c], tables[c + room], tables[c + 2 * room]))
+        result = normalized(x, tables[c], tables[c + room], tables[c + 2 * room])
+        set_number(results, k, precisely_finished(call, row, j + k, result))
     return load(results, 0)
 
 
@@ -525,6 +540,7 @@ def precise_gradient(call, place, row, j, doubtful, grad_x):
         doubtful &= doubtful - 1
         c = channel + (j + k) // width % group
         dy, x = np.float64(number(row[0], j + k)), np.float64(number(row[1], j + k))
+        dy = precisely_scaled(call, row, j + k, dy)
         mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
         offset, unit = tables[c + 3 * room], tables[c + 4 * room]
         set_number(results, k, gradient(dy, x, mean, unit, scale, slope, offset))
@@ -697,7 +713,8 @@ def _write_rows(name, reads, write_part):
             out = after(buffer, 2 * ROOM)
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
-            write_part(call, out, (dy, x), plain(0), count, count, streaming, tile)
+            read = (dy, x) + beside(call, row, stored)
+            write_part(call, out, read, plain(0), count, count, streaming, tile)
             if not direct:
                 scatter(call, step, piece, channel, group, out, stored)
 
@@ -746,7 +763,7 @@ def _down(name, reads, look, write_part, write_rows):
         A few columns of some rows of the one, then of the other: so memory is read and written at
         once, as a copy does.
         """
-        rows = scratch(ROWS, np.int64)
+        rows = scratch(NOTED, np.int64)
         outs = scratch(ROWS, np.int64)
         widths = scratch(ROWS, np.int64)
         writing = tile[1] > 0
@@ -785,6 +802,7 @@ def _down(name, reads, look, write_part, write_rows):
                         call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
                     )
                     rows[reads * k] = address(dy)
+                    note_beside(call, rows, state[-1], reads * k, row + k * pitch, stored)
                 if direct:
                     outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
                     if call.stream == 1:
@@ -810,7 +828,8 @@ def _down(name, reads, look, write_part, write_rows):
                     x = pointer(rows[reads * k + reads - 1] + to_x, stored)
                     dy = pointer(rows[reads * k] + to_dy, stored)
                     count = widths[k] * tile[1]
-                    write_part(call, out, (dy, x), start, stop, count, call.stream == 1, tile)
+                    read = (dy, x) + beside(call, row + k * pitch, stored)
+                    write_part(call, out, read, start, stop, count, call.stream == 1, tile)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
                 write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, stored)

@@ -163,6 +163,7 @@ class Run:
         mean: Where,
         invstd: Where,
         training: bool,
+        adds: bool = False,
         stream: int = 0,
     ) -> None:
         """grad_x, and grad_weight and grad_bias into float64[2, C] at `gradients`."""

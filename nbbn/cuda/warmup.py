@@ -73,4 +73,4 @@ def _run(
         run(2).evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5, 0)
     if "backward" in operations:
         for training in (True, False):
-            run(3).backward(x, x, x, stats, ABSENT, some, some, training, 0)
+            run(3).backward(x, x, x, stats, ABSENT, some, some, training, False, 0)

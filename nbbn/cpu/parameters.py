@@ -1,0 +1,246 @@
+"""Which weight and bias, and which statistics, the kernels use for what: see `nbbn.problem.Form`.
+
+Parameters go by channel, or along the elements of a channel. In the second case a row is read beside the
+weights and biases of its columns, from a table in the type that is computed with.
+"""
+
+import numpy as np
+
+from nbbn.compiler import by_type, loop, out_of_line
+from nbbn.cpu.simd import (
+    ACROSS,
+    ALONG,
+    address,
+    after,
+    bfloat16,
+    float16,
+    load,
+    number,
+    pointer,
+    set_number,
+    size_of,
+    way_of,
+    wide,
+    widen,
+)
+from nbbn.dtypes import FLOAT16, FLOAT32, FLOAT64
+from nbbn.formulas import affine, affine_doubt
+
+CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
+ROWS = 16  # of all operands, that are read at a time at most;
+NOTED = 2 * ROWS  # after their addresses come notes of what they are read beside
+
+
+@loop
+def parameter(where, index, missing):
+    """Return element `index` of a parameter, of whatever type, or `missing`."""
+    if where.address == 0:
+        return missing
+    at = where.address + index * where.stride
+    if where.code == CODE64:
+        return number(pointer(at, np.float64), 0)
+    if where.code == CODE32:
+        return np.float64(number(pointer(at, np.float32), 0))
+    return half_parameter(at, where.code)
+
+
+@loop
+def half_parameter(at, code):
+    """Return a parameter of 16 bits."""
+    out_of_line()
+    if code == CODE16:
+        return np.float64(number(pointer(at, float16()), 0))
+    return np.float64(number(pointer(at, bfloat16()), 0))
+
+
+@loop
+def set_parameter(where, index, value):
+    at = where.address + index * where.stride
+    if where.code == CODE64:
+        set_number(pointer(at, np.float64), 0, value)
+    elif where.code == CODE32:
+        set_number(pointer(at, np.float32), 0, value)
+    elif where.code == CODE16:
+        set_number(pointer(at, float16()), 0, value)
+    else:
+        set_number(pointer(at, bfloat16()), 0, value)
+
+
+# --- by channel --------------------------------------------------------------------------------------
+
+
+@loop
+def set_of(call, channel):
+    """Return which set of statistics a channel belongs to."""
+    return channel if call.pool == 1 else channel // call.pool
+
+
+@loop
+def index_of(call, channel):
+    """Return which parameters a channel has."""
+    return channel if channel < call.parameters else channel % call.parameters
+
+
+def affine_of(call, channel, stored):
+    """Return weight and bias of a channel; where they go along its elements, it is not scaled as a whole."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(affine_of)
+def _affine_of(call, channel, stored):
+    def of_channel(call, channel, stored):
+        index = index_of(call, channel)
+        return parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0)
+
+    return (lambda call, channel, stored: (1.0, 0.0)) if way_of(stored) else of_channel
+
+
+def mean_of_row(call, channel, stored):
+    """Return what is subtracted from x of a channel, for the gradients of its parameters."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(mean_of_row)
+def _mean_of_row(call, channel, stored):
+    if way_of(stored) == ACROSS:
+        return lambda call, channel, stored: 0.0
+    return lambda call, channel, stored: parameter(call.mean, set_of(call, channel), 0.0)
+
+
+# --- along the elements of a channel -----------------------------------------------------------------
+
+
+def beside(call, row, stored):
+    """Return what a row is read beside: nothing, or the weights and the biases of its columns."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(beside)
+def _beside(call, row, stored):
+    def columns(call, row, stored):
+        first = row % call.pieces * call.width
+        weights = after(pointer(call.along, wide(stored)), first)
+        return weights, after(weights, call.along_room)
+
+    return columns if way_of(stored) == ALONG else (lambda call, row, stored: ())
+
+
+def note_beside(call, rows, numbers, k, row, stored):
+    """Note for the sums of a backward pass what row k of those that are read at once is read beside.
+
+    That is where its weights are, or the mean and the inverse deviation that it was normalized with.
+    """
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(note_beside)
+def _note_beside(call, rows, numbers, k, row, stored):
+    def weights(call, rows, numbers, k, row, stored):
+        rows[ROWS + k] = address(beside(call, row, stored)[0])
+
+    def statistics(call, rows, numbers, k, row, stored):
+        numbers[k] = parameter(call.mean, row, 0.0)
+        numbers[k + 1] = parameter(call.var, row, 1.0)
+
+    def nothing(call, rows, numbers, k, row, stored):
+        pass
+
+    return {ALONG: weights, ACROSS: statistics}.get(way_of(stored), nothing)
+
+
+def weighted(rows, k, j, grad_out, stored):
+    """Return grad_out at column j of row k times the weights there, if there are any beside it."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(weighted)
+def _weighted(rows, k, j, grad_out, stored):
+    def by_weight(rows, k, j, grad_out, stored):
+        return grad_out * load(pointer(rows[ROWS + k], wide(stored)), j)
+
+    return by_weight if way_of(stored) == ALONG else (lambda rows, k, j, grad_out, stored: grad_out)
+
+
+def deviation(x, mean, numbers, k, stored):
+    """Return what grad_out at row k is multiplied with: x - mean; or that over the row's own deviation."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(deviation)
+def _deviation(x, mean, numbers, k, stored):
+    def by_row(x, mean, numbers, k, stored):
+        return (widen(x) - numbers[k]) * numbers[k + 1]
+
+    return by_row if way_of(stored) == ACROSS else (lambda x, mean, numbers, k, stored: widen(x) - mean)
+
+
+def finished(row, j, out, doubt):
+    """Return the result of columns j … of a row, and what it is in doubt below, from those before weights."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(finished)
+def _finished(row, j, out, doubt):
+    def with_affine(row, j, out, doubt):
+        weight, bias = load(row[2], j), load(row[3], j)
+        return affine(out, weight, bias), affine_doubt(doubt, weight, bias)
+
+    return with_affine if len(row) > 2 else (lambda row, j, out, doubt: (out, doubt))
+
+
+def scaled(row, j, grad_out):
+    """Return grad_out of columns j … of a row times the weights beside it."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(scaled)
+def _scaled(row, j, grad_out):
+    return (
+        (lambda row, j, grad_out: grad_out * load(row[2], j))
+        if len(row) > 2
+        else (lambda row, j, grad_out: grad_out)
+    )
+
+
+def precisely_finished(call, row, j, out):
+    """Return the result of column j of a row from that before weights, with those that were given."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(precisely_finished)
+def _precisely_finished(call, row, j, out):
+    def with_affine(call, row, j, out):
+        index = column_of(call, row, j)
+        return affine(out, parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0))
+
+    return with_affine if len(row) > 2 else (lambda call, row, j, out: out)
+
+
+def precisely_scaled(call, row, j, grad_out):
+    """Return grad_out of column j of a row times the weight that was given."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(precisely_scaled)
+def _precisely_scaled(call, row, j, grad_out):
+    def by_weight(call, row, j, grad_out):
+        return grad_out * parameter(call.weight, column_of(call, row, j), 1.0)
+
+    return by_weight if len(row) > 2 else (lambda call, row, j, grad_out: grad_out)
+
+
+@loop
+def column_of(call, row, j):
+    """Return which element of its channel column j of a row is."""
+    return ((address(row[2]) - call.along) // size_of(row[2]) + j) % call.inner
+
+
+@loop
+def spread_along(call, first, last, real):
+    """Set the elements first … last - 1 of the table of weights and biases; it begins again after a row."""
+    weights = pointer(call.along, real)
+    i = first % call.inner
+    for j in range(first, last):
+        weights[j] = real(parameter(call.weight, i, 1.0))
+        weights[call.along_room + j] = real(parameter(call.bias, i, 0.0))
+        i = 0 if i + 1 == call.inner else i + 1
