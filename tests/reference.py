@@ -276,3 +276,174 @@ def running_tolerance(old, new, momentum, expected, dtype, new_tolerance):
     parts = (1 - momentum) * np.abs(old) + momentum * np.abs(new.hi)
     rounding = float(finfo(dtype).eps) / 2 * np.abs(expected.hi)
     return rounding + 4 * unit(STATISTICS) * parts + momentum * new_tolerance
+
+
+# --- the other normalizations ------------------------------------------------------------------------
+#
+# The same mathematics over other sets of values: a row is one layer, instance or group of a sample, and each
+# value has the weight and the bias of its place in the layer, or of its channel.
+#
+# J. L. Ba et al., "Layer Normalization", arXiv 1607.06450. B. Zhang and R. Sennrich, "Root Mean Square Layer
+# Normalization", arXiv 1910.07467. D. Ulyanov et al., "Instance Normalization", arXiv 1607.08022. Y. Wu and
+# K. He, "Group Normalization", arXiv 1803.08494.
+
+
+@dataclass
+class Rows:
+    """Which values of an array share statistics, and which parameter each of them has."""
+
+    places: np.ndarray  # (R, m): where row r's values are, in the order of the array's indices
+    owners: np.ndarray  # (R, m): which of the parameters they have, in the order of the parameters' indices
+    statistics: tuple[int, ...]  # the shape of a statistic: R numbers
+    parameters: tuple[int, ...]  # the shape of a weight
+
+    def of(self, array):
+        """Return an array's values as (R, m), in its own type."""
+        return np.asarray(array).reshape(-1)[self.places]
+
+    def spread(self, values, default):
+        """Return the parameter of each value, (R, m) in float64; `default` for None."""
+        if values is None:
+            return np.full(self.places.shape, default)
+        return np.asarray(values).astype(np.float64).reshape(-1)[self.owners]
+
+    def gathered(self, terms):
+        """Return Σ of the terms, a Twofold (R, m), of each parameter: (P, 1)."""
+        order = np.argsort(self.owners, axis=None, kind="stable").reshape(math.prod(self.parameters), -1)
+        return Twofold(terms.hi.reshape(-1)[order], terms.lo.reshape(-1)[order]).row_sums()
+
+
+def layers(dims, normalized):
+    """The last `normalized` axes together, for layer norm and RMS norm: a parameter for each place there."""
+    leading, shape = dims[: len(dims) - normalized], dims[len(dims) - normalized :]
+    places = np.arange(math.prod(dims)).reshape(math.prod(leading), math.prod(shape))
+    owners = np.broadcast_to(np.arange(math.prod(shape)), places.shape)
+    return Rows(places, owners, leading, shape)
+
+
+def groups(dims, num_groups, axis=1):
+    """Each sample's channels in so many groups, a parameter a channel; as many groups as channels: instances.
+
+    Samples are along the first other axis than the channels'.
+    """
+    places = np.moveaxis(np.moveaxis(np.arange(math.prod(dims)).reshape(dims), axis, 0), 1, 0)
+    samples, channels, *others = places.shape
+    owners = np.arange(channels).reshape(channels, *[1] * len(others))
+    owners = np.broadcast_to(owners, places.shape)
+    shape = samples * num_groups, channels // num_groups * math.prod(others)
+    return Rows(places.reshape(shape), owners.reshape(shape), (samples, num_groups), (channels,))
+
+
+def forward_rows(of, x, weight=None, bias=None, *, eps=1e-5, centered=True):
+    """As `forward`, with the statistics of each row; not centered: mean = 0 and var = Σ x² / m."""
+    values = of.of(x)
+    count, mean, var = statistics(values, axis=0)
+    sizes = np.abs(values.astype(np.float64))
+    if not centered:
+        mean, sizes = Twofold(np.zeros(mean.shape)), np.zeros_like(sizes)
+        var = (Twofold(values) * Twofold(values)).row_sums() / count
+    weight, bias = of.spread(weight, 1.0), of.spread(bias, 0.0)
+    invstd = 1.0 / (var + eps).sqrt()
+    x_hat = (values - mean) * invstd
+    expected = Forward(
+        count,
+        sizes.mean(axis=1, keepdims=True),
+        mean,
+        var,
+        eps,
+        invstd,
+        x_hat,
+        weight,
+        bias,
+        x_hat * weight + bias,
+    )
+    if values.dtype != np.float64:
+        expected.largest = sizes.max(axis=1, keepdims=True)
+    return expected
+
+
+@dataclass
+class BackwardRows:
+    """The result of `backward_rows`, with what the tolerances need. P: parameters, k: values of each."""
+
+    count: int  # m
+    shared: int  # k
+    x: Twofold  # (R, m): the gradient of x
+    weight: Twofold  # (P, 1)
+    bias: Twofold  # (P, 1)
+    sums: tuple[np.ndarray, np.ndarray]  # (R, 1): |Σ g| and |Σ g · x_hat|, the first 0 if not centered
+    sizes: tuple[np.ndarray, np.ndarray]  # (R, 1): Σ|g| and Σ|g · x_hat|
+    scales: tuple[np.ndarray, np.ndarray]  # (P, 1): Σ|dy · x_hat| and Σ|dy|
+    invstd: np.ndarray  # (R, 1)
+    slope: np.ndarray  # (R, m): |g|, with g = dy · weight
+    x_hat: np.ndarray  # (R, m): |x_hat|
+
+
+def backward_rows(of, grad_out, x, weight=None, *, mean=None, invstd, centered=True):
+    """The gradients of Σ grad_out · out with respect to x, weight and bias, with g = dy · weight.
+
+    grad_bias = Σ dy                  grad_weight = Σ dy · x_hat       over the values that have the parameter
+    grad_x = invstd · (g - Σ g / m - x_hat · Σ g · x_hat / m)          over the row; not centered: no Σ g
+    """
+    dy, gamma = Twofold(of.of(grad_out)), of.spread(weight, 1.0)
+    count = of.places.shape[1]
+    zeros = np.zeros((len(of.places), 1))
+    mean = Twofold(zeros) if mean is None else mean
+    mean, invstd = (
+        v if isinstance(v, Twofold) else Twofold(np.asarray(v).astype(np.float64).reshape(-1, 1))
+        for v in (mean, invstd)
+    )
+    x_hat = (of.of(x) - mean) * invstd
+    g = dy * gamma
+    sum_g = g.row_sums() if centered else Twofold(zeros)
+    products = g * x_hat
+    sum_products = products.row_sums()
+    terms = dy * x_hat
+
+    def sizes(a):
+        return np.abs(a.hi).sum(axis=1, keepdims=True)
+
+    return BackwardRows(
+        count,
+        x_hat.hi.size // max(math.prod(of.parameters), 1),
+        x=(g - sum_g / count - x_hat * (sum_products / count)) * invstd,
+        weight=of.gathered(terms),
+        bias=of.gathered(dy),
+        sums=(np.abs(sum_g.hi), np.abs(sum_products.hi)),
+        sizes=(sizes(g) * centered, sizes(products)),
+        scales=(of.gathered(abs(terms)).hi, of.gathered(abs(dy)).hi),
+        invstd=np.abs(invstd.hi),
+        slope=np.abs(g.hi),
+        x_hat=np.abs(x_hat.hi),
+    )
+
+
+def parameter_tolerance(expected, scale, dtype):
+    """c u Σ|dy · x_hat| for a weight, c u Σ|dy| for a bias: their `scale`, of as many terms as share one"""
+    return depth(expected.shared) * unit(dtype) * scale
+
+
+def rows_tolerance(expected, dtype):
+    """8 u / s · (|g| + |Σ g|/m + |x_hat · Σ g · x_hat|/m)
+
+    And u_stat / s · (Σ|g| + 2 |x_hat| Σ|g · x_hat|)/m: in every term of the sums dy · weight is rounded once
+    to float64, and x - mean is in the second, and the terms may cancel. Half precision: `ulp_tolerance`, this
+    with float64's u, and c u_stat of those sums of absolute values, which are plain sums in float64.
+    """
+    (sum_g, sum_products), (size_g, size_products) = expected.sums, expected.sizes
+    x_hat, m, u = expected.x_hat, expected.count, unit(np.float64 if is_half(dtype) else dtype)
+    bound = 8 * u * (expected.slope + sum_g / m + x_hat * sum_products / m)
+    lost = unit(STATISTICS) * (size_g + 2 * x_hat * size_products) / m
+    if is_half(dtype):
+        return ulp_tolerance(expected.x, dtype) + expected.invstd * (bound + depth(m) * lost)
+    return expected.invstd * (bound + lost)
+
+
+def of_instances(values, tolerance, of):
+    """Return Σ over samples / N of what each instance has, (C, 1), and of how far it may be off."""
+    samples, channels = of.statistics
+    hi, lo, tolerance = (
+        np.broadcast_to(v, (samples * channels, 1)).reshape(samples, channels).T
+        for v in (values.hi, values.lo, tolerance)
+    )
+    return Twofold(hi, lo).row_sums() / samples, tolerance.mean(axis=1, keepdims=True)
