@@ -215,6 +215,21 @@ def out_of_line(typingctx):
     return types.void(), codegen
 
 
+@intrinsic
+def in_line(typingctx):
+    """As the first statement of a helper that is given a function: inline it, whatever it costs.
+
+    What is called and not inlined is passed the address of the function's object, and a kernel with an
+    address of this process in it is not cached.
+    """
+
+    def codegen(context, builder, signature, args):
+        builder.function.attributes.add("alwaysinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 @functools.cache
 def interpreted(function: Any) -> Callable[..., Any]:
     """Return a formula as a plain Python function, of numbers or of whole arrays."""

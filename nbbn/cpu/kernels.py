@@ -8,7 +8,7 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 
 import numpy as np
 
-from nbbn.compiler import kernel, loop, out_of_line
+from nbbn.compiler import in_line, kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.parameters import (
     ROWS,
@@ -323,6 +323,7 @@ def pool_sets(call, first, last):
 @loop
 def set_tables(call, c, what, known, stored):
     """Set what channel c is written with, as what(call, tables, c, known, real) has it."""
+    in_line()
     what(call, pointer(call.tables, wide(stored)), c, known, wide(stored))
     set_precise_tables(call, c, what, known, stored)
 

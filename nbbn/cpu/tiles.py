@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba.core import types
 
-from nbbn.compiler import by_type, fma, loop, out_of_line, variant
+from nbbn.compiler import by_type, fma, in_line, loop, out_of_line, variant
 from nbbn.cpu.parameters import (
     NOTED,
     ROWS,
@@ -506,7 +506,12 @@ def set_precise_tables(call, c, what, known, stored):
 def _set_precise_tables(call, c, what, known, stored):
     if not isinstance(stored.dtype, Half):
         return lambda call, c, what, known, stored: None
-    return lambda call, c, what, known, stored: what(call, precise_tables(call), c, known, np.float64)
+
+    def set_them(call, c, what, known, stored):
+        in_line()
+        what(call, precise_tables(call), c, known, np.float64)
+
+    return set_them
 
 
 @loop
