@@ -156,7 +156,8 @@ def weighted(rows, k, j, grad_out, stored):
 @by_type(weighted)
 def _weighted(rows, k, j, grad_out, stored):
     def by_weight(rows, k, j, grad_out, stored):
-        return grad_out * load(pointer(rows[ROWS + k], wide(stored)), j)
+        # In float64, for the sums: where they cancel, a product rounded to float32 would be all that is left.
+        return widen(grad_out) * widen(load(pointer(rows[ROWS + k], wide(stored)), j))
 
     return by_weight if way_of(stored) == ALONG else (lambda rows, k, j, grad_out, stored: grad_out)
 
