@@ -21,7 +21,7 @@ from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dispatch import find
 from nbbn.dtypes import STATISTICS, storage_of
-from nbbn.frameworks import HOST, Array, Place, place
+from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.functional import evaluate, runner, threads_for
 from nbbn.geometry import Strides
 from nbbn.problem import Form
@@ -1032,8 +1032,14 @@ def instance_norm(
     array([[[-1.,  1.],
             [-1.,  1.]]])
     """
-    momentum = arrays.number("momentum", momentum, 0.0, 1.0)
-    if not arrays.flag("use_input_stats", use_input_stats):
+    if arrays.flag("use_input_stats", use_input_stats) and momentum is None:
+        raise ValueError(
+            "momentum must be a number in [0, 1], got None: a cumulative average needs the count "
+            "of batches that nbbn.InstanceNorm keeps"
+        )
+    if momentum is not None:
+        momentum = arrays.number("momentum", momentum, 0.0, 1.0)
+    if not use_input_stats:
         return evaluate(x, running_mean, running_var, weight, bias, eps, axis, out)[0]
     return normalize_instances(x, running_mean, running_var, weight, bias, momentum, eps, axis, out)[0]
 
@@ -1056,7 +1062,7 @@ def normalize_instances(
     """
     update = None
     if running_mean is not None or running_var is not None:
-        update = _checked_running(x, running_mean, running_var, weight, bias, axis, out)
+        update = _checked_running(x, running_mean, running_var, weight, bias, axis, out, features)
     result = normalize_channels(x, None, weight, bias, eps, axis, out, features)
     _, stats, count, here = result
     if update is not None and count and momentum != 0.0:
@@ -1065,10 +1071,17 @@ def normalize_instances(
 
 
 def _checked_running(
-    x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, axis: Any, out: Any
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any,
+    bias: Any,
+    axis: Any,
+    out: Any,
+    features: int | None,
 ) -> tuple[Parameter, Parameter, list[Any]]:
     """Check running statistics that will be updated, and return how to find them, and what holds them."""
-    _, (view, mean, var, gamma, beta, result) = place(
+    here, (view, mean, var, gamma, beta, result) = place(
         x,
         {
             "running_mean": running_mean,
@@ -1080,14 +1093,18 @@ def _checked_running(
         written=("running_mean", "running_var", "out"),
     )
     view = arrays.checked("x", view)
-    channels = view.shape[arrays.channel_axis(view, axis)]
+    channels = view.shape[_grouped(view, None, axis, features)[0]]
     found = [
         arrays.parameter(name, value, channels, view, updated=True)
         for name, value in (("running_mean", mean), ("running_var", var))
     ]
     if mean is not None and var is not None and arrays.overlap(mean, var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
-    arrays.apart({"running_mean": mean, "running_var": var}, x=view, weight=gamma, bias=beta, out=result)
+    for name, value in (("running_mean", mean), ("running_var", var)):
+        if value is not None and result is not None and arrays.overlap(result, value):
+            raise ValueError(f"out must not overlap {name}, unless it is x itself")
+    if here.device != CPU:
+        arrays.apart({"running_mean": mean, "running_var": var}, x=view, weight=gamma, bias=beta)
     return found[0], found[1], [mean, var]
 
 
