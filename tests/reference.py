@@ -330,7 +330,7 @@ def groups(dims, num_groups, axis=1):
     samples, channels, *others = places.shape
     owners = np.arange(channels).reshape(channels, *[1] * len(others))
     owners = np.broadcast_to(owners, places.shape)
-    shape = samples * num_groups, channels // num_groups * math.prod(others)
+    shape = samples * num_groups, channels // max(num_groups, 1) * math.prod(others)
     return Rows(places.reshape(shape), owners.reshape(shape), (samples, num_groups), (channels,))
 
 

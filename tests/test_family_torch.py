@@ -387,12 +387,12 @@ def test_errors_of_modules():
     both_raise(
         lambda: torch.nn.InstanceNorm1d(5, affine=True)(torch.from_numpy(ONES)),
         lambda: nbbn.InstanceNorm(5, affine=True)(ONES),
-        "num_features|weight",
+        r"\bx\b|num_features|weight",
     )
     both_raise(
         lambda: torch.nn.GroupNorm(2, 8)(torch.from_numpy(ONES)),
         lambda: nbbn.GroupNorm(2, 8)(ONES),
-        "num_channels|weight",
+        r"\bx\b|num_channels|weight",
     )
 
 
