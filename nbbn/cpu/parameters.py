@@ -189,18 +189,17 @@ def _finished(row, j, out, doubt):
     return with_affine if len(row) > 2 else (lambda row, j, out, doubt: (out, doubt))
 
 
-def scaled(row, j, grad_out):
-    """Return grad_out of columns j … of a row times the weights beside it."""
+def scaled(row, j, scale):
+    """Return what grad_out is scaled with in columns j … of a row: times the weights beside it.
+
+    Not grad_out times a weight, which may be more than there is where the product of all three is not.
+    """
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(scaled)
-def _scaled(row, j, grad_out):
-    return (
-        (lambda row, j, grad_out: grad_out * load(row[2], j))
-        if len(row) > 2
-        else (lambda row, j, grad_out: grad_out)
-    )
+def _scaled(row, j, scale):
+    return (lambda row, j, scale: scale * load(row[2], j)) if len(row) > 2 else (lambda row, j, scale: scale)
 
 
 def precisely_finished(call, row, j, out):
@@ -217,17 +216,17 @@ def _precisely_finished(call, row, j, out):
     return with_affine if len(row) > 2 else (lambda call, row, j, out: out)
 
 
-def precisely_scaled(call, row, j, grad_out):
-    """Return grad_out of column j of a row times the weight that was given."""
+def precisely_scaled(call, row, j, scale):
+    """Return what grad_out is scaled with in column j of a row: times the weight that was given."""
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(precisely_scaled)
-def _precisely_scaled(call, row, j, grad_out):
-    def by_weight(call, row, j, grad_out):
-        return grad_out * parameter(call.weight, column_of(call, row, j), 1.0)
+def _precisely_scaled(call, row, j, scale):
+    def by_weight(call, row, j, scale):
+        return scale * parameter(call.weight, column_of(call, row, j), 1.0)
 
-    return by_weight if len(row) > 2 else (lambda call, row, j, grad_out: grad_out)
+    return by_weight if len(row) > 2 else (lambda call, row, j, scale: scale)
 
 
 @loop

@@ -486,7 +486,7 @@ def gradient_columns(row, j, end, numbers):
     prefetch(row[0], j, AHEAD)
     prefetch(row[1], j, AHEAD)
     x = some(row[1], j, end)
-    dy = scaled(row, j, some(row[0], j, end))
+    dy, scale = some(row[0], j, end), scaled(row, j, scale)
     grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
     return grad_x, gradient_doubt(x, mean, unit, slope, offset)
 
@@ -545,8 +545,8 @@ def precise_gradient(call, place, row, j, doubtful, grad_x):
         doubtful &= doubtful - 1
         c = channel + (j + k) // width % group
         dy, x = np.float64(number(row[0], j + k)), np.float64(number(row[1], j + k))
-        dy = precisely_scaled(call, row, j + k, dy)
-        mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
+        mean, slope = tables[c], tables[c + 2 * room]
+        scale = precisely_scaled(call, row, j + k, tables[c + room])
         offset, unit = tables[c + 3 * room], tables[c + 4 * room]
         set_number(results, k, gradient(dy, x, mean, unit, scale, slope, offset))
     return load(results, 0)
