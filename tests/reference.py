@@ -296,6 +296,7 @@ class Rows:
     owners: np.ndarray  # (R, m): which of the parameters they have, in the order of the parameters' indices
     statistics: tuple[int, ...]  # the shape of a statistic: R numbers
     parameters: tuple[int, ...]  # the shape of a weight
+    along: bool  # whether a row has each parameter once, or one and the same for all of a channel
 
     def of(self, array):
         """Return an array's values as (R, m), in its own type."""
@@ -318,7 +319,7 @@ def layers(dims, normalized):
     leading, shape = dims[: len(dims) - normalized], dims[len(dims) - normalized :]
     places = np.arange(math.prod(dims)).reshape(math.prod(leading), math.prod(shape))
     owners = np.broadcast_to(np.arange(math.prod(shape)), places.shape)
-    return Rows(places, owners, leading, shape)
+    return Rows(places, owners, leading, shape, along=True)
 
 
 def groups(dims, num_groups, axis=1):
@@ -331,7 +332,8 @@ def groups(dims, num_groups, axis=1):
     owners = np.arange(channels).reshape(channels, *[1] * len(others))
     owners = np.broadcast_to(owners, places.shape)
     shape = samples * num_groups, channels // max(num_groups, 1) * math.prod(others)
-    return Rows(places.reshape(shape), owners.reshape(shape), (samples, num_groups), (channels,))
+    statistics = samples, num_groups
+    return Rows(places.reshape(shape), owners.reshape(shape), statistics, (channels,), along=False)
 
 
 def forward_rows(of, x, weight=None, bias=None, *, eps=1e-5, centered=True):
@@ -368,6 +370,7 @@ class BackwardRows:
 
     count: int  # m
     shared: int  # k
+    samples: int  # whose sums may be added one after another
     x: Twofold  # (R, m): the gradient of x
     weight: Twofold  # (P, 1)
     bias: Twofold  # (P, 1)
@@ -377,6 +380,7 @@ class BackwardRows:
     invstd: np.ndarray  # (R, 1)
     slope: np.ndarray  # (R, m): |g|, with g = dy · weight
     x_hat: np.ndarray  # (R, m): |x_hat|
+    weights: float  # the unit that weights are rounded to before the sums, which they are not where it is 0
 
 
 def backward_rows(of, grad_out, x, weight=None, *, mean=None, invstd, centered=True):
@@ -406,6 +410,7 @@ def backward_rows(of, grad_out, x, weight=None, *, mean=None, invstd, centered=T
     return BackwardRows(
         count,
         x_hat.hi.size // max(math.prod(of.parameters), 1),
+        0 if of.along else of.statistics[0],
         x=(g - sum_g / count - x_hat * (sum_products / count)) * invstd,
         weight=of.gathered(terms),
         bias=of.gathered(dy),
@@ -415,28 +420,55 @@ def backward_rows(of, grad_out, x, weight=None, *, mean=None, invstd, centered=T
         invstd=np.abs(invstd.hi),
         slope=np.abs(g.hi),
         x_hat=np.abs(x_hat.hi),
+        weights=_rounding_of_weights(of, x, weight),
     )
 
 
+def _rounding_of_weights(of, x, weight):
+    """Along a layer they are read as what x is computed in: float64 for a narrower x is rounded to that.
+
+    By channel they multiply sums, in float64.
+    """
+    wide = weight is not None and weight.dtype == np.float64 and x.dtype != np.float64
+    return unit(np.float32) if of.along and wide else 0.0
+
+
 def parameter_tolerance(expected, scale, dtype):
-    """c u Σ|dy · x_hat| for a weight, c u Σ|dy| for a bias: their `scale`, of as many terms as share one"""
-    return depth(expected.shared) * unit(dtype) * scale
+    """c u Σ|dy · x_hat| for a weight, c u Σ|dy| for a bias: their `scale`, of as many terms as share one
+
+    And N u_stat of it: samples that do not lie at equal distances with their channels are gone through one by
+    one, and each adds its sums to those before, in float64.
+    """
+    added = expected.samples * unit(STATISTICS)
+    return (depth(expected.shared) * unit(dtype) + added) * scale
+
+
+def out_rows_tolerance(expected, dtype):
+    """`out_tolerance`, and c u_stat² |γ| mean|x| / s
+
+    The mean of a group is merged from those of its channels with two-fold arithmetic: where x is the mean,
+    what that rounds is all there is.
+    """
+    lost = depth(expected.count) * unit(STATISTICS) ** 2 * expected.mean_abs * expected.invstd.hi
+    return out_tolerance(expected, dtype) + np.abs(expected.weight) * lost
 
 
 def rows_tolerance(expected, dtype):
     """8 u / s · (|g| + |Σ g|/m + |x_hat · Σ g · x_hat|/m)
 
     And u_stat / s · (Σ|g| + 2 |x_hat| Σ|g · x_hat|)/m: in every term of the sums dy · weight is rounded once
-    to float64, and x - mean is in the second, and the terms may cancel. Half precision: `ulp_tolerance`, this
-    with float64's u, and c u_stat of those sums of absolute values, which are plain sums in float64.
+    to float64, and x - mean is in the second, and the terms may cancel; where the weights themselves are
+    rounded, their unit times the same. Half precision: `ulp_tolerance`, this with float64's u, and c u_stat
+    of those sums of absolute values, which are plain sums in float64.
     """
     (sum_g, sum_products), (size_g, size_products) = expected.sums, expected.sizes
     x_hat, m, u = expected.x_hat, expected.count, unit(np.float64 if is_half(dtype) else dtype)
     bound = 8 * u * (expected.slope + sum_g / m + x_hat * sum_products / m)
     lost = unit(STATISTICS) * (size_g + 2 * x_hat * size_products) / m
+    rounded = expected.weights * (size_g + x_hat * size_products) / m
     if is_half(dtype):
-        return ulp_tolerance(expected.x, dtype) + expected.invstd * (bound + depth(m) * lost)
-    return expected.invstd * (bound + lost)
+        return ulp_tolerance(expected.x, dtype) + expected.invstd * (bound + depth(m) * lost + rounded)
+    return expected.invstd * (bound + lost + rounded)
 
 
 def of_instances(values, tolerance, of):
