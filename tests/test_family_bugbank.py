@@ -184,20 +184,24 @@ def test_row_13_one_value(dims):
     check_updates(case, np.random.default_rng(1).normal(size=case.dims), np.zeros(5), np.ones(5))
 
 
-@pytest.mark.parametrize("count", [1025, 65536])
-@pytest.mark.parametrize("norm", ["layer", "rms", "instance", "group"])
-def test_row_20_many_samples(rng, norm, count):
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(norm, (1025, 3)) for norm in ("layer", "rms")),
+        *(Case(norm, (1025, 2, 2)) for norm in ("instance", "group")),
+        Case("layer", (65536, 2)),
+        Case("instance", (65536, 1, 2)),
+    ],
+    ids=str,
+)
+def test_row_20_many_samples(rng, case):
     """PT#2917, #19911, ORT#7095, MX#4997: N > 1024, > 65535."""
-    dims = (count, 3) if norm in ("layer", "rms") else (count, 2, 2)
-    case = Case(norm, dims, 1)
     check(case, case.data(rng, np.float32), case.data(rng, np.float32), *case.pair(rng))
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "instance", "group"])
-def test_row_21_many_channels(rng, norm):
+@pytest.mark.parametrize("case", [Case("layer", (1, 65537)), Case("group", (1, 65538, 2), 3)], ids=str)
+def test_row_21_many_channels(rng, case):
     """cunn#298: 65536 and more."""
-    dims = (2, 65537) if norm in ("layer", "rms") else (1, 65538, 2)
-    case = Case(norm, dims, {"group": 3}.get(norm, 1))
     check(case, case.data(rng, np.float32), case.data(rng, np.float32), *case.pair(rng))
 
 
