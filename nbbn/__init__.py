@@ -13,6 +13,7 @@ from nbbn.functional import (
 )
 from nbbn.memory import set_recycling
 from nbbn.module import BatchNorm
+from nbbn.options import Renorm
 from nbbn.population import population_stats
 from nbbn.stats import BatchStats
 
@@ -25,6 +26,7 @@ __all__ = [
     "BatchStats",
     "DeviceError",
     "Folded",
+    "Renorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",
