@@ -202,6 +202,8 @@ def test_renorm_is_off_in_evaluation_and_frozen(rng):
         mode()
         assert_same_bits(bn(x), plain(x))
         assert_same_bits(bn.backward(dy), plain.backward(dy))
+    bn.unfreeze().eval().use_running_stats = False
+    assert_same_bits(bn(x), nbbn.batch_norm_forward(x, bn.weight, bn.bias, eps=EPS).out)
 
 
 def test_renorm_bounds_are_raised(rng):
@@ -634,6 +636,10 @@ def test_bad_calls_change_nothing(rng, options):
             with pytest.raises(ValueError, match=f"^{name} must be writable"):
                 bn(x)
             getattr(bn, name).flags.writeable = True
+        apart, bn.running_var = bn.running_var, bn.running_mean
+        with pytest.raises(ValueError, match=r"^running_var must not overlap running_mean"):
+            bn(x)
+        bn.running_var = apart
     assert state_bits(bn) == before
 
 
