@@ -111,10 +111,7 @@ class Case:
     def gathered(self, values):
         """Return rows of the values that have a parameter in common."""
         each = np.arange(self.x.size).reshape(self.channels, -1)
-        if self.form.along:
-            order = each.T
-        else:
-            order = each.reshape(-1, self.parameters, each.shape[1]).swapaxes(0, 1)
+        order = each.T if self.form.along else each.reshape(-1, self.parameters, each.shape[1]).swapaxes(0, 1)
         order = order.reshape(self.parameters, -1)
         values = Twofold.of(values)
         return Twofold(values.hi.ravel()[order], np.array(values.lo).ravel()[order])
@@ -172,6 +169,8 @@ class Case:
         elif self.rng.random() < 0.3:  # of another type, from the end
             mean, invstd = (np.repeat(v[::-1].astype(np.float32), 2)[::-2] for v in (mean, invstd))
         self.check_backward(mean, invstd)
+        if self.form.pool == 1 and not self.form.along:
+            self.check_evaluation()
         assert_same_bits((self.x, self.dy), before)
 
     def check_forward(self):
@@ -227,6 +226,20 @@ class Case:
             whole = whole.base
         assert np.isnan(whole).sum() == whole.size - self.out.size
 
+    def check_evaluation(self):
+        """Hold the output with given statistics, a pair for each of the parameters, against batch norm's."""
+        mean = self.rng.standard_normal(self.parameters)
+        var = self.rng.uniform(0.5, 2.0, self.parameters).astype(np.float32)
+        self.out[...] = np.nan
+        arrays = (self.weight, self.bias, mean, var)
+        run = self.run(self.out)
+        run.evaluate(_address(self.x), _address(self.out), *(_parameter(a) for a in arrays), self.eps)
+        copies = self.channels // self.parameters
+        arrays = [None if a is None else np.tile(a, copies) for a in (mean, var, self.weight, self.bias)]
+        expected = reference.evaluate(self.x, *arrays, eps=self.eps, axis=self.axis)
+        tolerance = reference.out_tolerance(expected, self.x.dtype)
+        assert_within("out", rows(self.out, self.axis), expected.out, tolerance)
+
     def results(self):
         """Return the bits of both operations."""
         found = self.forward()
@@ -236,13 +249,17 @@ class Case:
         return found, out, gradients, self.out.copy()
 
 
-def _share(samples, channels, groups=None, centered=True):
-    """Instance normalization, or of groups: samples and channels are one dimension."""
+def _share(channels, groups, centered):
+    """Instance, group or batch normalization: samples and channels are one dimension."""
+    if groups == 0:
+        return Form(centered=centered)
     return Form(1 if groups is None else channels // groups, channels, centered=centered)
 
 
-# Samples, channels, groups (None: instance normalization), and the other dimensions.
+# Samples, channels, groups (None: instance normalization; 0: batch), and the other dimensions.
 SHARED = [
+    (1, 4, 0, (5,)),
+    (1, 2, 0, (13, 8)),
     (1, 3, None, (2,)),
     (2, 3, None, (3,)),
     (3, 2, None, (9, 5)),
@@ -276,7 +293,7 @@ def cases(rng, dtypes):
     for (samples, channels, groups, others), dtype in itertools.product(SHARED, dtypes):
         last = rng.random() < 0.3
         shape = (*others, samples * channels) if last else (samples * channels, *others)
-        form = _share(samples, channels, groups, rng.random() < 0.9)
+        form = _share(channels, groups, rng.random() < 0.9)
         if form.pool > 1 and rng.random() < 0.2:
             form = form._replace(period=0)  # each channel has parameters of its own
         mix = rng.choice(layouts, 3) if rng.random() < 0.4 else [rng.choice(layouts)] * 3
@@ -288,27 +305,54 @@ def cases(rng, dtypes):
         yield Case(rng, shape, 0, form, dtype, mix, rng.choice([0.0, 1e3]))
 
 
+def small_cases(rng, dtypes=DTYPES):
+    """Yield one of each form and way: rows and columns, of one block, of several, and of teams."""
+    shared = [(2, 3, None, (4, 5)), (2, 4, 2, (3, 3)), (2, 4, 1, (1,)), (2, 2, None, (13, 12))]
+    for (samples, channels, groups, others), last, dtype in itertools.product(shared, (False, True), dtypes):
+        shape = (*others, samples * channels) if last else (samples * channels, *others)
+        form = _share(channels, groups, True)
+        yield Case(rng, shape, len(shape) - 1 if last else 0, form, dtype, ["contiguous"] * 3)
+    for shape, centered, dtype in itertools.product(((5, 7), (3, 160), (70, 8)), (True, False), dtypes):
+        yield Case(rng, shape, 0, Form(along=True, centered=centered), dtype, ["contiguous"] * 3)
+
+
 def way_of(case):
     """Return which way a case goes through its arrays, backwards."""
     plan = case.run(case.dy, case.out).plan
     resident = plan.resident
+    general = "parts" if plan.general.cut.parts > 1 else "one part"
     return (
-        "along" if case.form.along else "pool" if case.form.pool > 1 else "period" if plan.shares else "batch",
+        "along"
+        if case.form.along
+        else "pool"
+        if case.form.pool > 1
+        else "period"
+        if plan.shares
+        else "batch",
         "vectors" if plan.width > 1 else "elements",
         "columns" if plan.columns else "rows",
-        "parts" if resident is None and plan.general.cut.parts > 1 else "one part" if resident is None
-        else "teams" if resident.teams else "resident",
-    )  # fmt: skip
+        general if resident is None else "teams" if resident.teams else "resident",
+    )
 
 
-def check_cases(seed, shared=None):
-    """Check all cases, in blocks with so many bytes of shared memory; return the ways that they went."""
+def limit(shared):
+    """From now on, blocks have so many bytes of shared memory, if it is not None."""
     if shared is not None:
         device = simulated.target.properties(0)._replace(shared=shared)
         simulated.target.properties = lambda number: device
+
+
+def all_ways(shared):
+    """Return the ways that the cases go through in any layout."""
+    limit(shared)
+    return {way_of(case) for seed in range(8) for case in cases(np.random.default_rng(seed), DTYPES)}
+
+
+def check_cases(seed, shared=None, some=2):
+    """Check all cases in some of the types, in blocks with so many bytes of shared memory."""
+    limit(shared)
     rng = np.random.default_rng([seed, shared or 0])
-    ways = set()
-    for case in cases(rng, DTYPES):
+    for case in cases(rng, [DTYPES[k] for k in rng.permutation(len(DTYPES))[:some]]):
         try:
             case.check()
             if rng.random() < 0.2:
@@ -316,5 +360,103 @@ def check_cases(seed, shared=None):
         except AssertionError as error:
             layouts = [a.strides for a in (case.x, case.dy, case.out)]
             raise AssertionError(f"{case.form} {case.x.shape} {case.x.dtype} {layouts}\n{error}") from error
-        ways.add(way_of(case))
-    return ways
+
+
+def check_simulator(seed):
+    """Check a few in Numba's own simulator, which is slow."""
+    rng = np.random.default_rng(seed)
+    for case in small_cases(rng, (DTYPES[seed % 4], DTYPES[(seed + 1) % 4])):
+        case.check()
+
+
+def check_constants():
+    """What is constant has variance 0 and gives its bias, exactly, at any mean; or is not centered at all."""
+    for case in small_cases(np.random.default_rng(0)):
+        values = (in_range(1e7, case.x.dtype) + np.arange(case.pools) / 3).astype(case.x.dtype)
+        across = [1] * case.x.ndim
+        across[case.axis] = case.channels
+        case.x[...] = np.repeat(values, case.form.pool).reshape(across)
+        found = case.check_forward()
+        if case.form.centered:
+            assert not found[1].any()
+        else:
+            assert_within("var", found[1], values.astype(float) ** 2, 1e-15 * values.astype(float) ** 2)
+
+
+def check_offsets(seed):
+    """Accurate at any mean, and with one value that outweighs all others."""
+    rng = np.random.default_rng(seed)
+    for case in small_cases(rng):
+        offset = in_range(rng.choice([1e5, 1e7]), case.x.dtype)
+        case.x[...] = case.x + case.x.dtype.type(offset)
+        case.x.reshape(-1)[rng.integers(case.x.size)] = in_range(1e4 * offset, case.x.dtype)
+        case.check()
+
+
+def check_isolation(seed):
+    """What is not finite stays with the values that share its statistics, and its parameters' gradients."""
+    rng = np.random.default_rng(seed)
+    for case in small_cases(rng, (np.float32, HALF[seed % 2])):
+        at = tuple(rng.integers(n) for n in case.x.shape)
+        pool = at[case.axis] // case.form.pool
+        here = at[1] if case.form.along else at[case.axis] % case.parameters
+        results = []
+        for value in (1.0, np.nan, np.inf):
+            case.x[at] = value
+            found, out, gradients, grad_x = case.results()
+            out, grad_x = case.pooled(out), case.pooled(grad_x)
+            if not np.isfinite(value):
+                assert (
+                    np.isnan(out[pool]).all()
+                    and np.isnan(grad_x[pool]).all()
+                    and np.isnan(gradients[0, here])
+                )
+            its = np.arange(pool * case.form.pool, (pool + 1) * case.form.pool) % case.parameters
+            if case.form.along:
+                its = slice(None)  # a row has all parameters
+            others = np.delete(found, pool, 1), np.delete(out, pool, 0), np.delete(grad_x, pool, 0)
+            results.append((*others, np.delete(gradients, its, 1)))
+        assert_same_bits(results[0], results[1])
+        assert_same_bits(results[0], results[2])
+
+
+def check_in_place(seed):
+    """The result may be written over x, and grad_x over grad_out or x."""
+    rng = np.random.default_rng(seed)
+    for case in small_cases(rng, (np.float32, HALF[seed % 2])):
+        found, out, gradients, grad_x = case.results()
+        x, dy = case.x.copy(), case.dy.copy()
+        again = case.forward(out=case.x)
+        assert_same_bits((again, case.x.copy()), (found, out))
+        for name in ("x", "dy"):
+            case.x[...], case.dy[...] = x, dy
+            target = getattr(case, name)
+            mean = found[0] if case.form.centered else None
+            again = case.backward(mean, found[2], out=target)
+            assert_same_bits((again, target.copy()), (gradients, grad_x))
+
+
+def check_bits(seed):
+    """The same bits wherever the arrays begin; and gradients are added as they are."""
+    for dtype in DTYPES:
+        for groups in (None, 2):
+            found = []
+            for layout in ("contiguous", "contiguous", "shifted"):
+                rng = np.random.default_rng(seed)
+                case = Case(rng, (8, 4, 8), 0, _share(4, groups, True), dtype, [layout] * 3, 100.0)
+                found.append(case.results())
+            assert_same_bits(found[0], found[1])
+            assert_same_bits(found[0], found[2])
+        found = []
+        for layout, shift in itertools.product(("contiguous", "shifted", "vectors"), (0, 1)):
+            rng = np.random.default_rng(seed)
+            case = Case(rng, (5, 32), 0, Form(along=True), dtype, [layout] * 3, 100.0)
+            # Of parameters too: as vectors, and one by one.
+            case.weight, case.bias = (rng.standard_normal(33).astype(np.float32)[shift:] for _ in range(2))
+            case.weight[:32], case.bias[:32] = np.arange(32) / 3, 1 / (1 + np.arange(32))
+            case.weight, case.bias = case.weight[:32], case.bias[:32]
+            found.append(case.results())
+        for one in found[1:]:
+            assert_same_bits(found[0], one)
+        prior = np.random.default_rng(seed).standard_normal((2, 32))
+        assert_same_bits(case.backward(found[-1][0][0], found[-1][0][2], adds=prior), found[-1][2] + prior)
