@@ -658,11 +658,19 @@ def workers():
 
 
 @part
-def pieces_of(cut, parts, pitch):
-    """Return how many pieces a channel, or a pool of them, is put together from; and how many there are."""
+def pieces(cut):
+    """Return how many pieces a channel, or a pool of them, is put together from."""
     if POOLED:
-        return parts * cut.pool, divided(pitch, cut.pool)[0]
-    return parts, pitch
+        return cut.parts * cut.pool
+    return cut.parts
+
+
+@part
+def channel_of(cut, c):
+    """Return the channel, or the first one of a pool."""
+    if POOLED:
+        return c * cut.pool
+    return c
 
 
 @part
@@ -670,20 +678,19 @@ def place_of(cut, piece, c):
     """Return which part a piece of a channel or a pool is, and of which channel."""
     if POOLED:
         piece, its = divided(piece, cut.pool)
-        return piece, c * cut.pool + its
+        return piece, channel_of(cut, c) + its
     return piece, c
 
 
 @part
 def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
     """Return mean, rest and m2 of all parts of a channel: each worker merges some, and then as a tree."""
-    parts, tops = pieces_of(cut, parts, pitch)
     t = cuda.threadIdx.x
     _, index = worker()
     count = int64(0)
     mean = rest = m2 = float64(0)
     piece = int64(index)
-    while piece < parts and c < tops:
+    while piece < parts and channel_of(cut, c) < pitch:
         place, its = place_of(cut, piece, c)
         more = part_count(cut, place)
         more_mean, more_rest, more_m2, _ = get_four(address, place, pitch, its)
@@ -731,10 +738,9 @@ def get_sums(arrays, cut, address, piece, pitch, c):
 @part
 def pool_sums(arrays, cut, address, pitch, c, parts, high, low):
     """Return what both sums of all parts of a channel sum up to, each with what it lost."""
-    parts, tops = pieces_of(cut, parts, pitch)
     total = lost = product = product_lost = float64(0)
     piece = int64(worker()[1])
-    while piece < parts and c < tops:
+    while piece < parts and channel_of(cut, c) < pitch:
         four = get_sums(arrays, cut, address, piece, pitch, c)
         total, lost = plus(total, lost + four[1], four[0])
         product, product_lost = plus(product, product_lost + four[3], four[2])
@@ -868,7 +874,7 @@ def finish_stats(arrays, cut, numbers):
     channel, index = worker()
     c = int64(cuda.blockIdx.x) * TILE + channel
     mean, rest, m2 = pool_statistics(
-        cut, arrays.partials, cut.channels, c, cut.parts, counts, means, rests, m2s
+        cut, arrays.partials, cut.channels, c, pieces(cut), counts, means, rests, m2s
     )
     if POOLED:
         its = int64(index)
@@ -1182,7 +1188,7 @@ def finish_backward(arrays, cut):
     table = cuda.local.array(5, real)
     channel, index = worker()
     c = int64(cuda.blockIdx.x) * TILE + channel
-    four = pool_sums(arrays, cut, arrays.partials, cut.channels, c, cut.parts, high, low)
+    four = pool_sums(arrays, cut, arrays.partials, cut.channels, c, pieces(cut), high, low)
     if POOLED:
         its = int64(index)
         while its < cut.pool and c < pools(cut):

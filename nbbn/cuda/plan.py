@@ -109,7 +109,7 @@ class Plan:
         self.along = self.width // self.own  # elements of an access that are of one channel
         self.general = self._general()
         self.pools = self.channels // form.pool
-        self.finish = self._finish(self.pools, self.general.cut.parts * form.pool)
+        self.finish = self._finish()
         self.resident = None
         if form.pool == 1 and not across:
             self.resident = self._resident(max(1, len(layouts) - 1))
@@ -194,17 +194,21 @@ class Plan:
         each = max(-(-chunks * self._tiles(lanes) // BLOCKS), -(-chunks // FINISHERS[-1]))
         return self._form(THREADS, lanes, each * chunk, -(-chunks // each))
 
-    def _finish(self, channels: int, parts: int) -> Form:
-        """The parts of each channel are pooled, a thread for each of them while there are threads."""
+    def _finish(self) -> Form:
+        """The parts of each channel, or of a pool of them, are pooled."""
+        return self._finishing(self.pools, self.general.cut.parts * self.form.pool)
+
+    def _finishing(self, count: int, parts: int) -> Form:
+        """Each of `count` has a thread for each of its parts, while there are threads."""
         members = next((threads for threads in FINISHERS if threads >= parts), FINISHERS[-1])
         threads = max(WARP, members)
         lanes = threads // members
-        blocks = -(-channels // lanes)
+        blocks = -(-count // lanes)
         return self.general._replace(threads=threads, lanes=lanes, columns=True, own=1, blocks=blocks)
 
     def _gradients(self, parts: int) -> Form:
         """The parts of all channels that have a parameter are pooled likewise."""
-        form = self._finish(self.parameters, parts * (self.channels // self.parameters))
+        form = self._finishing(self.parameters, parts * (self.channels // self.parameters))
         return form._replace(cut=form.cut._replace(parts=parts))
 
     def _resident_lanes(self, reads: int, count: int) -> int:
