@@ -675,11 +675,9 @@ def channel_of(cut, c):
 
 @part
 def place_of(cut, piece, c):
-    """Return which part a piece of a channel or a pool is, and of which channel."""
-    if POOLED:
-        piece, its = divided(piece, cut.pool)
-        return piece, channel_of(cut, c) + its
-    return piece, c
+    """Return which part a piece of a pool is, and of which channel."""
+    piece, its = divided(piece, cut.pool)
+    return piece, c * cut.pool + its
 
 
 @part
@@ -691,7 +689,9 @@ def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
     mean = rest = m2 = float64(0)
     piece = int64(index)
     while piece < parts and channel_of(cut, c) < pitch:
-        place, its = place_of(cut, piece, c)
+        place, its = piece, c
+        if POOLED:
+            place, its = place_of(cut, piece, c)
         more = part_count(cut, place)
         more_mean, more_rest, more_m2, _ = get_four(address, place, pitch, its)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
@@ -727,10 +727,11 @@ def times(factor, total, lost):
 @part
 def get_sums(arrays, cut, address, piece, pitch, c):
     """Return the sums of a piece: of a pool those of g = dy · weight, with the weight of each channel."""
-    place, its = place_of(cut, piece, c)
-    four = get_four(address, place, pitch, its)
     if POOLED:
-        weight = weight_of(arrays, cut, its)
+        piece, c = place_of(cut, piece, c)
+    four = get_four(address, piece, pitch, c)
+    if POOLED:
+        weight = weight_of(arrays, cut, c)
         return times(weight, four[0], four[1]) + times(weight, four[2], four[3])
     return four
 
