@@ -106,10 +106,10 @@ class Run:
         with target.current(self.device):
             self.plan = plan = Plan(geometry, problem.storage, self.device, problem.form)
             self.nbytes = plan.nbytes
-            self._across = None
+            self.across = None
             if problem.form.along and len(problem.strides) == 3:
-                self._across = Plan(_across(problem), problem.storage, self.device, across=True)
-                self.nbytes = max(plan.nbytes, plan.partials + self._across.nbytes)
+                self.across = Plan(_across(problem), problem.storage, self.device, across=True)
+                self.nbytes = max(plan.nbytes, plan.partials + self.across.nbytes)
         self._channels = plan.general._replace(threads=THREADS, blocks=-(-plan.channels // THREADS))
         self._launchers: dict[tuple[Any, ...], target.Launcher] = {}
 
@@ -210,7 +210,7 @@ class Run:
         adds: bool = False,
     ) -> None:
         """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`."""
-        plan, across = self.plan, self._across
+        plan, across = self.plan, self.across
         names = ADDING if adds else ()
         with target.current(self.device):
             call = _Call(self, stream)
