@@ -78,12 +78,6 @@ def variance(m2, count):
 
 
 @formula
-def mean_square(var, mean):
-    """mean(x²) = var + mean², which cancels nothing"""
-    return var + mean * mean
-
-
-@formula
 def inverse_deviation(var, eps):
     """invstd = 1 / sqrt(var + eps)"""
     return 1.0 / math.sqrt(var + eps)

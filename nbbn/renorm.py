@@ -12,7 +12,7 @@ import numpy as np
 from nbbn.arrays import address
 from nbbn.columns import Columns
 from nbbn.frameworks import Place
-from nbbn.functional import _run, differentiate
+from nbbn.functional import differentiate, run_of
 from nbbn.options import Renorm
 
 
@@ -65,7 +65,7 @@ def renormalize(
         return None
     channels = x.shape[axis]
     stats = here.empty((3, channels))
-    _run(x, axis, (x.strides,), here).stats(address(x), address(stats))
+    run_of(x, axis, (x.strides,), here).stats(address(x), address(stats))
     mean, var = columns.numbers(stats[:2], here)
     running_mean, running_var = (columns.host(column).astype(np.float64) for column in running)
     gamma = np.ones(channels) if weight is None else columns.host(weight).astype(np.float64)

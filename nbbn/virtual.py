@@ -14,7 +14,7 @@ from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dtypes import FLOAT64
 from nbbn.frameworks import CPU, Place, place
-from nbbn.functional import _run
+from nbbn.functional import run_of
 
 Part = tuple[slice, ...]
 
@@ -73,7 +73,7 @@ class Parts(NamedTuple):
         strides = (x.strides, grad_out.strides, grad_x.strides)
         for k, part in enumerate(self.parts):
             mine = x[part]
-            _run(mine, axis, strides, here).backward(
+            run_of(mine, axis, strides, here).backward(
                 address(mine),
                 address(grad_out[part]),
                 address(grad_x[part]),
@@ -82,6 +82,7 @@ class Parts(NamedTuple):
                 _row(self.stats, 3 * k),
                 _row(self.stats, 3 * k + 2),
                 True,
+                False,
             )
         return here.result(grad_x), _sum(gradients, here).reshape(2, channels), here
 
@@ -121,7 +122,7 @@ def train_parts(
     for k, (part, momentum) in enumerate(zip(parts, momenta, strict=True)):
         mine = x[part]
         mean, var = running if momentum else (ABSENT, ABSENT)
-        _run(mine, axis, (x.strides, out.strides), here).forward(
+        run_of(mine, axis, (x.strides, out.strides), here).forward(
             address(mine), address(out[part]), address(stats[3 * k :]), gamma, beta, mean, var, eps, momentum,
             correction, (),
         )  # fmt: skip
@@ -141,7 +142,7 @@ def _sum(rows: np.ndarray, here: Place) -> np.ndarray:
     # It is the gradient of a bias, if these are that of the output.
     scratch, sums = here.empty(rows.shape), here.empty((2, rows.shape[1]))
     at = address(rows)
-    run = _run(rows, 1, (rows.strides, rows.strides, scratch.strides), here)
+    run = run_of(rows, 1, (rows.strides, rows.strides, scratch.strides), here)
     run.backward(at, at, address(scratch), address(sums), ABSENT, ABSENT, ABSENT, False)
     of_bias: np.ndarray = sums[1]
     return of_bias

@@ -208,7 +208,6 @@ class Run:
         training: bool,
         adds: bool = False,
         stream: int = 0,
-        adds: bool = False,
     ) -> None:
         """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`."""
         plan, across = self.plan, self.across
