@@ -30,6 +30,7 @@ from nbbn.functional import (
 from nbbn.memory import set_recycling
 from nbbn.module import BatchNorm
 from nbbn.modules import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from nbbn.options import Renorm
 from nbbn.population import population_stats
 from nbbn.stats import BatchStats
 
@@ -48,6 +49,7 @@ __all__ = [
     "NormForward",
     "NormGradients",
     "RMSNorm",
+    "Renorm",
     "__version__",
     "batch_norm",
     "batch_norm_backward",

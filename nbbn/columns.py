@@ -31,6 +31,18 @@ class Columns:
         """Set a column."""
         column[...] = values
 
+    def copied(self, column: Any, here: Place) -> Any:
+        """Return a copy that a call at a place can work on."""
+        return np.array(column)
+
+    def assign(self, column: Any, source: Any, here: Place) -> None:
+        """Set a column to what `copied` returned."""
+        column[...] = source
+
+    def numbers(self, rows: np.ndarray, here: Place) -> np.ndarray:
+        """Return the float64 result of a call in the memory of the host."""
+        return rows
+
     def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:
         """Return a mean, and invstd = 1 / sqrt(var + eps), that do not change when `mean` and `var` do."""
         invstd = var.astype(np.float64)
@@ -76,6 +88,18 @@ class CudaColumns(Columns):
             cuda.synchronize()
             _device_array(column).copy_to_device(values)
 
+    def copied(self, column: Any, here: Place) -> Any:  # noqa: D102
+        dtype = NUMBA_CUDA.read("column", column, NO_ORDER).dtype
+        return self._evaluate(0.0, dtype, column.shape[0], self._parameter(column), ABSENT, 0.0, here)
+
+    def assign(self, column: Any, source: Any, here: Place) -> None:  # noqa: D102
+        out = NUMBA_CUDA.read("column", column, NO_ORDER)
+        self._evaluate(0.0, out.dtype, out.shape[0], self._parameter(source), ABSENT, 0.0, here, out)
+
+    def numbers(self, rows: np.ndarray, here: Place) -> np.ndarray:  # noqa: D102
+        double = np.dtype(np.float64)
+        return np.stack([self.host(self.rounded(rows, k, double, here)) for k in range(len(rows))])
+
     def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:  # noqa: D102
         channels, double = mean.shape[0], np.dtype(np.float64)
         kept = self._evaluate(0.0, double, channels, self._parameter(mean), ABSENT, 0.0, here)
@@ -102,14 +126,23 @@ class CudaColumns(Columns):
         var: Parameter,
         eps: float,
         here: Place,
+        into: np.ndarray | None = None,
     ) -> Any:
-        """Return the normalized row of `channels` times x, with variance 1 if it is ABSENT."""
-        strides = (channels * dtype.itemsize, dtype.itemsize)
-        run = find((1, channels), 1, (strides, strides), dtype, 1, self.device)
+        """Return the normalized row of `channels` times x, with variance 1 if it is ABSENT.
+
+        It is a new one, or goes `into` a view of a column of that type.
+        """
+        strides = written = (channels * dtype.itemsize, dtype.itemsize)
+        if into is not None:
+            written = (channels * dtype.itemsize, into.strides[0])
+        run = find((1, channels), 1, (strides, written), dtype, 1, self.device)
         row = self._constant(channels, x, dtype)
         zeros = self._constant(channels, 0.0, dtype)
         ones = self._constant(channels, 1.0, dtype)
-        out, at = NUMBA_CUDA.empty((channels,), (dtype.itemsize,), dtype, self._index)
+        if into is None:
+            out, at = NUMBA_CUDA.empty((channels,), (dtype.itemsize,), dtype, self._index)
+        else:
+            out, at = into, address(into)
         var = self._parameter(ones) if var is ABSENT else var
         run.evaluate(
             self._parameter(row)[0], at, ABSENT, bias, self._parameter(zeros), var, eps, here.stream

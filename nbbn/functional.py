@@ -82,7 +82,7 @@ def runner(
     return here.on_stream(find(shape, axis, strides, dtype, threads, here.device))
 
 
-def _run(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
+def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
     return here.on_stream(find(x.shape, axis, strides, x.dtype, threads_for(here, x.size), here.device))
 
@@ -138,7 +138,7 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
         stats = here.rows(here.put(np.zeros((2, channels))))
         return BatchStats(0, stats[0], stats[1])
     stats = here.empty((3, channels))
-    _run(x, axis, (x.strides,), here).stats(address(x), address(stats))
+    run_of(x, axis, (x.strides,), here).stats(address(x), address(stats))
     stats = here.rows(stats)
     return BatchStats(x.size // channels, stats[0], stats[1])
 
@@ -224,7 +224,7 @@ def train(
     stats = here.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
-    run = _run(x, axis, (x.strides, out.strides), here)
+    run = run_of(x, axis, (x.strides, out.strides), here)
     run.forward(
         address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then
     )  # fmt: skip
@@ -441,7 +441,7 @@ def evaluate(
     else:
         arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     if x.size:
-        run = _run(x, axis, (x.strides, out.strides), here)
+        run = run_of(x, axis, (x.strides, out.strides), here)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
@@ -576,7 +576,7 @@ def differentiate(
         gradients = here.put(np.zeros((2, channels)))
         return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
     gradients = here.empty((2, channels))
-    run = _run(x, axis, (x.strides, grad_out.strides, out.strides), here)
+    run = run_of(x, axis, (x.strides, grad_out.strides, out.strides), here)
     run.backward(
         address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training, False
     )  # fmt: skip

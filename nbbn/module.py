@@ -15,9 +15,12 @@ from nbbn.columns import Columns, columns_on
 from nbbn.compiler import in_one
 from nbbn.dtypes import BFLOAT16
 from nbbn.errors import DeviceError
-from nbbn.frameworks import CPU, read
-from nbbn.functional import differentiate, evaluate, train
+from nbbn.frameworks import CPU, Place, place, read
+from nbbn.functional import _channels, differentiate, evaluate, train
+from nbbn.options import DEFAULT, Option, Options, Renorm, checked
 from nbbn.population import pooled
+from nbbn.renorm import Renormalized, renormalize
+from nbbn.virtual import Part, Parts, cut, train_parts
 
 log = logging.getLogger("nbbn")
 
@@ -51,10 +54,11 @@ class _Saved(NamedTuple):
     mean: Any
     invstd: Any
     training: bool
+    step: Renormalized | Parts | None = None  # None: a plain one
 
 
 class BatchNorm:
-    """Batch normalization with parameters and running statistics, as ``torch.nn.BatchNorm*d``.
+    """Batch normalization [1]_ with parameters and running statistics, as ``torch.nn.BatchNorm*d``.
 
     Parameters
     ----------
@@ -79,6 +83,27 @@ class BatchNorm:
     device : str, default "cpu"
         Where parameters and statistics live, and inputs must: "cpu", "cuda:N", or "cuda" for the GPU
         that Numba has as its current one.
+    renorm : bool or Renorm, default False
+        Batch renormalization [2]_ in training, with these bounds; True: with those of ``Renorm()``. In
+        evaluation it is off. On a GPU the host waits for each step.
+    virtual_batch_size : int or None, default None
+        Ghost batch normalization [3]_: in training the samples, on the first axis that is not `axis`, are cut
+        into parts of so many, in order, each normalized with its own statistics. The last one may be smaller;
+        if it had no more than one value per channel, or `correction`, it is one with the part before it.
+        The running statistics and `num_batches_tracked` count each part as a batch. In evaluation it is off.
+    single_value : str, default "error"
+        What is done with a batch that has one value per channel and is to be normalized with its own
+        statistics: "error", a ValueError; "running", it is normalized with the running statistics as in
+        evaluation, and these and the counter stay as they are.
+    nonfinite : str, default "propagate"
+        What a batch does to the running statistics whose mean or variance, in this module's dtype, is NaN or
+        infinite in any channel, or in any virtual batch: "propagate", it updates them like any other;
+        "skip", none of them, in no channel, is updated, nor is the counter; "raise", FloatingPointError,
+        and nothing at all has changed. The output is the same for the first two. On a GPU, for the
+        last two the host waits for each step.
+    use_running_stats, update_running_stats : bool or None, default None
+        Whether a batch is normalized with the running statistics, and whether its own update them. None: by
+        the mode, the first in evaluation, the second in training. See `freeze`.
 
     Attributes
     ----------
@@ -92,13 +117,19 @@ class BatchNorm:
         0-d, int64.
     training : bool
         The mode; see `train` and `eval`.
+    renorm, virtual_batch_size, single_value, nonfinite, use_running_stats, update_running_stats
+        As above. They can be set between calls, and are checked as those are.
+    r_max, d_max : float or None
+        The bounds in `renorm`; None without it. The paper [2]_ begins with 1 and 0, and raises them to 3 and
+        5 in the course of training.
 
     Raises
     ------
     TypeError
         If an argument is of the wrong type, or the dtype is bfloat16 on a GPU.
     ValueError
-        If an argument is out of range.
+        If an argument is out of range, or arguments do not go together: `renorm` and `virtual_batch_size`, or
+        what needs running statistics and ``track_running_stats=False``.
     nbbn.DeviceError
         If `device` is not to be had.
 
@@ -113,7 +144,9 @@ class BatchNorm:
 
     References
     ----------
-    S. Ioffe and C. Szegedy, arXiv 1502.03167.
+    .. [1] S. Ioffe and C. Szegedy, arXiv 1502.03167.
+    .. [2] S. Ioffe, arXiv 1702.03275: batch renormalization.
+    .. [3] E. Hoffer, I. Hubara and D. Soudry, arXiv 1705.08741: ghost batch normalization.
 
     Examples
     --------
@@ -133,6 +166,13 @@ class BatchNorm:
     running_mean: Any
     running_var: Any
     num_batches_tracked: np.ndarray | None
+    renorm = Option()
+    virtual_batch_size = Option()
+    single_value = Option()
+    nonfinite = Option()
+    use_running_stats = Option()
+    update_running_stats = Option()
+    _options: Options | None = None  # None: the default ones
 
     def __init__(
         self,
@@ -146,6 +186,12 @@ class BatchNorm:
         correction: float = 1,
         dtype: Any = "float32",
         device: str = "cpu",
+        renorm: bool | Renorm = False,
+        virtual_batch_size: int | None = None,
+        single_value: str = "error",
+        nonfinite: str = "propagate",
+        use_running_stats: bool | None = None,
+        update_running_stats: bool | None = None,
     ) -> None:
         self.num_features = arrays.integer("num_features", num_features)
         if not 1 <= self.num_features <= _MOST_FEATURES:
@@ -157,6 +203,14 @@ class BatchNorm:
         self.axis = arrays.integer("axis", axis)
         self.correction = arrays.number("correction", correction, 0.0, float("inf"))
         self.dtype = arrays.numpy_dtype(dtype)
+        self._set_options(
+            renorm=renorm,
+            virtual_batch_size=virtual_batch_size,
+            single_value=single_value,
+            nonfinite=nonfinite,
+            use_running_stats=use_running_stats,
+            update_running_stats=update_running_stats,
+        )
         self._columns = columns_on(device)
         self.training = True
         self.grad_weight: Any = None
@@ -165,11 +219,41 @@ class BatchNorm:
         self._renew_lock()
         self.reset_parameters()
 
+    def _set_options(self, **changes: Any) -> None:
+        options = (self._options or DEFAULT)._replace(**changes)
+        options = checked(options, self.track_running_stats)
+        self._options = None if options == DEFAULT else options
+
+    @property
+    def r_max(self) -> float | None:
+        """The bound of r in batch renormalization."""
+        return self.renorm.r_max if self.renorm else None
+
+    @r_max.setter
+    def r_max(self, value: float) -> None:
+        self._set_bound("r_max", value)
+
+    @property
+    def d_max(self) -> float | None:
+        """The bound of d in batch renormalization."""
+        return self.renorm.d_max if self.renorm else None
+
+    @d_max.setter
+    def d_max(self, value: float) -> None:
+        self._set_bound("d_max", value)
+
+    def _set_bound(self, name: str, value: Any) -> None:
+        if not self.renorm:
+            raise ValueError(f"{name} can only be set with renorm, which is off")
+        self.renorm = self.renorm._replace(**{name: value})
+
     def __repr__(self) -> str:
+        options = zip(Options._fields, self._options or DEFAULT, DEFAULT, strict=True)
+        changed = "".join(f", {name}={value!r}" for name, value, default in options if value != default)
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
-            f"correction={self.correction:g}, dtype='{self.dtype}', device='{self.device}')"
+            f"correction={self.correction:g}, dtype='{self.dtype}', device='{self.device}'{changed})"
         )
 
     @property
@@ -242,6 +326,38 @@ class BatchNorm:
         """Set the mode: the running statistics are used and not updated; return self."""
         return self.train(False)
 
+    def freeze(self) -> "BatchNorm":
+        """Use the running statistics, and do not update them, whatever the mode; return self.
+
+        The weight and the bias go on being trained: `backward` gives the gradients of evaluation. It is the
+        same as to set `use_running_stats` to True and `update_running_stats` to False.
+
+        Raises
+        ------
+        ValueError
+            If this module has no running statistics.
+
+        Examples
+        --------
+        >>> import numpy as np, nbbn
+        >>> bn = nbbn.BatchNorm(2).freeze().train()
+        >>> out = bn(np.array([[1.0, 10.0], [3.0, 30.0]]))
+        >>> bn.running_mean
+        array([0., 0.], dtype=float32)
+        """
+        if not self.track_running_stats:
+            raise ValueError("freeze needs running statistics (track_running_stats=True)")
+        self._set_options(use_running_stats=True, update_running_stats=False)
+        return self
+
+    def unfreeze(self) -> "BatchNorm":
+        """Use and update the running statistics by the mode again; return self.
+
+        It is the same as to set `use_running_stats` and `update_running_stats` to None.
+        """
+        self._set_options(use_running_stats=None, update_running_stats=None)
+        return self
+
     def to(self, device: str) -> "BatchNorm":
         """Move parameters, running statistics and gradients to a device; return self.
 
@@ -265,7 +381,7 @@ class BatchNorm:
             self.__dict__.update(moved, _columns=columns, _saved=None)
         return self
 
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Any, *, update_running_stats: bool | None = None) -> Any:
         """Normalize x.
 
         Parameters
@@ -273,6 +389,11 @@ class BatchNorm:
         x : array
             On this module's device, of any kind and type (`nbbn.batch_norm`), with
             `num_features` channels; any strides. In training more than one value per channel.
+        update_running_stats : bool or None, default None
+            Whether x's statistics update the running ones in this call; None: as the module has it. False is
+            for a forward pass that is made again: its output, and what it leaves for `backward`, are those of
+            the first one. With `renorm` these depend on the running statistics: there the first pass, not the
+            second, must be the one that leaves them alone.
 
         Returns
         -------
@@ -284,12 +405,18 @@ class BatchNorm:
         TypeError
             If `x` is not an array of a type that goes with the module's.
         ValueError
-            If x's shape does not fit.
+            If x's shape does not fit, or there are no running statistics to update.
         nbbn.DeviceError
-            If `x` lies on another device. In all three cases the running statistics are unchanged.
+            If `x` lies on another device.
+        FloatingPointError
+            If `nonfinite` is "raise", and x's statistics would update the running ones and are not finite. In
+            all of these cases the running statistics are unchanged.
         """
-        if self.training or self.running_mean is None:
-            return self._normalize_with_own(x)
+        if self._options is None and update_running_stats is None:
+            if self.training or self.running_mean is None:
+                return self._normalize_with_own(x)
+        elif (found := self._normalize_with_options(x, update_running_stats)) is not None:
+            return found
         mean, var = self.running_mean, self.running_var
         out, here = evaluate(
             x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features
@@ -326,6 +453,140 @@ class BatchNorm:
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2], training=True)
         return out
+
+    def _normalize_with_options(self, x: Any, update: bool | None) -> Any:
+        """Normalize x as the options have it; None: with the running statistics, and nothing else."""
+        options = self._options or DEFAULT
+        if update is None:
+            update = options.update_running_stats
+        elif arrays.flag("update_running_stats", update) and not self.track_running_stats:
+            raise ValueError(
+                "update_running_stats must be False or None without running statistics "
+                "(track_running_stats=False), got True"
+            )
+        use = options.use_running_stats
+        if use is None:
+            use = self.track_running_stats and not self.training
+        if update is None:
+            update = self.track_running_stats and self.training
+        if use and not update:
+            return None
+        with self._lock:
+            return self._step(x, options, use, update)
+
+    def _step(self, x: Any, options: Options, use: bool, update: bool) -> Any:
+        """Normalize x, with the running statistics to `use` or its own, which `update` the running ones.
+
+        None: with the running statistics, and nothing else. All of the caller's state is written at the end.
+        """
+        here, view, axis = self._looked_at(x, update)
+        count = view.size // self.num_features
+        if (count == 1 and options.single_value == "running") or (use and not count):
+            return None
+        update = update and count > 0
+        parts: tuple[Part, ...] = ()
+        if options.virtual_batch_size is not None and self.training and count > 1:
+            parts = cut(view.shape, axis, options.virtual_batch_size, max(1.0, update * self.correction))
+        step: Renormalized | Parts | None = None
+        weight, bias = self.weight, self.bias
+        if options.renorm and self.training and not use and count > 1:
+            running = self.running_mean, self.running_var
+            bounds, columns = options.renorm, self._columns
+            assert isinstance(bounds, Renorm)
+            step = renormalize(view, axis, here, bounds, self.eps, columns, running, weight, bias)
+            if step is not None:
+                weight, bias = step.weight, step.bias
+        tracked, momenta = 0, [0.0] * max(1, len(parts))
+        # The statistics are updated in copies of them, which are then taken over or not.
+        mean = var = None
+        if update:
+            assert self.num_batches_tracked is not None
+            tracked = int(self.num_batches_tracked)
+            momenta = [
+                1.0 / (tracked + k) if self.momentum is None else self.momentum
+                for k in range(1, len(momenta) + 1)
+            ]
+            mean = self._columns.copied(self.running_mean, here)
+            var = self._columns.copied(self.running_var, here)
+        if len(parts) > 1:
+            out, stats, here = train_parts(
+                x, weight, bias, self.eps, self.axis, parts, mean, var, momenta, self.correction
+            )
+            step = Parts(parts, stats)
+        else:
+            out, stats, _, here = train(
+                x,
+                weight,
+                bias,
+                self.eps,
+                self.axis,
+                None,
+                mean,
+                var,
+                momenta[0],
+                self.correction,
+                self.num_features,
+            )
+        if use:
+            running = self.running_mean, self.running_var
+            out, here = evaluate(x, *running, self.weight, self.bias, self.eps, self.axis)
+            saved = _Saved(x, *self._columns.constants(*running, self.eps, here), training=False)
+        elif len(parts) > 1:
+            saved = _Saved(x, None, None, True, step)
+        else:
+            kept = here.kept_rows(stats)
+            saved = _Saved(x, kept[0], kept[2], True, step)
+        counts = [view[part].size // self.num_features for part in parts] or [count]
+        if update and options.nonfinite != "propagate" and not self._finite(stats, counts, here):
+            if options.nonfinite == "raise":
+                raise FloatingPointError(
+                    "x must have a finite mean and variance in every channel (nonfinite='raise'), got NaN or "
+                    f"infinity in {self.dtype}"
+                )
+            update = False
+        if update:
+            self._take_over(mean, var, tracked + len(momenta), partial(self._columns.assign, here=here))
+        self._saved = saved
+        return out
+
+    def _looked_at(self, x: Any, update: bool) -> tuple[Place, np.ndarray, int]:
+        """Return where a call is computed, a view of x and its channel axis, or raise.
+
+        What `update` writes to has to be as training needs it; copies of it would be, whatever it is.
+        """
+        columns = {name: getattr(self, name) for name in (*_PARAMETERS, *_STATISTICS)}
+        here, (view, _, _, *running) = place(x, columns, written=_STATISTICS if update else ())
+        view = arrays.checked("x", view)
+        axis = arrays.channel_axis(view, self.axis)
+        channels = _channels(view, axis, self.num_features)
+        if update:
+            for name, column in zip(_STATISTICS, running, strict=True):
+                arrays.parameter(name, column, channels, view, updated=True)
+            if arrays.overlap(*running):
+                raise ValueError("running_var must not overlap running_mean, since training updates both")
+        return here, view, axis
+
+    def _finite(self, stats: np.ndarray, counts: list[int], here: Place) -> bool:
+        """Whether mean and variance of all parts, of so many values per channel, can be tracked."""
+        rows = self._columns.numbers(stats, here).reshape(len(counts), 3, -1)
+        unbiased = np.array([count / (count - self.correction) for count in counts])
+        with np.errstate(over="ignore", invalid="ignore"):
+            tracked = rows[:, 0], rows[:, 1] * unbiased[:, None]
+            return all(bool(np.isfinite(new.astype(self.dtype)).all()) for new in tracked)
+
+    def _take_over(self, mean: Any, var: Any, tracked: int, write: Callable[[Any, Any], None]) -> None:
+        """Set the running statistics and the counter; on the CPU all of them or none."""
+        assert self.num_batches_tracked is not None
+        if self.device == CPU:
+            in_one(
+                partial(self.running_mean.__setitem__, ..., mean),
+                partial(self.running_var.__setitem__, ..., var),
+                partial(self.num_batches_tracked.fill, tracked),
+            )
+        else:
+            write(self.running_mean, mean)
+            write(self.running_var, var)
+            self.num_batches_tracked.fill(tracked)
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> "BatchNorm":
         """Set the running statistics to those of all values of many batches at once; return self.
@@ -397,16 +658,7 @@ class BatchNorm:
                 mean = stats.mean.astype(self.running_mean.dtype)
                 var = stats.var * (stats.count / (stats.count - self.correction))
                 var = var.astype(self.running_var.dtype)
-            if self.device == CPU:
-                in_one(
-                    partial(self.running_mean.__setitem__, ..., mean),
-                    partial(self.running_var.__setitem__, ..., var),
-                    partial(self.num_batches_tracked.fill, used),
-                )
-            else:
-                self._columns.write(self.running_mean, mean)
-                self._columns.write(self.running_var, var)
-                self.num_batches_tracked.fill(used)
+            self._take_over(mean, var, used, self._columns.write)
         return self
 
     def backward(self, grad_out: Any) -> Any:
@@ -433,8 +685,13 @@ class BatchNorm:
         """
         if self._saved is None:
             raise RuntimeError("backward needs a call of this BatchNorm before it")
-        x, mean, invstd, training = self._saved
-        grad_x, gradients, here = differentiate(grad_out, x, self.weight, mean, invstd, self.axis, training)
+        x, mean, invstd, training, step = self._saved
+        if step is None:
+            grad_x, gradients, here = differentiate(
+                grad_out, x, self.weight, mean, invstd, self.axis, training
+            )
+        else:
+            grad_x, gradients, here = step.differentiate(grad_out, x, self.weight, mean, invstd, self.axis)
         if self.affine:
             grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
             grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)

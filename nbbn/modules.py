@@ -530,7 +530,7 @@ class InstanceNorm(Module):
                 x, mean, var, self.weight, self.bias, momentum, self.eps, self.axis, None, self.num_features
             )
             if count and self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1  # type: ignore[misc]
+                self.num_batches_tracked += 1
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2])
         return out

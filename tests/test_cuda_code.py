@@ -1,17 +1,21 @@
 """The CUDA kernels as machine code, for GPUs that need not be there."""
 
+import contextlib
 import json
 import pathlib
 import re
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 from nbbn.cuda import kernels, target
 from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import FINISHERS, Plan
+from nbbn.cuda.run import Run
 from nbbn.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, STORAGES
 from nbbn.geometry import canonical
+from nbbn.problem import Form, Problem
 
 pytest.importorskip("numba_cuda", reason="the CUDA kernels are compiled with numba-cuda")
 
@@ -155,6 +159,51 @@ def test_machine_code(monkeypatch, case, loads, stores):
         machine = target.link(text, architecture)
         assert machine.spills == 0 and machine.stack == 0
         assert machine.registers <= registers_allowed(f"{case.key} sm_{architecture[0]}{architecture[1]}")
+
+
+LAYER, RMS = Form(along=True), Form(along=True, centered=False)
+INSTANCE, GROUP = Form(period=64), Form(pool=8, period=64)
+LONG, PLANES = (4096, 1024), (2048, 14, 14)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "which", "form", "shape", "storage"),
+    [
+        (kernels.forward, "resident", LAYER, LONG, FLOAT32),
+        (kernels.forward, "resident", RMS, LONG, FLOAT16),
+        (kernels.backward, "resident", LAYER, LONG, BFLOAT16),
+        (kernels.apply, "general", LAYER, LONG, FLOAT64),
+        (kernels.reduce, "across", LAYER, LONG, FLOAT16),
+        (kernels.sum_gradients, "gradients", INSTANCE, PLANES, FLOAT32),
+        (kernels.backward, "resident", INSTANCE, PLANES, FLOAT32),
+        (kernels.reduce, "general", GROUP, PLANES, FLOAT16),
+        (kernels.finish_stats, "finish", GROUP, PLANES, FLOAT32),
+        (kernels.finish_backward, "finish", GROUP, PLANES, FLOAT32),
+    ],
+)
+def test_machine_code_of_other_forms(monkeypatch, kernel, which, form, shape, storage):
+    monkeypatch.setattr(target, "properties", lambda number: DEVICE)
+    monkeypatch.setattr(target, "current", contextlib.nullcontext)
+    strides = np.empty(shape, storage.dtype).strides
+    run = Run(Problem(shape, 0, (strides,) * 3, storage, 1, "cuda:0", form))
+    plan = run.plan if which != "across" else run.across
+    way = plan.general if which == "across" else getattr(plan, which)
+    names = plan.names(way, True)
+    if form.along and which != "across":
+        parameter = Parameter(256, 4, FLOAT32.code)
+        names += plan.affine_names(parameter, parameter)
+    numbers = (_numbers,) if kernel in NUMBERED else ()
+    kinds = target.signature((_arrays, way.cut, *numbers))
+    text = target.ptx(target.specialize(kernel, names), kinds, ARCHITECTURES[0], way.threads)
+    assert ".func" not in text and "call" not in text and "approx" not in text
+    if form.along and which != "across":
+        # Parameters are read as vectors, beside those of x and grad_out.
+        arrays = {kernels.forward: 1, kernels.backward: 2, kernels.apply: 2}[kernel]
+        vectors = len(re.findall(r"ld\.global\.v\d", text))
+        assert vectors > arrays * dict(names)["UNROLLED"]
+    for architecture in ARCHITECTURES:
+        machine = target.link(text, architecture)
+        assert machine.spills == 0 and machine.stack == 0 and machine.registers <= 128
 
 
 def record():

@@ -1,5 +1,6 @@
 """What a kernel is told: named tuples of integers, which Numba passes as so many separate parameters."""
 
+from collections import namedtuple
 from typing import NamedTuple
 
 
@@ -27,7 +28,7 @@ class Arrays(NamedTuple):
     x: Operand
     grad_out: Operand
     out: Operand  # also grad_x
-    stats: int  # float64[3, channels]: mean, var, invstd; backward: grad_weight, grad_bias
+    stats: int  # float64[3, pools]: mean, var, invstd; backward: grad_weight, grad_bias
     weight: Parameter
     bias: Parameter
     mean: Parameter  # backward: the batch mean; otherwise the running mean
@@ -59,6 +60,12 @@ class Cut(NamedTuple):
     step_inner: int  # and inner elements
     team: int  # blocks that share a tile of channels, each of which keeps a part of it
     teams: int
+
+
+# Of another normalization. So many channels share statistics; and there are so many parameters, of which
+# channel c has those with number c % period. Apart from Cut, so that batch norm's kernels are told nothing
+# that they do not use.
+FormCut = namedtuple("FormCut", [*Cut._fields, "pool", "period"])  # type: ignore[misc]
 
 
 class Numbers(NamedTuple):

@@ -12,6 +12,10 @@ ways through an array:
 Values are loaded into registers, UNROLLED accesses at a time, summed up, looked at again there with
 their own mean, and merged into what the block knows. So no sum is taken around a guess, and memory is
 read once for the statistics. All sums have a fixed order.
+
+The other normalizations (`nbbn.problem.Form`) are the same stages. What differs from batch normalization is
+which parameters a channel has, how many channels are finished together, and whether each element has
+parameters of its own.
 """
 
 import numpy as np
@@ -37,6 +41,7 @@ from nbbn.formulas import (
     gradient_parameters,
     inverse_deviation,
     mean_of,
+    mean_square,
     merge,
     normalized,
     power_of_two,
@@ -76,6 +81,17 @@ TILE_TABLES = 5  # 5 · TILE
 READS = 0  # arrays that stay in shared memory
 TEAMS = False  # whether several blocks share a tile
 RADIX = 8  # partial sums that one thread adds up; a power of two, as THREADS is
+
+# What is normalized together, if it is not a channel with parameters of its own.
+POOLED = False  # whether several channels, a pool, share their statistics
+PERIODIC = False  # whether several channels share their parameters
+CENTERED = True  # whether the mean is subtracted
+ELEMENTWISE = False  # whether each element of a channel has parameters of its own
+ACROSS = False  # whether statistics are of the steps, not of the channels: sums for elementwise parameters
+ADDS = False  # whether gradients of parameters are added to what is there
+TOGETHER = 0  # elementwise parameters of a vector; 1: each alone; 0: weight and bias differ in type
+of_parameters = np.float32  # what they are stored as
+PARAMETER_SIZE = 4  # bytes
 
 # --- where things are --------------------------------------------------------------------------------
 
@@ -146,6 +162,28 @@ def step_address(cut, operand, step):
 
 
 @part
+def pool_of(cut, c):
+    """Return which of the statistics are a channel's."""
+    if POOLED:
+        return divided(c, cut.pool)[0]
+    return c
+
+
+@part
+def pools(cut):
+    """Return how many statistics there are."""
+    return pool_of(cut, cut.channels)
+
+
+@part
+def affine_index(cut, c):
+    """Return which of the parameters are a channel's."""
+    if PERIODIC:
+        return divided(c, cut.period)[1]
+    return c
+
+
+@part
 def parameter(where, c, missing):
     """Return element `c` of a parameter of any type, or `missing`."""
     if where.address == 0:
@@ -175,9 +213,19 @@ def set_parameter(where, c, value):
 
 
 @part
-def put(address, row, cut, c, value):
-    """Set element [row, c] of float64[:, channels]."""
-    store(address + 8 * (row * cut.channels + c), value)
+def put(address, row, pitch, c, value):
+    """Set element [row, c] of float64[:, pitch]."""
+    store(address + 8 * (row * pitch + c), value)
+
+
+@part
+def put_gradients(address, pitch, c, grad_weight, grad_bias):
+    """Set those of a weight and a bias in float64[2, pitch], or add to them."""
+    if ADDS:
+        grad_weight += load(address + 8 * c, np.float64)
+        grad_bias += load(address + 8 * (pitch + c), np.float64)
+    put(address, 0, pitch, c, grad_weight)
+    put(address, 1, pitch, c, grad_bias)
 
 
 @part
@@ -347,6 +395,23 @@ def kept_values(kept, array, place, element, stop, values):
         element += MEMBERS * ALONG
 
 
+@part
+def elements_of(where, element, missing, numbers):
+    """Get the parameters of the elements of one access, of a channel whose elements have their own."""
+    if TOGETHER == 0 or where.address == 0:
+        for k in range(ALONG):
+            numbers[k] = parameter(where, element + k, missing)
+    elif TOGETHER == 1:
+        for k in range(ALONG):
+            numbers[k] = load(where.address + (element + k) * where.stride, of_parameters)
+    else:
+        for first in range(0, ALONG, TOGETHER):
+            at = where.address + (element + first) * PARAMETER_SIZE
+            vector = load_vector(at, of_parameters, TOGETHER)
+            for k in range(TOGETHER):
+                numbers[first + k] = vector[k]
+
+
 # --- sums --------------------------------------------------------------------------------------------
 
 
@@ -504,6 +569,38 @@ def products_of(values, others, k, mean, element, stop):
 
 
 @part
+def weighted_products_of(arrays, values, others, k, mean, element, stop):
+    """The same for g = dy · weight, where each element has a weight of its own."""
+    weights = cuda.local.array(ALONG, np.float64)
+    total = lost = product = product_lost = float64(0)
+    for u in range(UNROLLED):
+        if element < stop:
+            elements_of(arrays.weight, element, float64(1), weights)
+            for j in range(ALONG):
+                dy = float64(values[u * WIDTH + k * ALONG + j])
+                deviation = float64(others[u * WIDTH + k * ALONG + j]) - mean
+                total, lost = plus_product(total, lost, dy, weights[j])
+                product, product_lost = plus_product(product, product_lost, dy * weights[j], deviation)
+        element += MEMBERS * ALONG
+    return total, lost, product, product_lost
+
+
+@part
+def products_across(values, others, k, means, invstds, element, stop):
+    """Return Σ dy and Σ dy · x_hat, each with what it lost, where each step has its mean and invstd."""
+    total = lost = product = product_lost = float64(0)
+    for u in range(UNROLLED):
+        if element < stop:
+            for j in range(ALONG):
+                dy = float64(values[u * WIDTH + k * ALONG + j])
+                x_hat = (float64(others[u * WIDTH + k * ALONG + j]) - means[u]) * invstds[u]
+                total, lost = plus_some(total, lost, dy)
+                product, product_lost = plus_product(product, product_lost, dy, x_hat)
+        element += MEMBERS * ALONG
+    return total, lost, product, product_lost
+
+
+@part
 def merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2):
     """Pool two sets of statistics of which the first may be empty, and the second too."""
     if count == 0:
@@ -561,6 +658,29 @@ def workers():
 
 
 @part
+def pieces(cut):
+    """Return how many pieces a channel, or a pool of them, is put together from."""
+    if POOLED:
+        return cut.parts * cut.pool
+    return cut.parts
+
+
+@part
+def channel_of(cut, c):
+    """Return the channel, or the first one of a pool."""
+    if POOLED:
+        return c * cut.pool
+    return c
+
+
+@part
+def place_of(cut, piece, c):
+    """Return which part a piece of a pool is, and of which channel."""
+    piece, its = divided(piece, cut.pool)
+    return piece, c * cut.pool + its
+
+
+@part
 def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
     """Return mean, rest and m2 of all parts of a channel: each worker merges some, and then as a tree."""
     t = cuda.threadIdx.x
@@ -568,9 +688,12 @@ def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
     count = int64(0)
     mean = rest = m2 = float64(0)
     piece = int64(index)
-    while piece < parts and c < pitch:
-        more = part_count(cut, piece)
-        more_mean, more_rest, more_m2, _ = get_four(address, piece, pitch, c)
+    while piece < parts and channel_of(cut, c) < pitch:
+        place, its = piece, c
+        if POOLED:
+            place, its = place_of(cut, piece, c)
+        more = part_count(cut, place)
+        more_mean, more_rest, more_m2, _ = get_four(address, place, pitch, its)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
         piece += workers()
     cuda.syncthreads()  # what was there before has been read
@@ -595,12 +718,31 @@ def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
 
 
 @part
-def pool_sums(address, pitch, c, parts, high, low):
+def times(factor, total, lost):
+    """Return factor · total, and what is lost with that added to factor · lost."""
+    product = factor * total
+    return product, fma(factor, total, -product) + factor * lost
+
+
+@part
+def get_sums(arrays, cut, address, piece, pitch, c):
+    """Return the sums of a piece: of a pool those of g = dy · weight, with the weight of each channel."""
+    if POOLED:
+        piece, c = place_of(cut, piece, c)
+    four = get_four(address, piece, pitch, c)
+    if POOLED:
+        weight = weight_of(arrays, cut, c)
+        return times(weight, four[0], four[1]) + times(weight, four[2], four[3])
+    return four
+
+
+@part
+def pool_sums(arrays, cut, address, pitch, c, parts, high, low):
     """Return what both sums of all parts of a channel sum up to, each with what it lost."""
     total = lost = product = product_lost = float64(0)
     piece = int64(worker()[1])
-    while piece < parts and c < pitch:
-        four = get_four(address, piece, pitch, c)
+    while piece < parts and channel_of(cut, c) < pitch:
+        four = get_sums(arrays, cut, address, piece, pitch, c)
         total, lost = plus(total, lost + four[1], four[0])
         product, product_lost = plus(product, product_lost + four[3], four[2])
         piece += workers()
@@ -655,9 +797,18 @@ def affine_of(arrays, cut, c):
 
     They may lie where the running statistics do: all threads have them before these are written.
     """
-    if TILE > 1 and c >= cut.channels:
+    if ELEMENTWISE or (TILE > 1 and c >= cut.channels):
         return float64(1), float64(0)
+    c = affine_index(cut, c)
     return parameter(arrays.weight, c, float64(1)), parameter(arrays.bias, c, float64(0))
+
+
+@part
+def weight_of(arrays, cut, c):
+    """Return the weight of a channel: 1 where each element has its own."""
+    if ELEMENTWISE:
+        return float64(1)
+    return parameter(arrays.weight, affine_index(cut, c), float64(1))
 
 
 @part
@@ -673,19 +824,31 @@ def to_normalize(affine, mean, rest, invstd, table):
 
 
 @part
+def value_count(cut):
+    """Return how many values share statistics."""
+    if POOLED:
+        return float64(cut.outer * cut.inner * cut.pool)
+    return float64(cut.outer * cut.inner)
+
+
+@part
 def finish_channel(arrays, cut, numbers, affine, c, mean, rest, m2, report, table):
-    """Set what a channel is normalized with.
+    """Set what a channel is normalized with; c is the channel, or the pool that it is in.
 
     To report it is to leave its statistics, and to update the running ones.
     """
-    count = float64(cut.outer * cut.inner)
+    count = value_count(cut)
     var = variance(m2, count)
+    if not CENTERED:
+        var = mean_square(var, mean)
+        mean = rest = float64(0)
     invstd = float64(inverse_deviation(var, numbers.eps))
     to_normalize(affine, mean, rest, invstd, table)
     if report:
-        put(arrays.stats, 0, cut, c, mean)
-        put(arrays.stats, 1, cut, c, var)
-        put(arrays.stats, 2, cut, c, invstd)
+        pitch = pools(cut)
+        put(arrays.stats, 0, pitch, c, mean)
+        put(arrays.stats, 1, pitch, c, var)
+        put(arrays.stats, 2, pitch, c, invstd)
         if arrays.mean.address != 0:
             old = parameter(arrays.mean, c, float64(0))
             set_parameter(arrays.mean, c, running(old, mean, numbers.momentum))
@@ -703,7 +866,7 @@ def put_table(arrays, cut, c, rows, table):
 
 
 def finish_stats(arrays, cut, numbers):
-    """Partials into mean, var, invstd, the tables and the running statistics. Blocks: tiles."""
+    """Partials into mean, var, invstd, the tables and the running statistics. Blocks: tiles, or pools'."""
     counts = cuda.shared.array(THREADS, np.int64)
     means = cuda.shared.array(THREADS, np.float64)
     rests = cuda.shared.array(THREADS, np.float64)
@@ -712,9 +875,16 @@ def finish_stats(arrays, cut, numbers):
     channel, index = worker()
     c = int64(cuda.blockIdx.x) * TILE + channel
     mean, rest, m2 = pool_statistics(
-        cut, arrays.partials, cut.channels, c, cut.parts, counts, means, rests, m2s
+        cut, arrays.partials, cut.channels, c, pieces(cut), counts, means, rests, m2s
     )
-    if index == 0 and c < cut.channels:
+    if POOLED:
+        its = int64(index)
+        while its < cut.pool and c < pools(cut):
+            affine = affine_of(arrays, cut, c * cut.pool + its)
+            finish_channel(arrays, cut, numbers, affine, c, mean, rest, m2, its == 0, table)
+            put_table(arrays, cut, c * cut.pool + its, 3, table)
+            its += workers()
+    elif index == 0 and c < cut.channels:
         affine = affine_of(arrays, cut, c)
         finish_channel(arrays, cut, numbers, affine, c, mean, rest, m2, True, table)
         put_table(arrays, cut, c, 3, table)
@@ -725,9 +895,10 @@ def use_running_stats(arrays, cut, numbers):
     table = cuda.local.array(3, real)
     c = int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
     if c < cut.channels:
-        invstd = float64(inverse_deviation(parameter(arrays.var, c, float64(1)), numbers.eps))
+        its = affine_index(cut, c)
+        invstd = float64(inverse_deviation(parameter(arrays.var, its, float64(1)), numbers.eps))
         affine = affine_of(arrays, cut, c)
-        to_normalize(affine, parameter(arrays.mean, c, float64(0)), float64(0), invstd, table)
+        to_normalize(affine, parameter(arrays.mean, its, float64(0)), float64(0), invstd, table)
         put_table(arrays, cut, c, 3, table)
 
 
@@ -760,6 +931,24 @@ def get_shared(tables, rows, numbers):
 
 
 @part
+def normalize_elements(arrays, element, stop, numbers, values):
+    """Normalize what a thread has loaded, where each element has a weight and a bias of its own."""
+    weights = cuda.local.array(ALONG, real)
+    biases = cuda.local.array(ALONG, real)
+    for u in range(UNROLLED):
+        if element < stop:
+            elements_of(arrays.weight, element, float64(1), weights)
+            elements_of(arrays.bias, element, float64(0), biases)
+            for j in range(WIDTH):
+                k, i = j // ALONG, u * WIDTH + j
+                mean, scale, shift = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
+                x_hat = normalized(real(values[i]), mean, scale, shift)
+                its = normalized(x_hat, real(0), weights[j % ALONG], biases[j % ALONG])
+                values[i] = carried(its, stored)
+        element += MEMBERS * ALONG
+
+
+@part
 def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
     """Normalize a part of a thread's channels."""
     _, member = lane_of()
@@ -771,10 +960,13 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
             kept_values(kept, 0, kept_at(first, start), element, stop, values)
         else:
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
-        for i in range(VALUES):
-            k = i % WIDTH // ALONG
-            mean, scale, shift = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
-            values[i] = carried(normalized(real(values[i]), mean, scale, shift), stored)
+        if ELEMENTWISE:
+            normalize_elements(arrays, element, stop, numbers, values)
+        else:
+            for i in range(VALUES):
+                k = i % WIDTH // ALONG
+                mean, scale, shift = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
+                values[i] = carried(normalized(real(values[i]), mean, scale, shift), stored)
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()
@@ -862,19 +1054,41 @@ def forward(arrays, cut, numbers):
 
 
 @part
+def own_means(arrays, cut, c, means):
+    """Get the means of a thread's channels."""
+    clear(means)
+    if TILE == 1 or c < cut.channels:
+        for k in range(OWN):
+            means[k] = parameter(arrays.mean, pool_of(cut, c + k), float64(0))
+
+
+@part
+def step_statistics(arrays, element, stop, means, invstds):
+    """Get mean and invstd of each step that a thread has loaded."""
+    for u in range(UNROLLED):
+        if element < stop:
+            means[u] = parameter(arrays.mean, element, float64(0))
+            invstds[u] = parameter(arrays.var, element, float64(1))
+        element += MEMBERS * ALONG
+
+
+@part
 def reduce_part(
     arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
 ):
-    """Set a thread's Σ dy and Σ dy · (x - mean) of a part of its channels, and what each of them lost."""
+    """Set a thread's Σ dy and Σ dy · (x - mean) of a part of its channels, and what each of them lost.
+
+    Where each element has a weight, g = dy · weight takes the place of dy.
+    """
     means = cuda.local.array(OWN, np.float64)
+    step_means = cuda.local.array(UNROLLED, np.float64)
+    step_invstds = cuda.local.array(UNROLLED, np.float64)
     clear(totals)
     clear(losses)
     clear(products)
     clear(products_lost)
-    clear(means)
-    if TILE == 1 or c < cut.channels:
-        for k in range(OWN):
-            means[k] = parameter(arrays.mean, c + k, float64(0))
+    if not ACROSS:
+        own_means(arrays, cut, c, means)
     _, member = lane_of()
     step, inner = begin(cut, first)
     start = first
@@ -885,8 +1099,19 @@ def reduce_part(
         if READS:
             keep(kept, 0, kept_at(first, start), element, stop, values)
             keep(kept, 1, kept_at(first, start), element, stop, others)
+        if ACROSS:
+            step_statistics(arrays, element, stop, step_means, step_invstds)
         for k in range(OWN):
-            total, lost, product, product_lost = products_of(values, others, k, means[k], element, stop)
+            if ELEMENTWISE:
+                total, lost, product, product_lost = weighted_products_of(
+                    arrays, values, others, k, means[k], element, stop
+                )
+            elif ACROSS:
+                total, lost, product, product_lost = products_across(
+                    values, others, k, step_means, step_invstds, element, stop
+                )
+            else:
+                total, lost, product, product_lost = products_of(values, others, k, means[k], element, stop)
             totals[k], losses[k] = plus(totals[k], losses[k] + lost, total)
             products[k], products_lost[k] = plus(products[k], products_lost[k] + product_lost, product)
         step, inner = advance_all(cut, step, inner)
@@ -919,25 +1144,37 @@ def reduce(arrays, cut):
 
 @part
 def finish_gradients(arrays, cut, c, four, report, table):
-    """Set what grad_x of a channel is computed with; to report it is to leave its sums."""
-    mean = parameter(arrays.mean, c, float64(0))
-    invstd = parameter(arrays.var, c, float64(1))
+    """Set what grad_x of a channel is computed with; to report it is to leave its sums.
+
+    The weights of a pool's channels are in its sums. A channel that shares its parameters leaves its sums
+    for `sum_gradients`.
+    """
+    mean = parameter(arrays.mean, pool_of(cut, c), float64(0))
+    invstd = parameter(arrays.var, pool_of(cut, c), float64(1))
     grad_bias = four[0] + four[1]
     grad_weight = (four[2] + four[3]) * invstd
-    scale = parameter(arrays.weight, c, float64(1)) * invstd
+    scale = weight_of(arrays, cut, c) * invstd
     near = real(mean)
     lost = mean - float64(near)
     unit = float64(power_of_two(invstd))
     slope, offset = gradient_parameters(
-        scale, lost, grad_bias, grad_weight, invstd, unit, float64(cut.outer * cut.inner)
+        invstd if POOLED else scale,
+        lost,
+        grad_bias if CENTERED else float64(0),
+        grad_weight,
+        invstd,
+        unit,
+        value_count(cut),
     )
     if arrays.training == 0:
         # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
         near = real(0)
         slope = float64(0)
     if report:
-        put(arrays.stats, 0, cut, c, grad_weight)
-        put(arrays.stats, 1, cut, c, grad_bias)
+        if PERIODIC:
+            put_four(arrays.stats, int64(0), cut.channels, c, four)
+        elif not ELEMENTWISE:
+            put_gradients(arrays.stats, cut.channels, c, grad_weight, grad_bias)
     table[0] = near
     table[1] = real(scale)
     table[2] = real(slope)
@@ -946,16 +1183,68 @@ def finish_gradients(arrays, cut, c, four, report, table):
 
 
 def finish_backward(arrays, cut):
-    """Partials into grad_weight, grad_bias and the tables of grad_x. Blocks: tiles."""
+    """Partials into grad_weight, grad_bias and the tables of grad_x. Blocks: tiles, or pools'."""
     high = cuda.shared.array(THREADS, np.float64)
     low = cuda.shared.array(THREADS, np.float64)
     table = cuda.local.array(5, real)
     channel, index = worker()
     c = int64(cuda.blockIdx.x) * TILE + channel
-    four = pool_sums(arrays.partials, cut.channels, c, cut.parts, high, low)
-    if index == 0 and c < cut.channels:
-        finish_gradients(arrays, cut, c, four, True, table)
+    four = pool_sums(arrays, cut, arrays.partials, cut.channels, c, pieces(cut), high, low)
+    if POOLED:
+        its = int64(index)
+        while its < cut.pool and c < pools(cut):
+            finish_gradients(arrays, cut, c * cut.pool + its, four, False, table)
+            put_table(arrays, cut, c * cut.pool + its, 5, table)
+            its += workers()
+    elif index == 0 and c < cut.channels:
+        finish_gradients(arrays, cut, c, four, not PERIODIC, table)
         put_table(arrays, cut, c, 5, table)
+
+
+def sum_gradients(arrays, cut):
+    """Partials into grad_weight and grad_bias, over all channels that have a parameter.
+
+    Blocks: tiles of parameters.
+    """
+    high = cuda.shared.array(THREADS, np.float64)
+    low = cuda.shared.array(THREADS, np.float64)
+    channel, index = worker()
+    its = int64(cuda.blockIdx.x) * TILE + channel
+    copies = divided(cut.channels, cut.period)[0]
+    total = lost = product = product_lost = float64(0)
+    piece = int64(index)
+    while piece < cut.parts * copies and its < cut.period:
+        place, copy = divided(piece, copies)
+        c = copy * cut.period + its
+        four = get_four(arrays.partials, place, cut.channels, c)
+        invstd = float64(1)  # which sums across channels have in them
+        if not ACROSS:
+            invstd = parameter(arrays.var, pool_of(cut, c), float64(1))
+        more, more_lost = times(invstd, four[2], four[3])
+        total, lost = plus(total, lost + four[1], four[0])
+        product, product_lost = plus(product, product_lost + more_lost, more)
+        piece += workers()
+    total, lost = worker_sum(total, lost, high, low)
+    product, product_lost = worker_sum(product, product_lost, high, low)
+    if index == 0 and its < cut.period:
+        put_gradients(arrays.stats, cut.period, its, product + product_lost, total + lost)
+
+
+@part
+def apply_elements(arrays, element, stop, numbers, values, others):
+    """Compute grad_x of what a thread has loaded, where each element has a weight of its own."""
+    weights = cuda.local.array(ALONG, real)
+    for u in range(UNROLLED):
+        if element < stop:
+            elements_of(arrays.weight, element, float64(1), weights)
+            for j in range(WIDTH):
+                k, i = j // ALONG, u * WIDTH + j
+                mean, scale, slope = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
+                offset, unit = numbers[3 * OWN + k], numbers[4 * OWN + k]
+                grad_out = real(values[i]) * weights[j % ALONG]
+                its = gradient(grad_out, real(others[i]), mean, unit, scale, slope, offset)
+                values[i] = carried(its, stored)
+        element += MEMBERS * ALONG
 
 
 @part
@@ -972,12 +1261,15 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
         else:
             fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
             fetch(cut, arrays.x, c, step, inner, element, stop, others)
-        for i in range(VALUES):
-            k = i % WIDTH // ALONG
-            mean, scale, slope = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
-            offset, unit = numbers[3 * OWN + k], numbers[4 * OWN + k]
-            its = gradient(real(values[i]), real(others[i]), mean, unit, scale, slope, offset)
-            values[i] = carried(its, stored)
+        if ELEMENTWISE:
+            apply_elements(arrays, element, stop, numbers, values, others)
+        else:
+            for i in range(VALUES):
+                k = i % WIDTH // ALONG
+                mean, scale, slope = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
+                offset, unit = numbers[3 * OWN + k], numbers[4 * OWN + k]
+                its = gradient(real(values[i]), real(others[i]), mean, unit, scale, slope, offset)
+                values[i] = carried(its, stored)
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()
@@ -1026,7 +1318,7 @@ def backward(arrays, cut):
             if index == 0:
                 put_four(address, rank, TILE, channel, four)
             team_barrier(arrays, cut, team, rank)
-            four = pool_sums(address, TILE, channel, cut.team, high, low)
+            four = pool_sums(arrays, cut, address, TILE, channel, cut.team, high, low)
         if index == 0 and tile * TILE + channel < cut.channels:
             finish_gradients(arrays, cut, tile * TILE + channel, four, rank == 0, table)
             put_shared(tables, channel, 5, table)

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nbbn import problem
 from nbbn.cuda import target
-from nbbn.cuda.call import Cut, Operand
-from nbbn.dtypes import BFLOAT16, Storage
+from nbbn.cuda.call import Cut, FormCut, Operand, Parameter
+from nbbn.dtypes import BFLOAT16, FLOAT32, STORAGES, Storage
 from nbbn.geometry import Geometry, Layout
 
 VECTOR_BYTES = 16  # of the widest access
@@ -57,10 +58,28 @@ class Plan:
         Of the arrays' elements.
     device : int
         The number of the device.
+    form : nbbn.problem.Form
+        What is normalized together.
+    across : bool
+        The problem is to sum up over the steps for the parameters of a form that has them along the elements:
+        these are the channels here, and each step has statistics.
     """
 
-    def __init__(self, geometry: Geometry, storage: Storage, device: int) -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        storage: Storage,
+        device: int,
+        form: problem.Form = problem.BATCH,
+        across: bool = False,
+    ) -> None:
         self.storage = storage
+        self._across = across
+        # Parameters of channels: fewer than these where several channels have the same.
+        self.parameters = form.period or geometry.channels
+        if self.parameters == geometry.channels:
+            form = form._replace(period=0)
+        self.form = form
         self.device = device
         self.size = size = storage.dtype.itemsize
         # A result that is stored in 16 bits is computed in float64: it is right then where terms cancel.
@@ -89,8 +108,15 @@ class Plan:
         self.own = self.width if self.columns else 1
         self.along = self.width // self.own  # elements of an access that are of one channel
         self.general = self._general()
+        self.pools = self.channels // form.pool
         self.finish = self._finish()
-        self.resident = self._resident(max(1, len(layouts) - 1))
+        self.resident = None
+        if form.pool == 1 and not across:
+            self.resident = self._resident(max(1, len(layouts) - 1))
+        # Where channels share parameters or statistics, the gradients of parameters are summed up apart.
+        self.shares = form.pool > 1 or form.period > 0
+        kept = self.shares and self.resident is not None
+        self.gradients = self._gradients(1 if kept else self.general.cut.parts)
         # The memory that a call works in: barriers, partials, tables.
         partials = self.general.cut.parts * self.channels
         self.barriers = 0
@@ -99,7 +125,8 @@ class Plan:
             partials = max(partials, 2 * self.resident.blocks * self.resident.lanes * self.own)
         self.partials = -(-4 * self.barriers // 16) * 16
         self.tables = self.partials + 8 * 4 * partials
-        self.nbytes = self.tables + 5 * self.real.itemsize * self.channels
+        self.sums = self.tables + 5 * self.real.itemsize * self.channels
+        self.nbytes = self.sums + 8 * 4 * self.channels * kept
 
     def _width(self, geometry: Geometry) -> int:
         """Return how many elements a thread takes at once: those of 16 bytes, where they may lie so.
@@ -133,6 +160,8 @@ class Plan:
             self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team,
             teams or tiles,
         )  # fmt: skip
+        if self.form != problem.BATCH or self._across:
+            cut = FormCut(*cut, self.form.pool, self.parameters)  # type: ignore[call-arg, assignment]
         shared = self._room(reads, threads) * -(-part // (threads // lanes * self.along))
         return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
 
@@ -166,12 +195,21 @@ class Plan:
         return self._form(THREADS, lanes, each * chunk, -(-chunks // each))
 
     def _finish(self) -> Form:
-        """The parts of each channel are pooled, a thread for each of them."""
-        members = next(threads for threads in FINISHERS if threads >= self.general.cut.parts)
+        """The parts of each channel, or of a pool of them, are pooled."""
+        return self._finishing(self.pools, self.general.cut.parts * self.form.pool)
+
+    def _finishing(self, count: int, parts: int) -> Form:
+        """Each of `count` has a thread for each of its parts, while there are threads."""
+        members = next((threads for threads in FINISHERS if threads >= parts), FINISHERS[-1])
         threads = max(WARP, members)
         lanes = threads // members
-        blocks = -(-self.channels // lanes)
+        blocks = -(-count // lanes)
         return self.general._replace(threads=threads, lanes=lanes, columns=True, own=1, blocks=blocks)
+
+    def _gradients(self, parts: int) -> Form:
+        """The parts of all channels that have a parameter are pooled likewise."""
+        form = self._finishing(self.parameters, parts * (self.channels // self.parameters))
+        return form._replace(cut=form.cut._replace(parts=parts))
 
     def _resident_lanes(self, reads: int, count: int) -> int:
         """Return how many lanes a block has that keeps `count` elements of each of its channels."""
@@ -250,6 +288,13 @@ class Plan:
     def names(self, form: Form, aligned: bool) -> target.Names:
         """Return what a kernel is compiled for: see `nbbn.cuda.kernels`."""
         unrolled = self._unrolled(form)
+        variant = (
+            ("POOLED", self.form.pool > 1),
+            ("PERIODIC", self.form.period > 0),
+            ("CENTERED", self.form.centered),
+            ("ELEMENTWISE", self.form.along),
+            ("ACROSS", self._across),
+        )
         members, along = form.threads // form.lanes, self.width // form.own
         tile = form.lanes * form.own
         return (
@@ -280,4 +325,20 @@ class Plan:
             ("READS", form.reads),
             ("TEAMS", form.teams > 0),
             ("RADIX", RADIX),
+            *variant,
+        )
+
+    def affine_names(self, weight: Parameter, bias: Parameter) -> target.Names:
+        """Return how a kernel reads the parameters of elements: as vectors where they lie so."""
+        codes = {one.code for one in (weight, bias) if one.address} or {FLOAT32.code}
+        storage = next(storage for storage in STORAGES if storage.code in codes)
+        size = storage.dtype.itemsize
+        together = min(self.along, VECTOR_BYTES // size)
+        for one in (weight, bias):
+            if one.address and (one.stride != size or one.address % (together * size)):
+                together = 1
+        return (
+            ("TOGETHER", together if len(codes) == 1 else 0),
+            ("of_parameters", np.uint16 if storage is BFLOAT16 else storage.dtype.type),
+            ("PARAMETER_SIZE", size),
         )

@@ -12,11 +12,14 @@ from nbbn.compiler import Step
 from nbbn.cuda import kernels, target
 from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import THREADS, Form, Plan
-from nbbn.geometry import canonical
+from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.problem import Problem
 
 Kernel = Callable[..., Any]
 Where = tuple[int, int, int]  # a parameter: address, stride in bytes and code of the storage
+
+
+ADDING: target.Names = (("ADDS", True),)
 
 
 class _Call:
@@ -25,7 +28,8 @@ class _Call:
     def __init__(self, run: "Run", stream: int) -> None:
         self._run = run
         self._stream = stream
-        self._memory = target.Memory(run.plan.nbytes, run.plan.barriers, stream)
+        self._memory = target.Memory(run.nbytes, run.plan.barriers, stream)
+        self.sums = self._memory.address + run.plan.sums
         self._launches: list[tuple[target.Launcher, Form, tuple[Any, ...]]] = []
 
     def arrays(
@@ -37,9 +41,14 @@ class _Call:
         mean: Where = ABSENT,
         var: Where = ABSENT,
         training: bool = True,
+        plan: Plan | None = None,
     ) -> Arrays:
-        """Return what the kernels of this call have to know of its arrays."""
-        memory, plan = self._memory.address, self._run.plan
+        """Return what the kernels of this call have to know of its arrays, by the run's plan or another."""
+        memory = self._memory.address
+        if plan is None:
+            plan = self._run.plan
+        else:
+            memory += self._run.plan.partials  # the barriers stay as they are
         parameters = Parameter(*weight), Parameter(*bias), Parameter(*mean), Parameter(*var)
         return Arrays(
             *operands,
@@ -51,11 +60,22 @@ class _Call:
             training=int(training),
         )
 
-    def add(self, kernel: Kernel, form: Form, arrays: Arrays, *numbers: Numbers) -> None:
-        """Launch a kernel after those that were added before."""
+    def add(
+        self,
+        kernel: Kernel,
+        form: Form,
+        arrays: Arrays,
+        *numbers: Numbers,
+        plan: Plan | None = None,
+        names: target.Names = (),
+    ) -> None:
+        """Launch a kernel after those that were added before, compiled for these names too."""
         arguments = (arrays, form.cut, *numbers)
+        plan = plan or self._run.plan
+        if plan.form.along and kernel in ELEMENTWISE:
+            names += plan.affine_names(arrays.weight, arrays.bias)
         together = arrays.x.address | arrays.grad_out.address | arrays.out.address
-        launcher = self._run.launcher(kernel, form, together % self._run.plan.access == 0, arguments)
+        launcher = self._run.launcher(kernel, plan, form, together % plan.access == 0, names, arguments)
         self._launches.append((launcher, form, arguments))
 
     def launch(self) -> None:
@@ -65,6 +85,18 @@ class _Call:
         self._memory.free()
 
 
+# What reads the parameters of elements.
+ELEMENTWISE = (kernels.normalize, kernels.reduce, kernels.apply, kernels.forward, kernels.backward)
+
+
+def _across(problem: Problem) -> Geometry:
+    """Return the walk over rows whose elements are the channels, and the rows the steps, in their order."""
+    rows, elements = problem.shape
+    size = problem.storage.dtype.itemsize
+    layouts = tuple(Layout(0, (strides[0],), size, 0) for strides in problem.strides)
+    return Geometry((rows,), elements, 1, layouts)
+
+
 class Run:
     """Runs the operations on one problem. All arrays are given by their addresses on the device."""
 
@@ -72,19 +104,30 @@ class Run:
         self.device = int(problem.device.partition(":")[2] or 0)
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
         with target.current(self.device):
-            self.plan = plan = Plan(geometry, problem.storage, self.device)
+            self.plan = plan = Plan(geometry, problem.storage, self.device, problem.form)
+            self.nbytes = plan.nbytes
+            self.across = None
+            if problem.form.along and len(problem.strides) == 3:
+                self.across = Plan(_across(problem), problem.storage, self.device, across=True)
+                self.nbytes = max(plan.nbytes, plan.partials + self.across.nbytes)
         self._channels = plan.general._replace(threads=THREADS, blocks=-(-plan.channels // THREADS))
         self._launchers: dict[tuple[Any, ...], target.Launcher] = {}
 
     def launcher(
-        self, kernel: Kernel, form: Form, aligned: bool, arguments: tuple[Any, ...]
+        self,
+        kernel: Kernel,
+        plan: Plan,
+        form: Form,
+        aligned: bool,
+        names: target.Names,
+        arguments: tuple[Any, ...],
     ) -> target.Launcher:
         """Return a kernel of this problem, compiled."""
-        key = kernel, form.threads, form.teams > 0, aligned
+        key = kernel, plan is self.plan, form.threads, form.teams > 0, aligned, names
         try:
             return self._launchers[key]
         except KeyError:
-            names = self.plan.names(form, aligned)
+            names = plan.names(form, aligned) + names
             found = target.launcher(kernel, names, target.signature(arguments), self.device)
             self._launchers[key] = found
             return found
@@ -166,17 +209,30 @@ class Run:
         adds: bool = False,
         stream: int = 0,
     ) -> None:
-        """grad_x, and grad_weight and grad_bias into float64[2, C] at `gradients`."""
-        plan = self.plan
+        """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`."""
+        plan, across = self.plan, self.across
+        names = ADDING if adds else ()
         with target.current(self.device):
             call = _Call(self, stream)
             operands = plan.operands(x, grad_out, grad_x)
             arrays = call.arrays(operands, gradients, weight, ABSENT, mean, invstd, training)
+            if across is not None:  # before grad_x is written, which may be where x or grad_out is
+                operands = across.operands(x, grad_out, grad_x)
+                rows = call.arrays(operands, gradients, mean=mean, var=invstd, plan=across)
+                call.add(kernels.reduce, across.general, rows, plan=across)
+                call.add(kernels.sum_gradients, across.gradients, rows, plan=across, names=names)
             if plan.resident is not None and training:
-                call.add(kernels.backward, plan.resident, arrays)
+                if plan.shares:
+                    summed = arrays._replace(partials=call.sums)
+                    call.add(kernels.backward, plan.resident, arrays._replace(stats=call.sums))
+                    call.add(kernels.sum_gradients, plan.gradients, summed, names=names)
+                else:
+                    call.add(kernels.backward, plan.resident, arrays, names=names)
             else:
                 call.add(kernels.reduce, plan.general, arrays)
-                call.add(kernels.finish_backward, plan.finish, arrays)
+                call.add(kernels.finish_backward, plan.finish, arrays, names=names)
+                if plan.shares:
+                    call.add(kernels.sum_gradients, plan.gradients, arrays, names=names)
                 if training:
                     call.add(kernels.apply, plan.general, arrays)
                 else:  # grad_x = scale · dy: dy takes the place of x
