@@ -494,8 +494,16 @@ def layer_norm_forward(
 
     Parameters
     ----------
-    x, normalized_shape, weight, bias, eps, out
-        As in `layer_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+    normalized_shape : int or sequence of int
+        The shape of what is normalized together.
+    weight, bias : array, optional
+        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without them, 1 and 0.
+    eps : float, default 1e-5
+        Added to the variance; at least 0.
+    out : array, optional
+        Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
@@ -602,10 +610,15 @@ def layer_norm_backward(
     ----------
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x, normalized_shape, weight
-        As in `layer_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+    normalized_shape : int or sequence of int
+        The shape of what is normalized together.
+    weight : array, optional
+        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
     mean, invstd : array
-        What x was normalized with, as `layer_norm_forward` returns it.
+        Of the shape of x without its last dimensions: what x was normalized with, as `layer_norm_forward`
+        returns them.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -652,8 +665,16 @@ def rms_norm_forward(
 
     Parameters
     ----------
-    x, normalized_shape, weight, eps, out
-        As in `rms_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+    normalized_shape : int or sequence of int
+        The shape of what is normalized together.
+    weight : array, optional
+        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
+    eps : float, optional
+        Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
+    out : array, optional
+        Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
@@ -693,10 +714,16 @@ def rms_norm(
 
     Parameters
     ----------
-    x, normalized_shape, weight, out
-        As in `nbbn.layer_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+    normalized_shape : int or sequence of int
+        The shape of what is normalized together.
+    weight : array, optional
+        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
     eps : float, optional
         Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
+    out : array, optional
+        Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
@@ -739,8 +766,19 @@ def rms_norm_backward(
 
     Parameters
     ----------
-    grad_out, x, normalized_shape, weight, invstd, out
-        As in `layer_norm_backward`.
+    grad_out : array
+        The gradient with respect to the output: of x's shape and dtype, any strides.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+    normalized_shape : int or sequence of int
+        The shape of what is normalized together.
+    weight : array, optional
+        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
+    invstd : array
+        Of the shape of x without its last dimensions: what x was normalized with, as `rms_norm_forward`
+        returns it.
+    out : array, optional
+        Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
@@ -784,8 +822,18 @@ def group_norm_forward(
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, axis, out
-        As in `group_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), at least two dimensions, any strides.
+    num_groups : int
+        How many groups; it divides C.
+    weight, bias : array, optional
+        float32, float64 or x's type, shape (C,). Without them, 1 and 0.
+    eps : float, default 1e-5
+        Added to the variance; at least 0.
+    axis : int, default 1
+        The channel axis, of length C.
+    out : array, optional
+        Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
@@ -892,10 +940,16 @@ def group_norm_backward(
     ----------
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x, num_groups, weight, axis
-        As in `group_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), at least two dimensions, any strides.
+    num_groups : int
+        How many groups; it divides C.
+    weight : array, optional
+        float32, float64 or x's type, shape (C,). Without it, 1.
     mean, invstd : array
         Shape (N, num_groups): what x was normalized with, as `group_norm_forward` returns it.
+    axis : int, default 1
+        The channel axis, of length C.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -943,8 +997,16 @@ def instance_norm_forward(
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, out
-        As in `instance_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), at least three dimensions, any strides.
+    weight, bias : array, optional
+        float32, float64 or x's type, shape (C,). Without them, 1 and 0.
+    eps : float, default 1e-5
+        Added to the variance; at least 0.
+    axis : int, default 1
+        The channel axis, of length C.
+    out : array, optional
+        Where to write the result: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
@@ -1159,10 +1221,14 @@ def instance_norm_backward(
     ----------
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x, weight, axis
-        As in `instance_norm`.
+    x : array
+        Of any kind and type (see `nbbn.batch_norm`), at least three dimensions, any strides.
+    weight : array, optional
+        float32, float64 or x's type, shape (C,). Without it, 1.
     mean, invstd : array
         Shape (N, C): what x was normalized with, as `instance_norm_forward` returns it.
+    axis : int, default 1
+        The channel axis, of length C.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 

@@ -90,7 +90,8 @@ class BatchNorm:
         Ghost batch normalization [3]_: in training the samples, on the first axis that is not `axis`, are cut
         into parts of so many, in order, each normalized with its own statistics. The last one may be smaller;
         if it had no more than one value per channel, or `correction`, it is one with the part before it.
-        The running statistics and `num_batches_tracked` count each part as a batch. In evaluation it is off.
+        The running statistics and ``num_batches_tracked`` count each part as a batch. In evaluation it is
+        off.
     single_value : str, default "error"
         What is done with a batch that has one value per channel and is to be normalized with its own
         statistics: "error", a ValueError; "running", it is normalized with the running statistics as in

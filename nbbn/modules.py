@@ -204,8 +204,10 @@ class RMSNorm(_RowNorm):
         Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
     elementwise_affine : bool, default True
         Whether there is a weight.
-    dtype, device
-        As for `nbbn.LayerNorm`.
+    dtype : str or numpy.dtype, default "float32"
+        float32 or float64, of parameters and statistics.
+    device : str, default "cpu"
+        Where they live: "cpu", "cuda" or "cuda:N".
 
     Attributes
     ----------
@@ -273,8 +275,10 @@ class GroupNorm(Module):
         Whether there are a weight and a bias.
     axis : int, default 1
         The channel axis.
-    dtype, device
-        As for `nbbn.LayerNorm`.
+    dtype : str or numpy.dtype, default "float32"
+        float32 or float64, of parameters and statistics.
+    device : str, default "cpu"
+        Where they live: "cpu", "cuda" or "cuda:N".
 
     Attributes
     ----------
@@ -414,8 +418,10 @@ class InstanceNorm(Module):
         Whether there are running statistics, which evaluation uses.
     axis : int, default 1
         The channel axis.
-    dtype, device
-        As for `nbbn.BatchNorm`.
+    dtype : str or numpy.dtype, default "float32"
+        float32 or float64, of parameters and statistics.
+    device : str, default "cpu"
+        Where they live: "cpu", "cuda" or "cuda:N".
 
     Attributes
     ----------
