@@ -205,7 +205,8 @@ class RMSNorm(_RowNorm):
     elementwise_affine : bool, default True
         Whether there is a weight.
     dtype : str or numpy.dtype, default "float32"
-        float32 or float64, of parameters and statistics.
+        Of the parameters: float32 or float64, for inputs of any type; or float16 or bfloat16, for inputs of
+        the same type.
     device : str, default "cpu"
         Where they live: "cpu", "cuda" or "cuda:N".
 
@@ -276,7 +277,8 @@ class GroupNorm(Module):
     axis : int, default 1
         The channel axis.
     dtype : str or numpy.dtype, default "float32"
-        float32 or float64, of parameters and statistics.
+        Of the parameters: float32 or float64, for inputs of any type; or float16 or bfloat16, for inputs of
+        the same type.
     device : str, default "cpu"
         Where they live: "cpu", "cuda" or "cuda:N".
 
@@ -419,7 +421,8 @@ class InstanceNorm(Module):
     axis : int, default 1
         The channel axis.
     dtype : str or numpy.dtype, default "float32"
-        float32 or float64, of parameters and statistics.
+        Of parameters and running statistics: float32 or float64, for inputs of any type; or float16 or
+        bfloat16, for inputs of the same type.
     device : str, default "cpu"
         Where they live: "cpu", "cuda" or "cuda:N".
 
