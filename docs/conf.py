@@ -37,7 +37,8 @@ numpydoc_xref_param_type = False
 # Missing, unknown and disordered sections and parameters: what makes a docstring wrong, not what is style.
 numpydoc_validation_checks = {"GL06", "GL07", "GL08", "PR01", "PR02", "PR03", "PR04", "PR10"}
 # Fields of named tuples are documented as attributes, which they are.
-numpydoc_validation_exclude = {r"nbbn\.(BatchNormForward|BatchNormGradients|BatchStats|Folded|NormForward|NormGradients)$"}
+TUPLES = "BatchNormForward|BatchNormGradients|BatchStats|Folded|NormForward|NormGradients|Renorm"
+numpydoc_validation_exclude = {rf"nbbn\.({TUPLES})$"}
 
 nitpicky = True
 default_role = "py:obj"
@@ -48,6 +49,7 @@ MODULES = [nbbn.BatchNorm, nbbn.LayerNorm, nbbn.RMSNorm, nbbn.GroupNorm, nbbn.In
 CALLABLE += [one for module in MODULES for _, one in inspect.getmembers(module, inspect.isfunction)]
 CALLABLE += [nbbn.BatchStats.merge, nbbn.BatchStats.save, nbbn.BatchStats.load]
 nitpick_ignore = {("py:obj", name) for one in CALLABLE for name in inspect.signature(one).parameters}
+nitpick_ignore |= {("py:obj", "num_batches_tracked")}  # an attribute, and not on pages by itself
 
 
 def write_command_line(app: object) -> None:

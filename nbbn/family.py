@@ -494,8 +494,16 @@ def layer_norm_forward(
 
     Parameters
     ----------
-    x, normalized_shape, weight, bias, eps, out
-        As in `layer_norm`.
+    x : array
+        As in `nbbn.layer_norm`.
+    normalized_shape : int or sequence of int
+        As in `nbbn.layer_norm`.
+    weight, bias : array, optional
+        As in `nbbn.layer_norm`.
+    eps : float, default 1e-5
+        As in `nbbn.layer_norm`.
+    out : array, optional
+        As in `nbbn.layer_norm`.
 
     Returns
     -------
@@ -602,8 +610,12 @@ def layer_norm_backward(
     ----------
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x, normalized_shape, weight
-        As in `layer_norm`.
+    x : array
+        As in `nbbn.layer_norm`.
+    normalized_shape : int or sequence of int
+        As in `nbbn.layer_norm`.
+    weight : array, optional
+        As in `nbbn.layer_norm`.
     mean, invstd : array
         What x was normalized with, as `layer_norm_forward` returns it.
     out : array, optional
@@ -652,8 +664,16 @@ def rms_norm_forward(
 
     Parameters
     ----------
-    x, normalized_shape, weight, eps, out
-        As in `rms_norm`.
+    x : array
+        As in `nbbn.rms_norm`.
+    normalized_shape : int or sequence of int
+        As in `nbbn.rms_norm`.
+    weight : array, optional
+        As in `nbbn.rms_norm`.
+    eps : float, optional
+        As in `nbbn.rms_norm`.
+    out : array, optional
+        As in `nbbn.rms_norm`.
 
     Returns
     -------
@@ -693,10 +713,16 @@ def rms_norm(
 
     Parameters
     ----------
-    x, normalized_shape, weight, out
+    x : array
+        As in `nbbn.layer_norm`.
+    normalized_shape : int or sequence of int
+        As in `nbbn.layer_norm`.
+    weight : array, optional
         As in `nbbn.layer_norm`.
     eps : float, optional
         Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
+    out : array, optional
+        As in `nbbn.layer_norm`.
 
     Returns
     -------
@@ -739,8 +765,18 @@ def rms_norm_backward(
 
     Parameters
     ----------
-    grad_out, x, normalized_shape, weight, invstd, out
-        As in `layer_norm_backward`.
+    grad_out : array
+        As in `nbbn.layer_norm_backward`.
+    x : array
+        As in `nbbn.layer_norm_backward`.
+    normalized_shape : int or sequence of int
+        As in `nbbn.layer_norm_backward`.
+    weight : array, optional
+        As in `nbbn.layer_norm_backward`.
+    invstd : array
+        As in `nbbn.layer_norm_backward`.
+    out : array, optional
+        As in `nbbn.layer_norm_backward`.
 
     Returns
     -------
@@ -784,8 +820,18 @@ def group_norm_forward(
 
     Parameters
     ----------
-    x, num_groups, weight, bias, eps, axis, out
-        As in `group_norm`.
+    x : array
+        As in `nbbn.group_norm`.
+    num_groups : int
+        As in `nbbn.group_norm`.
+    weight, bias : array, optional
+        As in `nbbn.group_norm`.
+    eps : float, default 1e-5
+        As in `nbbn.group_norm`.
+    axis : int, default 1
+        As in `nbbn.group_norm`.
+    out : array, optional
+        As in `nbbn.group_norm`.
 
     Returns
     -------
@@ -892,10 +938,16 @@ def group_norm_backward(
     ----------
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x, num_groups, weight, axis
-        As in `group_norm`.
+    x : array
+        As in `nbbn.group_norm`.
+    num_groups : int
+        As in `nbbn.group_norm`.
+    weight : array, optional
+        As in `nbbn.group_norm`.
     mean, invstd : array
         Shape (N, num_groups): what x was normalized with, as `group_norm_forward` returns it.
+    axis : int, default 1
+        As in `nbbn.group_norm`.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -943,8 +995,16 @@ def instance_norm_forward(
 
     Parameters
     ----------
-    x, weight, bias, eps, axis, out
-        As in `instance_norm`.
+    x : array
+        As in `nbbn.instance_norm`.
+    weight, bias : array, optional
+        As in `nbbn.instance_norm`.
+    eps : float, default 1e-5
+        As in `nbbn.instance_norm`.
+    axis : int, default 1
+        As in `nbbn.instance_norm`.
+    out : array, optional
+        As in `nbbn.instance_norm`.
 
     Returns
     -------
@@ -1159,10 +1219,14 @@ def instance_norm_backward(
     ----------
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
-    x, weight, axis
-        As in `instance_norm`.
+    x : array
+        As in `nbbn.instance_norm`.
+    weight : array, optional
+        As in `nbbn.instance_norm`.
     mean, invstd : array
         Shape (N, C): what x was normalized with, as `instance_norm_forward` returns it.
+    axis : int, default 1
+        As in `nbbn.instance_norm`.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
