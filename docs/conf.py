@@ -37,17 +37,19 @@ numpydoc_xref_param_type = False
 # Missing, unknown and disordered sections and parameters: what makes a docstring wrong, not what is style.
 numpydoc_validation_checks = {"GL06", "GL07", "GL08", "PR01", "PR02", "PR03", "PR04", "PR10"}
 # Fields of named tuples are documented as attributes, which they are.
-_FIELDS = "BatchNormForward|BatchNormGradients|BatchStats|Folded|NormForward|NormGradients|Renorm"
-numpydoc_validation_exclude = {rf"nbbn\.({_FIELDS})$"}
+TUPLES = "BatchNormForward|BatchNormGradients|BatchStats|Folded|NormForward|NormGradients|Renorm"
+numpydoc_validation_exclude = {rf"nbbn\.({TUPLES})$"}
 
 nitpicky = True
 default_role = "py:obj"
 # In single back-ticks docstrings have names of public objects, and of parameters, which nothing can link to.
 PUBLIC = [getattr(nbbn, name) for name in nbbn.__all__ if callable(getattr(nbbn, name))]
 CALLABLE = [one for one in PUBLIC if one is not nbbn.DeviceError]
-CALLABLE += [one for one in vars(nbbn.BatchNorm).values() if inspect.isfunction(one)]
+MODULES = [nbbn.BatchNorm, nbbn.LayerNorm, nbbn.RMSNorm, nbbn.GroupNorm, nbbn.InstanceNorm]
+CALLABLE += [one for module in MODULES for _, one in inspect.getmembers(module, inspect.isfunction)]
 CALLABLE += [nbbn.BatchStats.merge, nbbn.BatchStats.save, nbbn.BatchStats.load]
 nitpick_ignore = {("py:obj", name) for one in CALLABLE for name in inspect.signature(one).parameters}
+nitpick_ignore |= {("py:obj", "num_batches_tracked")}  # an attribute, and not on pages by itself
 
 
 def write_command_line(app: object) -> None:

@@ -495,15 +495,15 @@ def layer_norm_forward(
     Parameters
     ----------
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+        As in `nbbn.layer_norm`.
     normalized_shape : int or sequence of int
-        The shape of what is normalized together.
+        As in `nbbn.layer_norm`.
     weight, bias : array, optional
-        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without them, 1 and 0.
+        As in `nbbn.layer_norm`.
     eps : float, default 1e-5
-        Added to the variance; at least 0.
+        As in `nbbn.layer_norm`.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        As in `nbbn.layer_norm`.
 
     Returns
     -------
@@ -611,14 +611,13 @@ def layer_norm_backward(
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+        As in `nbbn.layer_norm`.
     normalized_shape : int or sequence of int
-        The shape of what is normalized together.
+        As in `nbbn.layer_norm`.
     weight : array, optional
-        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
+        As in `nbbn.layer_norm`.
     mean, invstd : array
-        Of the shape of x without its last dimensions: what x was normalized with, as `layer_norm_forward`
-        returns them.
+        What x was normalized with, as `layer_norm_forward` returns it.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -666,15 +665,15 @@ def rms_norm_forward(
     Parameters
     ----------
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+        As in `nbbn.rms_norm`.
     normalized_shape : int or sequence of int
-        The shape of what is normalized together.
+        As in `nbbn.rms_norm`.
     weight : array, optional
-        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
+        As in `nbbn.rms_norm`.
     eps : float, optional
-        Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
+        As in `nbbn.rms_norm`.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        As in `nbbn.rms_norm`.
 
     Returns
     -------
@@ -715,15 +714,15 @@ def rms_norm(
     Parameters
     ----------
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+        As in `nbbn.layer_norm`.
     normalized_shape : int or sequence of int
-        The shape of what is normalized together.
+        As in `nbbn.layer_norm`.
     weight : array, optional
-        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
+        As in `nbbn.layer_norm`.
     eps : float, optional
         Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        As in `nbbn.layer_norm`.
 
     Returns
     -------
@@ -767,18 +766,17 @@ def rms_norm_backward(
     Parameters
     ----------
     grad_out : array
-        The gradient with respect to the output: of x's shape and dtype, any strides.
+        As in `nbbn.layer_norm_backward`.
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), any strides; its shape ends with `normalized_shape`.
+        As in `nbbn.layer_norm_backward`.
     normalized_shape : int or sequence of int
-        The shape of what is normalized together.
+        As in `nbbn.layer_norm_backward`.
     weight : array, optional
-        float32, float64 or x's type, of shape `normalized_shape`, any strides. Without it, 1.
+        As in `nbbn.layer_norm_backward`.
     invstd : array
-        Of the shape of x without its last dimensions: what x was normalized with, as `rms_norm_forward`
-        returns it.
+        As in `nbbn.layer_norm_backward`.
     out : array, optional
-        Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
+        As in `nbbn.layer_norm_backward`.
 
     Returns
     -------
@@ -823,17 +821,17 @@ def group_norm_forward(
     Parameters
     ----------
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), at least two dimensions, any strides.
+        As in `nbbn.group_norm`.
     num_groups : int
-        How many groups; it divides C.
+        As in `nbbn.group_norm`.
     weight, bias : array, optional
-        float32, float64 or x's type, shape (C,). Without them, 1 and 0.
+        As in `nbbn.group_norm`.
     eps : float, default 1e-5
-        Added to the variance; at least 0.
+        As in `nbbn.group_norm`.
     axis : int, default 1
-        The channel axis, of length C.
+        As in `nbbn.group_norm`.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        As in `nbbn.group_norm`.
 
     Returns
     -------
@@ -941,15 +939,15 @@ def group_norm_backward(
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), at least two dimensions, any strides.
+        As in `nbbn.group_norm`.
     num_groups : int
-        How many groups; it divides C.
+        As in `nbbn.group_norm`.
     weight : array, optional
-        float32, float64 or x's type, shape (C,). Without it, 1.
+        As in `nbbn.group_norm`.
     mean, invstd : array
         Shape (N, num_groups): what x was normalized with, as `group_norm_forward` returns it.
     axis : int, default 1
-        The channel axis, of length C.
+        As in `nbbn.group_norm`.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -998,15 +996,15 @@ def instance_norm_forward(
     Parameters
     ----------
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), at least three dimensions, any strides.
+        As in `nbbn.instance_norm`.
     weight, bias : array, optional
-        float32, float64 or x's type, shape (C,). Without them, 1 and 0.
+        As in `nbbn.instance_norm`.
     eps : float, default 1e-5
-        Added to the variance; at least 0.
+        As in `nbbn.instance_norm`.
     axis : int, default 1
-        The channel axis, of length C.
+        As in `nbbn.instance_norm`.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        As in `nbbn.instance_norm`.
 
     Returns
     -------
@@ -1222,13 +1220,13 @@ def instance_norm_backward(
     grad_out : array
         The gradient with respect to the output: of x's shape and dtype, any strides.
     x : array
-        Of any kind and type (see `nbbn.batch_norm`), at least three dimensions, any strides.
+        As in `nbbn.instance_norm`.
     weight : array, optional
-        float32, float64 or x's type, shape (C,). Without it, 1.
+        As in `nbbn.instance_norm`.
     mean, invstd : array
         Shape (N, C): what x was normalized with, as `instance_norm_forward` returns it.
     axis : int, default 1
-        The channel axis, of length C.
+        As in `nbbn.instance_norm`.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 

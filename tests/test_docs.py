@@ -11,7 +11,7 @@ import blocks
 TESTS = pathlib.Path(__file__).parent
 DOCS = TESTS.parent / "docs"
 PAGES = [TESTS.parent / "README.md", *(p for p in DOCS.rglob("*.md") if "_build" not in p.parts)]
-DIRECTIVES = ("{eval-rst}", "{include}", "{math}", "{toctree}")  # of MyST: not code
+DIRECTIVES = ("{eval-rst}", "{include}", "{literalinclude}", "{math}", "{toctree}")  # of MyST: not code
 PAGE = (DOCS / "promises.md").read_text()
 PROMISES = re.findall(r"^\*\*(.+?)\.\*\*(.*?)(?=^\*\*|^## )", PAGE, re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"`(test_\w+\.py)::(\w+)`")
