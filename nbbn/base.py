@@ -11,7 +11,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.columns import Columns, columns_on
-from nbbn.dtypes import BFLOAT16
+from nbbn.dtypes import BFLOAT16, bfloat16_as_float32
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Place, read
 
@@ -228,12 +228,7 @@ def _numbers(key: str, value: Any) -> np.ndarray:
             raise
         array = read(f"state[{key!r}]", value, None)
     # As PyTorch's are read, and what numpy.load makes of those of ml_dtypes.
-    if array.dtype not in (BFLOAT16.dtype, np.dtype("V2")):
-        return array
-    wide: np.ndarray = np.zeros(array.shape, np.uint32)
-    wide |= array.view(np.uint16)
-    wide <<= 16
-    return wide.view(np.float32)
+    return bfloat16_as_float32(array) if array.dtype in (BFLOAT16.dtype, np.dtype("V2")) else array
 
 
 def _count(array: np.ndarray) -> np.ndarray:

@@ -57,6 +57,11 @@ def storage_of(dtype: np.dtype) -> Storage | None:
     return found
 
 
+def bfloat16_as_float32(values: np.ndarray) -> np.ndarray:
+    """Return elements of bfloat16, of whatever dtype they are known by, in float32, which has them all."""
+    return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
 def named(dtype: object) -> Storage | None:
     """Return the same for anything that NumPy takes for a dtype, and for "bfloat16"."""
     if isinstance(dtype, str) and dtype == BFLOAT16.name:

@@ -6,7 +6,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import checked
-from nbbn.dtypes import BFLOAT16, storage_of
+from nbbn.dtypes import BFLOAT16, bfloat16_as_float32, storage_of
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Array, Place, place
 from nbbn.module import BatchNorm
@@ -174,7 +174,7 @@ def _along(scale: np.ndarray, shape: tuple[int, ...], axis: int, groups: int) ->
 def _widened(values: np.ndarray) -> np.ndarray:
     """Return values of a supported type in float64, which has them all."""
     if storage_of(values.dtype) is BFLOAT16:
-        values = (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        values = bfloat16_as_float32(values)
     return np.asarray(values.astype(np.float64))
 
 

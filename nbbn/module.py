@@ -1,9 +1,5 @@
-"""class BatchNorm: parameters, running statistics, modes, and what a backward pass needs."""
+"""class BatchNorm(Module): parameters, running statistics, modes, and what a backward pass needs."""
 
-import logging
-import os
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,40 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn import arrays, conventions
-from nbbn.columns import Columns, columns_on
+from nbbn.base import COUNTER, MOST_ELEMENTS, NEUTRAL, PARAMETERS, STATISTICS, Module
 from nbbn.compiler import in_one
-from nbbn.dtypes import BFLOAT16
-from nbbn.errors import DeviceError
-from nbbn.frameworks import CPU, Place, place, read
+from nbbn.frameworks import CPU, Place, place
 from nbbn.functional import _channels, differentiate, evaluate, train
 from nbbn.options import DEFAULT, Option, Options, Renorm, checked
 from nbbn.population import pooled
 from nbbn.renorm import Renormalized, renormalize
 from nbbn.virtual import Part, Parts, cut, train_parts
-
-log = logging.getLogger("nbbn")
-
-_NEUTRAL = {"weight": 1.0, "bias": 0.0}
-_PARAMETERS = tuple(_NEUTRAL)
-_STATISTICS = ("running_mean", "running_var")
-_COUNTER = "num_batches_tracked"
-_MOST_FEATURES = 1 << 59  # of float64, NumPy has no larger array
-_MOST_BATCHES = 1 << 62  # counting on from here, nobody arrives where int64 ends
-_GRADIENTS = ("grad_weight", "grad_bias")
-_COLUMNS = (*_PARAMETERS, *_STATISTICS, *_GRADIENTS)  # what lies on the device; the counter never does
-
-
-_modules: weakref.WeakSet["BatchNorm"] = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """A thread that held a lock when this process was forked is not in it."""
-    for module in list(_modules):
-        module._renew_lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class _Saved(NamedTuple):
@@ -57,7 +27,7 @@ class _Saved(NamedTuple):
     step: Renormalized | Parts | None = None  # None: a plain one
 
 
-class BatchNorm:
+class BatchNorm(Module):
     """Batch normalization [1]_ with parameters and running statistics, as ``torch.nn.BatchNorm*d``.
 
     Parameters
@@ -162,11 +132,6 @@ class BatchNorm:
     array([[0., 0.]])
     """
 
-    weight: Any
-    bias: Any
-    running_mean: Any
-    running_var: Any
-    num_batches_tracked: np.ndarray | None
     renorm = Option()
     virtual_batch_size = Option()
     single_value = Option()
@@ -195,7 +160,7 @@ class BatchNorm:
         update_running_stats: bool | None = None,
     ) -> None:
         self.num_features = arrays.integer("num_features", num_features)
-        if not 1 <= self.num_features <= _MOST_FEATURES:
+        if not 1 <= self.num_features <= MOST_ELEMENTS:
             raise ValueError(f"num_features must be in [1, 2**59], got {num_features}")
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
         self.momentum = None if momentum is None else arrays.number("momentum", momentum, 0.0, 1.0)
@@ -203,7 +168,7 @@ class BatchNorm:
         self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
         self.axis = arrays.integer("axis", axis)
         self.correction = arrays.number("correction", correction, 0.0, float("inf"))
-        self.dtype = arrays.numpy_dtype(dtype)
+        super().__init__(dtype, device)
         self._set_options(
             renorm=renorm,
             virtual_batch_size=virtual_batch_size,
@@ -212,12 +177,6 @@ class BatchNorm:
             use_running_stats=use_running_stats,
             update_running_stats=update_running_stats,
         )
-        self._columns = columns_on(device)
-        self.training = True
-        self.grad_weight: Any = None
-        self.grad_bias: Any = None
-        self._saved: _Saved | None = None
-        self._renew_lock()
         self.reset_parameters()
 
     def _set_options(self, **changes: Any) -> None:
@@ -257,39 +216,6 @@ class BatchNorm:
             f"correction={self.correction:g}, dtype='{self.dtype}', device='{self.device}'{changed})"
         )
 
-    @property
-    def device(self) -> str:
-        """Where parameters and statistics live: "cpu" or "cuda:N"."""
-        return self._columns.device
-
-    # What cannot be copied or pickled is made anew; the x of the last call stays behind.
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_lock": None, "_saved": None, "_columns": self.device}
-        return state if self.device == CPU else state | self._moved(self._columns.host)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _columns=Columns())
-        self._renew_lock()
-        try:
-            self.to(state["_columns"])
-        except DeviceError as error:
-            log.warning("a BatchNorm comes back on the CPU: %s", error)
-
-    def __copy__(self) -> "BatchNorm":
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _saved=None)
-        twin._renew_lock()
-        return twin
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
-        _modules.add(self)
-
-    def _moved(self, move: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return the columns that there are, moved."""
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        return {name: move(column) for name, column in columns.items() if column is not None}
-
     def reset_running_stats(self) -> None:
         """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0."""
         if not self.track_running_stats:
@@ -302,10 +228,7 @@ class BatchNorm:
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, and reset the running statistics."""
         self.reset_running_stats()
-        self.weight = self.bias = None
-        if self.affine:
-            self.weight = self._columns.new(np.ones(self.num_features, self.dtype))
-            self.bias = self._columns.new(np.zeros(self.num_features, self.dtype))
+        self._fill((self.num_features,), self.affine, self.affine)
 
     def train(self, mode: bool = True) -> "BatchNorm":
         """Set the mode: batch statistics, and running ones updated; return self.
@@ -357,29 +280,6 @@ class BatchNorm:
         It is the same as to set `use_running_stats` and `update_running_stats` to None.
         """
         self._set_options(use_running_stats=None, update_running_stats=None)
-        return self
-
-    def to(self, device: str) -> "BatchNorm":
-        """Move parameters, running statistics and gradients to a device; return self.
-
-        `backward` then needs a call on the new device before it.
-
-        Parameters
-        ----------
-        device : str
-            "cpu", "cuda" or "cuda:N".
-
-        Raises
-        ------
-        TypeError
-            If `device` is not a str.
-        nbbn.DeviceError
-            If the device is not to be had. Nothing has changed then.
-        """
-        columns = columns_on(device)
-        if columns.device != self.device:
-            moved = self._moved(lambda column: columns.new(self._columns.host(column)))
-            self.__dict__.update(moved, _columns=columns, _saved=None)
         return self
 
     def __call__(self, x: Any, *, update_running_stats: bool | None = None) -> Any:
@@ -555,13 +455,13 @@ class BatchNorm:
 
         What `update` writes to has to be as training needs it; copies of it would be, whatever it is.
         """
-        columns = {name: getattr(self, name) for name in (*_PARAMETERS, *_STATISTICS)}
-        here, (view, _, _, *running) = place(x, columns, written=_STATISTICS if update else ())
+        columns = {name: getattr(self, name) for name in (*PARAMETERS, *STATISTICS)}
+        here, (view, _, _, *running) = place(x, columns, written=STATISTICS if update else ())
         view = arrays.checked("x", view)
         axis = arrays.channel_axis(view, self.axis)
         channels = _channels(view, axis, self.num_features)
         if update:
-            for name, column in zip(_STATISTICS, running, strict=True):
+            for name, column in zip(STATISTICS, running, strict=True):
                 arrays.parameter(name, column, channels, view, updated=True)
             if arrays.overlap(*running):
                 raise ValueError("running_var must not overlap running_mean, since training updates both")
@@ -684,24 +584,15 @@ class BatchNorm:
         nbbn.DeviceError
             If `grad_out` lies on another device.
         """
-        if self._saved is None:
-            raise RuntimeError("backward needs a call of this BatchNorm before it")
-        x, mean, invstd, training, step = self._saved
+        x, mean, invstd, training, step = self._last_call()
         if step is None:
             grad_x, gradients, here = differentiate(
                 grad_out, x, self.weight, mean, invstd, self.axis, training
             )
         else:
             grad_x, gradients, here = step.differentiate(grad_out, x, self.weight, mean, invstd, self.axis)
-        if self.affine:
-            grad_weight = self._columns.rounded(gradients, 0, self.dtype, here)
-            grad_bias = self._columns.rounded(gradients, 1, self.dtype, here)
-            self.grad_weight, self.grad_bias = grad_weight, grad_bias
+        self._keep_gradients(gradients, here)
         return grad_x
-
-    def _state_names(self) -> tuple[str, ...]:
-        names = _PARAMETERS if self.affine else ()
-        return names + (*_STATISTICS, _COUNTER) if self.track_running_stats else names
 
     def state_dict(self, *, convention: str = "torch") -> dict[str, Any]:
         """Return copies of parameters and running statistics, named as a library names them.
@@ -735,7 +626,7 @@ class BatchNorm:
         """
         theirs = conventions.find(convention)
         state = {
-            name: getattr(self, name).copy() if name == _COUNTER else self._columns.host(getattr(self, name))
+            name: getattr(self, name).copy() if name == COUNTER else self._columns.host(getattr(self, name))
             for name in self._state_names()
         }
         return theirs.named(state)
@@ -782,8 +673,8 @@ class BatchNorm:
             raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
         state = theirs.flat(state)
         names = {own: name for own in self._state_names() if (name := getattr(theirs, own)) is not None}
-        missing = [own for own, name in names.items() if name not in state and own != _COUNTER]
-        lone = [own for own in missing if own in _PARAMETERS] if theirs.lone_parameter else []
+        missing = [own for own, name in names.items() if name not in state and own != COUNTER]
+        lone = [own for own in missing if own in PARAMETERS] if theirs.lone_parameter else []
         if len(lone) == 1:
             missing.remove(lone[0])
         unexpected = [name for name in state if name not in names.values()]
@@ -794,55 +685,5 @@ class BatchNorm:
             )
         loaded = {own: self._loadable(own, name, state[name]) for own, name in names.items() if name in state}
         for own in lone:
-            loaded[own] = np.full(self.num_features, _NEUTRAL[own], self.dtype)
-        with self._lock:
-            for name, value in loaded.items():
-                if name == _COUNTER:
-                    getattr(self, name)[...] = value
-                else:
-                    self._columns.write(getattr(self, name), value)
-
-    def _loadable(self, name: str, key: str, value: Any) -> np.ndarray:
-        """Return what a state has under `key` as an array that can be stored under `name`, or raise."""
-        own: np.ndarray = getattr(self, name)
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"state[{key!r}] must be an array of numbers, got a masked array")
-        try:
-            array = _numbers(key, value)
-            if name != _COUNTER:
-                array = array.astype(own.dtype, casting="same_kind")
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"state[{key!r}] must be an array of numbers: {error}") from None
-        # Some savers make a 1-element array of the 0-d counter.
-        if name == _COUNTER and array.size == 1:
-            array = array.reshape(())
-        if array.shape != own.shape:
-            raise ValueError(f"state[{key!r}] must have shape {own.shape}, got {array.shape}")
-        return _count(array) if name == _COUNTER else array
-
-
-def _numbers(key: str, value: Any) -> np.ndarray:
-    """Return a value of a state as an array of NumPy's, which has no bfloat16: that becomes float32."""
-    try:
-        array = np.asarray(value)
-    except TypeError:
-        if not hasattr(value, "__dlpack__"):
-            raise
-        array = read(f"state[{key!r}]", value, None)
-    # As PyTorch's are read, and what numpy.load makes of those of ml_dtypes.
-    if array.dtype not in (BFLOAT16.dtype, np.dtype("V2")):
-        return array
-    wide: np.ndarray = np.zeros(array.shape, np.uint32)
-    wide |= array.view(np.uint16)
-    wide <<= 16
-    return wide.view(np.float32)
-
-
-def _count(array: np.ndarray) -> np.ndarray:
-    """Return the value of a 0-d array as a number of batches, or raise."""
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"state[{_COUNTER!r}] must be an int, got dtype {array.dtype}")
-    count = array.item()
-    if not 0 <= count <= _MOST_BATCHES or count != int(count):
-        raise ValueError(f"state[{_COUNTER!r}] must be an int in [0, 2**62], got {count}")
-    return np.array(int(count))
+            loaded[own] = np.full(self.num_features, NEUTRAL[own], self.dtype)
+        self._load(loaded)

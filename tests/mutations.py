@@ -557,7 +557,7 @@ MUTATIONS = [
     Mutation(
         "loaded-into-copies",
         "a state is loaded into new arrays",
-        "module.py",
+        "base.py",
         "self._columns.write(getattr(self, name), value)",
         "setattr(self, name, self._columns.new(value))",
         None,
