@@ -193,6 +193,8 @@ def out_tolerance(expected, dtype):
     """|γ| u (8 |x_hat| + 2 (|x - mean|/s + |x_hat|)) + u (|out| + |β|), with |x - mean|/s = |x_hat|
 
     Half precision: `ulp_tolerance`, this with float64's u, and what the variance's own tolerance adds.
+    And |γ|/s · 8 u_stat² · mean|x|: a mean of x's own is known to twice float64's precision, which is all
+    there is to see where x is the mean.
     """
     if is_half(dtype):
         bound = ulp_tolerance(expected.out, dtype) + out_tolerance(expected, np.float64)
@@ -201,8 +203,13 @@ def out_tolerance(expected, dtype):
             bound = bound + np.abs(expected.weight * expected.x_hat.hi) * share
         return bound
     u, x_hat = unit(dtype), np.abs(expected.x_hat.hi)
-    scale = np.abs(expected.weight) * (8 * x_hat + 2 * (x_hat + x_hat))
-    return u * scale + u * (np.abs(expected.out.hi) + np.abs(expected.bias))
+    weight = np.abs(expected.weight)
+    bound = u * weight * (8 * x_hat + 2 * (x_hat + x_hat)) + u * (
+        np.abs(expected.out.hi) + np.abs(expected.bias)
+    )
+    if expected.mean_abs is not None:
+        bound = bound + weight * expected.invstd.hi * 8 * unit(STATISTICS) ** 2 * expected.mean_abs
+    return bound
 
 
 def mean_tolerance(expected):

@@ -126,7 +126,7 @@ def test_tolerances_scale_with_the_type():
     expected = reference.forward(x)
     assert reference.depth(expected.count) == 4 + math.log2(6)
     ratio = reference.out_tolerance(expected, np.float32) / reference.out_tolerance(expected, np.float64)
-    np.testing.assert_array_equal(ratio, 2.0**29)
+    np.testing.assert_allclose(ratio, 2.0**29, rtol=1e-12)  # what the mean is known to does not scale
 
 
 def test_one_unit_in_the_last_place_of_float16(rng):
