@@ -203,6 +203,77 @@ def fma(typingctx, a, b, c):
     return a(a, b, c), codegen
 
 
+# What formulas of activations need, of numbers or vectors z.
+
+MAGIC32 = 1.5 * 2.0**23
+"""Added to a float32 of up to 2²² it leaves the nearest integer in the lowest bits; see `two_to`."""
+MAGIC64 = 1.5 * 2.0**52
+"""The same of float64."""
+
+
+def _element(kind):
+    return kind.element if isinstance(kind, ir.VectorType) else kind
+
+
+@intrinsic
+def at_most_zero(typingctx, z, a, b):
+    """Return a where z <= 0, b elsewhere, also where z is NaN."""
+    if not z == a == b:
+        return None
+
+    def codegen(context, builder, signature, args):
+        zero = ir.Constant(_element(args[0].type), 0.0)
+        if isinstance(args[0].type, ir.VectorType):
+            zero = ir.Constant(args[0].type, [0.0] * args[0].type.count)
+        return builder.select(builder.fcmp_ordered("<=", args[0], zero), args[1], args[2])
+
+    return z(z, a, b), codegen
+
+
+@intrinsic
+def like(typingctx, z, value):
+    """Return a number as z is one: of its type, in each lane."""
+
+    def codegen(context, builder, signature, args):
+        kind, value = args[0].type, args[1]
+        if _element(kind) != value.type:
+            value = builder.fptrunc(value, _element(kind))
+        return broadcast(builder, value, kind) if isinstance(kind, ir.VectorType) else value
+
+    return z(z, types.float64), codegen
+
+
+@intrinsic
+def is_double(typingctx, z):
+    """Whether z is of float64."""
+
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.IntType(1), int(_element(args[0].type) == ir.DoubleType()))
+
+    return types.boolean(z), codegen
+
+
+@intrinsic
+def two_to(typingctx, z):
+    """Return 2ⁿ where z is an integer n, of the exponents of normal numbers, plus `MAGIC32` or `MAGIC64`.
+
+    At one less than the least of them it is 0.
+    """
+
+    def codegen(context, builder, signature, args):
+        kind = args[0].type
+        double = _element(kind) == ir.DoubleType()
+        word = ir.IntType(64 if double else 32)
+        bits, bias = (52, 1023) if double else (23, 127)
+        shift, one = ir.Constant(word, bits), ir.Constant(word, bias << bits)
+        if isinstance(kind, ir.VectorType):
+            word = ir.VectorType(word, kind.count)
+            shift, one = (ir.Constant(word, [value.constant] * kind.count) for value in (shift, one))
+        return builder.bitcast(builder.add(builder.shl(builder.bitcast(args[0], word), shift), one), kind)
+
+    return z(z), codegen
+
+
 @intrinsic
 def out_of_line(typingctx):
     """As a helper's first statement: compile it once, small, and call it, rather than inline it."""
@@ -275,6 +346,11 @@ class _Cache(FunctionCache):
 
     Numba's own key covers the one file that a kernel stands in, not the helpers that it calls.
     """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        # An index of other sources is not read at all: its types may be ones that are no more.
+        self._cache_file._version += sources_version()
 
     def _index_key(self, signature, codegen):
         return (*super()._index_key(signature, codegen), sources_version())

@@ -34,6 +34,8 @@ def _cuda(problem: Problem) -> Any:
 
     if (reason := why_not()) is not None:
         raise DeviceError(f"arrays on {problem.device} cannot be computed with: {reason}")
+    if problem.form.activation or problem.form.residual:
+        raise DeviceError("activation and residual are for arrays on the CPU only")
     from nbbn.cuda.run import Run
 
     return Run(problem)

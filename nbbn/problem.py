@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from nbbn.arrays import ABSENT, Parameter
 from nbbn.dtypes import Storage
 from nbbn.geometry import Strides
 
@@ -23,12 +24,18 @@ class Form(NamedTuple):
         elements of a channel lie side by side.
     centered : bool
         Whether the mean is subtracted. If not it is 0, and the variance the mean square.
+    activation : str
+        What is applied to the result, of `nbbn.formulas.ACTIVATIONS`; "": nothing.
+    residual : bool
+        Whether an array is added to the result, before the activation.
     """
 
     pool: int = 1
     period: int = 0
     along: bool = False
     centered: bool = True
+    activation: str = ""
+    residual: bool = False
 
 
 BATCH = Form()
@@ -44,7 +51,8 @@ class Problem(NamedTuple):
     axis : int
         The channel axis.
     strides : tuple of tuple of int
-        In bytes, of each array: x; x and out; or x, grad_out and out.
+        In bytes, of each array: x; x and out; or x, grad_out and out. With a residual: x, residual and out;
+        or x, grad_out, residual, grad_residual and out.
     storage : Storage
         Of all arrays.
     threads : int
@@ -62,3 +70,25 @@ class Problem(NamedTuple):
     threads: int
     device: str = "cpu"
     form: Form = BATCH
+
+
+class Extras(NamedTuple):
+    """What a call is given beside the arguments of batch normalization, of what its `Form` says there is.
+
+    Attributes
+    ----------
+    residual, grad_residual : int
+        Where the array that is added lies, and where its gradient goes to.
+    bias : Parameter
+        What a backward pass computes the argument of the activation with, as it was in the forward one.
+    slope : float
+        Of leaky_relu.
+    """
+
+    residual: int = 0
+    grad_residual: int = 0
+    bias: Parameter = ABSENT
+    slope: float = 0.0
+
+
+NOTHING = Extras()

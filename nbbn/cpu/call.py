@@ -41,6 +41,8 @@ ARGUMENTS = [
     ("x", _WORD),  # addresses
     ("grad_out", _WORD),
     ("out", _WORD),  # also grad_x
+    ("second", _WORD),  # what is read beside x as `out` is written: the residual, or the gradient there
+    ("residual", _WORD),  # what that gradient is computed with
     ("stats", _WORD),  # float64[3, sets]: mean, var, invstd; backward: float64[2, parameters]
     ("channel_stats", _WORD),  # the same of each channel; `stats` where that is the same
     ("weight", PARAMETER),
@@ -50,6 +52,7 @@ ARGUMENTS = [
     ("eps", np.float64),
     ("momentum", np.float64),
     ("correction", np.float64),
+    ("slope", np.float64),  # of leaky_relu
     ("training", _WORD),
     ("adds", _WORD),  # 1: the gradients of parameters are added to what is there
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
@@ -60,7 +63,7 @@ PARTIALS = 4  # numbers of a channel that a chunk leaves behind
 # The memory that it works in.
 ROOMS = [
     ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, its rest, m2; Σ dy, its rest, Σ dy · …
-    ("tables", _WORD),  # real[5, channels]: what normalize and backward_apply need of a channel
+    ("tables", _WORD),  # real[TABLES, channels]: what normalize and backward_apply need of a channel
     ("along", _WORD),  # real[2, along_room]: weight and bias of each element of a row, where they go along
 ]
 
@@ -70,6 +73,8 @@ PLAN = [
     ("at_x", OPERAND),
     ("at_grad_out", OPERAND),
     ("at_out", OPERAND),
+    ("at_second", OPERAND),
+    ("at_residual", OPERAND),
     ("dims", _WORD),  # outer dimensions
     ("sizes", _WORD),  # address of int64[dims]
     ("outer", _WORD),  # their product
@@ -78,6 +83,7 @@ PLAN = [
     ("pool", _WORD),  # channels of a set, which has its statistics in common
     ("parameters", _WORD),  # channel c has the parameters c % parameters
     ("centered", _WORD),  # 1: the mean is subtracted
+    ("activates", _WORD),  # 1: grad_x is computed through an activation, from the gradient at its result
     ("along_room", _WORD),  # elements from the weights to the biases
     ("fold", _WORD),
     ("pieces", _WORD),

@@ -10,14 +10,26 @@ import numpy as np
 
 from nbbn.compiler import in_line, kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
+from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.parameters import (
     ROWS,
     affine_of,
     mean_of_row,
+    operands,
     parameter,
     set_of,
     set_parameter,
     spread_along,
+)
+from nbbn.cpu.rows import (
+    ROOM,
+    extent,
+    fill,
+    locate,
+    position,
+    row_address,
+    row_of,
+    to_columns,
 )
 from nbbn.cpu.simd import (
     LANES,
@@ -43,25 +55,19 @@ from nbbn.cpu.simd import (
     widen,
 )
 from nbbn.cpu.tiles import (
-    ROOM,
     TABLES,
     add_to,
     exact,
-    extent,
-    fill,
     line_from,
-    locate,
     look_down,
     look_down_both,
     normalized_at,
-    position,
-    row_address,
-    row_of,
     set_precise_tables,
     square_down,
     tile_of,
     to_channels,
-    to_columns,
+    write_constant_rows,
+    write_constant_run,
     write_gradient_rows,
     write_gradient_run,
     write_normalized,
@@ -77,14 +83,15 @@ from nbbn.formulas import (
     merge,
     power_of_two,
     running,
-    shift_of,
     two_sum,
     unbiased,
     variance,
 )
 
 ROW_BUFFERS = ROWS * ROOM
+ALL_BUFFERS = 2 * ROW_BUFFERS  # and as many for a residual and its gradient
 TABLES_ROOM = TABLES * ROOM
+NUMBERS_ROOM = 3 * ROOM  # for what columns are normalized with
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
 LINE = 1 << 12  # elements of a table that are set together
@@ -329,22 +336,12 @@ def set_tables(call, c, what, known, stored):
 
 
 @loop
-def quieted(value, real):
-    """Return a value as type `real`; of NaN the one whose lower half is zero, as vectors must have it."""
-    return real(value) if value == value else real(np.nan)
-
-
-@loop
 def for_normalize(call, tables, c, known, real):
     """What `normalize` needs of channel c."""
     mean, rest, invstd, weight, bias = known
     pad = call.room
-    scale = weight * invstd
-    rounded = quieted(mean, real)
-    lost = (mean - np.float64(rounded)) + rest
-    tables[c] = rounded
-    tables[pad + c] = quieted(scale, real)
-    tables[2 * pad + c] = quieted(shift_of(bias, lost, scale), real)
+    numbers = normalization(mean, rest, weight * invstd, bias, real)
+    tables[c], tables[pad + c], tables[2 * pad + c] = numbers
 
 
 @loop
@@ -465,7 +462,7 @@ def splat_tables(tables, channel, room):
 
 
 @loop
-def normalize_run(call, channel, last, x, out, real):
+def normalize_run(call, channel, last, row, out, real):
     """Normalize and write the channels channel … last - 1 of one outer step, which lie side by side.
 
     They are written as one run of whole lines; a vector that several channels share is normalized with
@@ -473,7 +470,6 @@ def normalize_run(call, channel, last, x, out, real):
     """
     tables = pointer(call.tables, real)
     place = plain(0), call.channels, call.inner
-    row = x, x
     numbers = splat_tables(tables, channel, call.room)
     j = channel * call.inner
     end = last * call.inner
@@ -518,8 +514,9 @@ def normalize_planes(first, last, address, stored):
         channel = plane % call.channels
         until = min(call.channels, channel + last - plane)
         x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), stored)
+        second = pointer(row_address(call, call.second, call.at_second, step, 0, 0), stored)
         out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), stored)
-        normalize_run(call, channel, until, x, out, wide(stored))
+        normalize_run(call, channel, until, operands(call, second, x, 0, stored), out, wide(stored))
         plane += until - channel
     if call.stream_planes == 1:
         fence()
@@ -544,10 +541,10 @@ def normalize_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
-    x = pointer(call.x, stored)
+    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), 0, stored)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
     begin, end = first * call.channels, last * call.channels
-    write_normalized_run(call, pointer(call.out, stored), (x, x), begin, end, tables, streaming)
+    write_normalized_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
     if streaming:
         fence()
 
@@ -586,8 +583,11 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     fill(lost, span, 0.0)
     fill(products, span, 0.0)
     fill(products_lost, span, 0.0)
+    tables, spread = scratch(NUMBERS_ROOM, real), scratch(NUMBERS_ROOM, real)
+    before = before_activation(call, channel, group, width, tables, spread, stored)
     numbers = scratch(ROWS, np.float64)
-    state = means, (sums, lost), (products, products_lost), call.one, call.ahead, numbers
+    those = call.one, call.ahead, before, real(call.slope), numbers
+    state = (means, (sums, lost), (products, products_lost)) + those
     look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
@@ -642,29 +642,34 @@ def finish_gradients(call, first, last, stored):
         if call.centered == 0:
             total = 0.0
         for c in range(s * call.pool, (s + 1) * call.pool):
-            weight, _ = affine_of(call, c, stored)
-            known = mean, invstd, weight * invstd, factor, product, total, count
+            weight, bias = affine_of(call, c, stored)
+            known = mean, invstd, weight * invstd, factor, product, total, count, bias
             set_tables(call, c, for_apply, known, stored)
 
 
 @loop
 def for_apply(call, tables, c, known, real):
-    """What `backward_apply` needs of channel c; or, in evaluation, `normalize` of dy."""
-    mean, invstd, scale, factor, grad_weight, grad_bias, count = known
+    """What `backward_apply` needs of channel c.
+
+    Or, where the statistics are constants, `apply_constant`; or `normalize` of dy, as grad_x = scale · dy.
+    """
+    mean, invstd, scale, factor, grad_weight, grad_bias, count, bias = known
     pad = call.room
-    rounded = quieted(mean, real)
+    rounded, rounded_scale, shift = normalization(mean, 0.0, scale, bias, real)
     lost = mean - np.float64(rounded)
     unit = power_of_two(invstd)
     slope, offset = gradient_parameters(factor, lost, grad_bias, grad_weight, invstd, unit, count)
+    third = quieted(slope, real)
     if call.training == 0:
-        # The statistics are constants: grad_x = scale · dy.
-        rounded = real(0.0)
-        slope = 0.0
+        third = shift
+        if call.activates == 0:
+            rounded = third = real(0.0)
     tables[c] = rounded
-    tables[pad + c] = quieted(scale, real)
-    tables[2 * pad + c] = quieted(slope, real)
+    tables[pad + c] = rounded_scale
+    tables[2 * pad + c] = third
     tables[3 * pad + c] = quieted(offset, real)
     tables[4 * pad + c] = real(unit)
+    tables[5 * pad + c] = shift
 
 
 @kernel
@@ -673,18 +678,19 @@ def backward(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = scratch(ALL_BUFFERS, stored)
     nothing = no_tile(tables)
+    count = gradient_tables(stored)
     for task in range(first, last):
         for part in range(call.tiles):
-            tile = tile_before(call, task, part, 5, tables, real) if task > first else nothing
+            tile = tile_before(call, task, part, count, tables, real) if task > first else nothing
             channel, group = group_of(call, task * call.tiles + part)
             for chunk in range(call.chunks):
                 chunk_gradients(call, chunk, channel, group, tile, buffer, stored)
         begin, end = set_at(call, task)
         finish_gradients(call, begin, end, stored)
     for part in range(call.tiles):
-        tile = tile_before(call, last, part, 5, tables, real)
+        tile = tile_before(call, last, part, count, tables, real)
         write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
@@ -695,7 +701,7 @@ def backward_reduce(first, last, address, stored):
     """Tasks: chunks × groups."""
     call = read(address)
     nothing = no_tile(pointer(call.tables, wide(stored)))
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = scratch(ALL_BUFFERS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         chunk_gradients(call, task // call.groups, channel, group, nothing, buffer, stored)
@@ -748,7 +754,7 @@ def backward_apply(first, last, address, stored):
     buffer = scratch(ROW_BUFFERS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
-        tile = tile_of(call, channel, group, 5, tables, real)
+        tile = tile_of(call, channel, group, gradient_tables(stored), tables, real)
         slab = task // call.groups * call.slab
         until = min(call.rows, slab + call.slab)
         write_gradient_rows(call, slab, until, tile, buffer, stored)
@@ -761,10 +767,41 @@ def apply_columns(first, last, address, stored):
     """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
     call = read(address)
     real = wide(stored)
-    tables = repeated_tables(call, 5, scratch(TABLES_ROOM, real), real)
-    row = pointer(call.grad_out, stored), pointer(call.x, stored)
+    tables = repeated_tables(call, gradient_tables(stored), scratch(TABLES_ROOM, real), real)
+    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), 0, stored)
     streaming = call.stream == 1
     begin, end = first * call.channels, last * call.channels
     write_gradient_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
+    if streaming:
+        fence()
+
+
+@kernel
+def apply_constant(first, last, address, stored):
+    """As `backward_apply`, through an activation, where the statistics are constants."""
+    call = read(address)
+    real = wide(stored)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = scratch(ROW_BUFFERS, stored)
+    for task in range(first, last):
+        channel, group = group_of(call, task % call.groups)
+        tile = tile_of(call, channel, group, 3, tables, real)
+        slab = task // call.groups * call.slab
+        until = min(call.rows, slab + call.slab)
+        write_constant_rows(call, slab, until, tile, buffer, stored)
+    if call.stream == 1:
+        fence()
+
+
+@kernel
+def apply_constant_columns(first, last, address, stored):
+    """As `apply_columns`, through an activation, where the statistics are constants."""
+    call = read(address)
+    real = wide(stored)
+    tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
+    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), 0, stored)
+    streaming = call.stream == 1
+    begin, end = first * call.channels, last * call.channels
+    write_constant_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
     if streaming:
         fence()

@@ -28,7 +28,7 @@ from nbbn.formulas import affine, affine_doubt
 
 CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
 ROWS = 16  # of all operands, that are read at a time at most;
-NOTED = 2 * ROWS  # after their addresses come notes of what they are read beside
+NOTED = 4 * ROWS  # after their addresses come notes of what they are read beside
 
 
 @loop
@@ -92,7 +92,7 @@ def _affine_of(call, channel, stored):
         index = index_of(call, channel)
         return parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0)
 
-    return (lambda call, channel, stored: (1.0, 0.0)) if way_of(stored) else of_channel
+    return (lambda call, channel, stored: (1.0, 0.0)) if way_of(stored).parameters else of_channel
 
 
 def mean_of_row(call, channel, stored):
@@ -102,12 +102,25 @@ def mean_of_row(call, channel, stored):
 
 @by_type(mean_of_row)
 def _mean_of_row(call, channel, stored):
-    if way_of(stored) == ACROSS:
+    if way_of(stored).parameters == ACROSS:
         return lambda call, channel, stored: 0.0
     return lambda call, channel, stored: parameter(call.mean, set_of(call, channel), 0.0)
 
 
 # --- along the elements of a channel -----------------------------------------------------------------
+
+
+@loop
+def operands(call, second, x, row, stored):
+    """Return what the results of a row are computed from.
+
+    That is what is read beside x, x, the type that it is stored as, the slope of an activation and, from
+    BESIDE on, the weights and the biases of its columns, where each has its own.
+    """
+    return (second, x, stored, wide(stored)(call.slope)) + beside(call, row, stored)
+
+
+BESIDE = 4
 
 
 def beside(call, row, stored):
@@ -122,7 +135,7 @@ def _beside(call, row, stored):
         weights = after(pointer(call.along, wide(stored)), first)
         return weights, after(weights, call.along_room)
 
-    return columns if way_of(stored) == ALONG else (lambda call, row, stored: ())
+    return columns if way_of(stored).parameters == ALONG else (lambda call, row, stored: ())
 
 
 def note_beside(call, rows, numbers, k, row, stored):
@@ -145,7 +158,7 @@ def _note_beside(call, rows, numbers, k, row, stored):
     def nothing(call, rows, numbers, k, row, stored):
         pass
 
-    return {ALONG: weights, ACROSS: statistics}.get(way_of(stored), nothing)
+    return {ALONG: weights, ACROSS: statistics}.get(way_of(stored).parameters, nothing)
 
 
 def weighted(rows, k, j, grad_out, stored):
@@ -159,7 +172,9 @@ def _weighted(rows, k, j, grad_out, stored):
         # In float64, for the sums: where they cancel, a product rounded to float32 would be all that is left.
         return widen(grad_out) * widen(load(pointer(rows[ROWS + k], wide(stored)), j))
 
-    return by_weight if way_of(stored) == ALONG else (lambda rows, k, j, grad_out, stored: grad_out)
+    return (
+        by_weight if way_of(stored).parameters == ALONG else (lambda rows, k, j, grad_out, stored: grad_out)
+    )
 
 
 def deviation(x, mean, numbers, k, stored):
@@ -172,7 +187,11 @@ def _deviation(x, mean, numbers, k, stored):
     def by_row(x, mean, numbers, k, stored):
         return (widen(x) - numbers[k]) * numbers[k + 1]
 
-    return by_row if way_of(stored) == ACROSS else (lambda x, mean, numbers, k, stored: widen(x) - mean)
+    return (
+        by_row
+        if way_of(stored).parameters == ACROSS
+        else (lambda x, mean, numbers, k, stored: widen(x) - mean)
+    )
 
 
 def finished(row, j, out, doubt):
@@ -183,10 +202,10 @@ def finished(row, j, out, doubt):
 @by_type(finished)
 def _finished(row, j, out, doubt):
     def with_affine(row, j, out, doubt):
-        weight, bias = load(row[2], j), load(row[3], j)
+        weight, bias = load(row[BESIDE], j), load(row[BESIDE + 1], j)
         return affine(out, weight, bias), affine_doubt(doubt, weight, bias)
 
-    return with_affine if len(row) > 2 else (lambda row, j, out, doubt: (out, doubt))
+    return with_affine if len(row) > BESIDE else (lambda row, j, out, doubt: (out, doubt))
 
 
 def scaled(row, j, scale):
@@ -199,7 +218,11 @@ def scaled(row, j, scale):
 
 @by_type(scaled)
 def _scaled(row, j, scale):
-    return (lambda row, j, scale: scale * load(row[2], j)) if len(row) > 2 else (lambda row, j, scale: scale)
+    return (
+        (lambda row, j, scale: scale * load(row[BESIDE], j))
+        if len(row) > BESIDE
+        else (lambda row, j, scale: scale)
+    )
 
 
 def precisely_finished(call, row, j, out):
@@ -213,7 +236,7 @@ def _precisely_finished(call, row, j, out):
         index = column_of(call, row, j)
         return affine(out, parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0))
 
-    return with_affine if len(row) > 2 else (lambda call, row, j, out: out)
+    return with_affine if len(row) > BESIDE else (lambda call, row, j, out: out)
 
 
 def precisely_scaled(call, row, j, scale):
@@ -226,13 +249,13 @@ def _precisely_scaled(call, row, j, scale):
     def by_weight(call, row, j, scale):
         return scale * parameter(call.weight, column_of(call, row, j), 1.0)
 
-    return by_weight if len(row) > 2 else (lambda call, row, j, scale: scale)
+    return by_weight if len(row) > BESIDE else (lambda call, row, j, scale: scale)
 
 
 @loop
 def column_of(call, row, j):
     """Return which element of its channel column j of a row is."""
-    return ((address(row[2]) - call.along) // size_of(row[2]) + j) % call.inner
+    return ((address(row[BESIDE]) - call.along) // size_of(row[BESIDE]) + j) % call.inner
 
 
 @loop

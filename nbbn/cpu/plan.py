@@ -4,12 +4,14 @@ import math
 import pathlib
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
-from nbbn.cpu.simd import ACROSS, ALONG, LANES, stored_as
-from nbbn.cpu.tiles import COLUMNS, SHARED_COLUMNS, TABLES
+from nbbn.cpu.rows import COLUMNS
+from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
+from nbbn.cpu.tiles import SHARED_COLUMNS, TABLES
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 from nbbn.problem import BATCH, Form
@@ -59,6 +61,46 @@ class Tiling:
     chunks: int
 
 
+class Operands(NamedTuple):
+    """The layouts of a problem's arrays; of those that it does not have, another's.
+
+    Attributes
+    ----------
+    x, grad_out, out : Layout
+        Of these; `out` also of grad_x.
+    second : Layout
+        Of what is read beside x as `out` is written: the residual, its gradient, or grad_out.
+    residual : Layout
+        Of what is added.
+    backward : bool
+        Whether this is a backward pass.
+    """
+
+    x: Layout
+    grad_out: Layout
+    out: Layout
+    second: Layout
+    residual: Layout
+    backward: bool
+
+    @staticmethod
+    def of(layouts: tuple[Layout, ...], with_residual: bool) -> "Operands":
+        """Return them from the layouts of the arrays that there are, as `nbbn.problem.Problem` has them."""
+        x, out, beside = layouts[0], layouts[-1], layouts[1:-1]
+        if not with_residual:
+            second = beside[0] if beside else x
+            return Operands(x, second, out, second, x, len(beside) == 1)
+        if len(beside) == 1:
+            return Operands(x, x, out, beside[0], x, False)
+        grad_out, residual, grad_residual = beside
+        return Operands(x, grad_out, out, grad_residual, residual, True)
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """In the order in which the record of a call has them."""
+        return self[:5]
+
+
 def _up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
@@ -106,7 +148,7 @@ class Plan:
     Parameters
     ----------
     geometry : Geometry
-        Of x; of x and out; or of x, grad_out and out.
+        Of the arrays, as `nbbn.problem.Problem` has them.
     storage : Storage
         Of the arrays' elements.
     threads : int
@@ -126,15 +168,21 @@ class Plan:
         across: bool = False,
     ) -> None:
         size = storage.dtype.itemsize
-        self.stored = stored_as(storage.name, ACROSS if across else ALONG if form.along else "")
+        parameters = ACROSS if across else ALONG if form.along else ""
+        self.stored = stored_as(storage.name, Way(parameters, form.activation, form.residual))
+        self.plain = stored_as(storage.name, Way(parameters))
+        # Whether grad_x is computed from the gradient at an activation's result, not at its argument.
+        self.through = form.activation != "" and not form.residual
         self.threads = threads
         self.channels = geometry.channels
         self.sets = self.channels // form.pool
         self.parameters = form.period or self.channels
         tiling = tile(geometry, size, not across)
         self.count = tiling.outer * geometry.inner
-        reads = len(geometry.layouts) - 1
-        element = size * max(1, reads)
+        self.operands = Operands.of(geometry.layouts, form.residual)
+        backward = self.operands.backward
+        # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
+        element = size * (1 + backward + form.residual)
         self.group, self.resident = self._schedule(geometry, tiling, element)
         tiles = 1
         if form.pool > 1:
@@ -156,18 +204,14 @@ class Plan:
             self.along_room = _up(columns, LANES) + LANES
             self.words += 2 * self.along_room + LANES
         self.channel_stats_at = self.words
-        if form != BATCH or across:
+        if across or form._replace(activation="", residual=False) != BATCH:
             self.words += 3 * self.channels
-        x, grad_out, out = (
-            geometry.layouts[0],
-            geometry.layouts[len(geometry.layouts) // 2],
-            geometry.layouts[-1],
-        )
-        self.offset_x, self.offset_grad_out, self.offset_out = x.offset, grad_out.offset, out.offset
+        x, out, second = self.operands.x, self.operands.out, self.operands.second
 
         dims = len(geometry.sizes)
+        layouts = self.operands.layouts
         self._strides = np.array(
-            [geometry.sizes, x.outer, grad_out.outer, out.outer], np.int64
+            [geometry.sizes, *(layout.outer for layout in layouts)], np.int64
         )  # the record holds its addresses: kept alive with the plan
         at = self._strides.ctypes.data
         out_bytes = size * self.count * self.channels
@@ -180,8 +224,9 @@ class Plan:
             and (threads == 1 or self.planes >= 8 * threads)
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
+            and _joined(second, geometry, size)
         )
-        if size == 2 and reads == 1 and self.by_planes and large:
+        if size == 2 and not backward and self.by_planes and large:
             # Computing takes about as long as memory does. To read x again, in order, and to write past the
             # caches is no more traffic than to read the lines that are written, where they are not streamed.
             self.resident = False
@@ -193,11 +238,11 @@ class Plan:
             and dims == 1
             and period <= COLUMNS
             and (threads == 1 or tiling.outer >= 8 * threads)
-            and all(_joined(a, geometry, size) and a.outer[0] == row for a in (x, grad_out, out))
+            and all(_joined(a, geometry, size) and a.outer[0] == row for a in (x, second, out))
         )
         self.outer = tiling.outer
         fields: list[int] = []
-        for k, layout in enumerate((x, grad_out, out), start=1):
+        for k, layout in enumerate(layouts, start=1):
             joined = _joined(layout, geometry, size) or (
                 self.group == 1 and tiling.fold == 1 and (geometry.inner == 1 or layout.inner == size)
             )
@@ -213,6 +258,7 @@ class Plan:
             form.pool,
             self.parameters,
             int(form.centered),
+            int(self.through),
             self.along_room,
             tiling.fold,
             tiling.pieces,

@@ -14,9 +14,9 @@ from nbbn.cpu.plan import Plan
 from nbbn.cpu.simd import LANES, stored_as
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout, canonical
-from nbbn.problem import BATCH, Problem
+from nbbn.problem import BATCH, NOTHING, Extras, Problem
 
-_ARGUMENTS = struct.Struct("5q12q3d3q")  # see nbbn.cpu.call.ARGUMENTS
+_ARGUMENTS = struct.Struct("7q12q4d3q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("3q")
 SERIAL_PARTIALS = 1 << 15  # numbers to merge, below which one thread is as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
@@ -110,18 +110,27 @@ class _Call:
             _rooms.append(self.room)
         self.room = None
 
-    def normalize_grad_out(self) -> None:
-        """From here on, grad_out takes the place of x."""
+    def normalize_second(self) -> None:
+        """From here on, what is read beside x, a gradient, takes the place of x."""
         record = self._record.view(CALL)
-        record["x"] = record["grad_out"]
-        record["at_x"] = record["at_grad_out"]
+        record["x"] = record["second"]
+        record["at_x"] = record["at_second"]
 
     def __call__(
-        self, kernel: str, tasks: int, threads: int | None = None, then: tuple[Step, ...] = ()
+        self,
+        kernel: str,
+        tasks: int,
+        threads: int | None = None,
+        then: tuple[Step, ...] = (),
+        plain: bool = False,
     ) -> None:
-        """Run a kernel over its tasks, on as many threads as the plan is for, and `then` some steps."""
+        """Run a kernel, or the plain one, over its tasks, on as many threads as the plan is for.
+
+        And `then` take some steps.
+        """
         shares = min(self.plan.threads if threads is None else threads, tasks)
-        pool.run(entry(kernel, self.plan.stored), shares, tasks, self._at, *then)
+        stored = self.plan.plain if plain else self.plan.stored
+        pool.run(entry(kernel, stored), shares, tasks, self._at, *then)
 
     def step(self, kernel: str) -> Step:
         """Return what runs the only task of a kernel."""
@@ -134,6 +143,7 @@ class Run:
     def __init__(self, problem: Problem) -> None:
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
         self.form = form = problem.form
+        self._plain = form._replace(activation="", residual=False) == BATCH
         self.plan = plan = Plan(geometry, problem.storage, problem.threads, form)
         self._sets = -(-plan.sets // LANES)  # blocks of them
         self._tiles = plan.chunks * plan.groups
@@ -141,9 +151,11 @@ class Run:
         # What writes the result where nothing stays in cache, and over how many tasks.
         self._normalizes = kernels.normalize, self._slabs
         self._applies = kernels.backward_apply, self._slabs
+        self._applies_constant = kernels.apply_constant, self._slabs
         if plan.by_columns:
             self._normalizes = kernels.normalize_columns, plan.outer
             self._applies = kernels.apply_columns, plan.outer
+            self._applies_constant = kernels.apply_constant_columns, plan.outer
         self._normalizes_x = (kernels.normalize_planes, plan.planes) if plan.by_planes else self._normalizes
         # Few partial results are not worth waking the threads for.
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
@@ -188,8 +200,8 @@ class Run:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         self._compile(kernels.collect_stats, kernels.finish_stats)
         call = self._take()
-        x += self.plan.offset_x
-        call.set(x, 0, 0, stats, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 1, 0, 0)
+        x += self.plan.operands.x.offset
+        call.set(x, 0, 0, 0, 0, stats, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, 1, 0, 0)
         call(kernels.collect_stats, self._tiles)
         call(kernels.finish_stats, self._sets, self._finishers)
         self._give_back(call)
@@ -207,6 +219,7 @@ class Run:
         momentum: float,
         correction: float,
         then: tuple[Step, ...] = (),
+        extras: Extras = NOTHING,
     ) -> None:
         """Training: normalize with x's own statistics, which go to float64[3, sets] at `stats`.
 
@@ -214,15 +227,15 @@ class Run:
         written for the caller is written in one: see nbbn.compiler.in_one.
         """
         plan = self.plan
-        x += plan.offset_x
-        out += plan.offset_out
+        x += plan.operands.x.offset
+        out += plan.operands.out.offset
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
         call = self._take()
         channel_stats = stats if self.form.pool == 1 else call.channel_stats
         call.set(
-            x, 0, out, stats, channel_stats, *weight, *bias, *mean, *var, eps, momentum, correction,
-            1, 0, updates and alone,
+            x, 0, out, self._second(x, extras), 0, stats, channel_stats, *weight, *bias, *mean, *var,
+            eps, momentum, correction, extras.slope, 1, 0, updates and alone,
         )  # fmt: skip
         if updates and not alone:
             then = (call.step(kernels.update_running_stats), *then)
@@ -239,6 +252,10 @@ class Run:
             call(kernel, tasks, then=then)
         self._give_back(call)
 
+    def _second(self, x: int, extras: Extras) -> int:
+        """Return where that lies which a forward pass reads beside x."""
+        return extras.residual + self.plan.operands.second.offset if self.form.residual else x
+
     def _set_along(self, call: _Call) -> None:
         call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
 
@@ -251,15 +268,19 @@ class Run:
         mean: Parameter,
         var: Parameter,
         eps: float,
+        extras: Extras = NOTHING,
     ) -> None:
         """Evaluation: normalize with the running statistics."""
         plan = self.plan
         kernel, tasks = self._normalizes_x
         self._compile(kernels.use_running_stats, kernel)
         call = self._take()
-        x += plan.offset_x
-        out += plan.offset_out
-        call.set(x, 0, out, 0, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, 0, 0, 0)
+        x += plan.operands.x.offset
+        out += plan.operands.out.offset
+        call.set(
+            x, 0, out, self._second(x, extras), 0, 0, 0, *weight, *bias, *mean, *var,
+            eps, 0.0, 0.0, extras.slope, 0, 0, 0,
+        )  # fmt: skip
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
         self._give_back(call)
@@ -275,23 +296,28 @@ class Run:
         invstd: Parameter,
         training: bool,
         adds: bool = False,
+        extras: Extras = NOTHING,
     ) -> None:
         """grad_x, and the gradients of weight and bias into float64[2, parameters] at `gradients`.
 
-        Those are added to what is there, if it `adds`.
+        Those are added to what is there, if it `adds`. With a residual, its gradient too.
         """
         plan = self.plan
         if self._across is not None:
             # First: grad_x may be written to where x is.
             self._across._sum_columns(x, grad_out, gradients, mean, invstd, adds)
-        x += plan.offset_x
-        grad_out += plan.offset_grad_out
-        grad_x += plan.offset_out
+        x += plan.operands.x.offset
+        grad_out += plan.operands.grad_out.offset
+        grad_x += plan.operands.out.offset
+        second, residual = grad_out, 0
+        if self.form.residual:
+            second = extras.grad_residual + plan.operands.second.offset
+            residual = extras.residual + plan.operands.residual.offset
         call = self._take()
-        direct = self.form == BATCH and not adds
+        direct = self._plain and not adds
         call.set(
-            x, grad_out, grad_x, gradients, gradients if direct else call.channel_stats, *weight, *ABSENT,
-            *mean, *invstd, 0.0, 0.0, 0.0, training, adds, 0,
+            x, grad_out, grad_x, second, residual, gradients, gradients if direct else call.channel_stats,
+            *weight, *extras.bias, *mean, *invstd, 0.0, 0.0, 0.0, extras.slope, training, adds, 0,
         )  # fmt: skip
         if self.form.along:
             self._set_along(call)
@@ -300,16 +326,20 @@ class Run:
         if plan.resident and training:
             call(kernels.backward, plan.tasks)
         else:
-            last, tasks = self._applies if training else self._normalizes
-            self._compile(kernels.backward_reduce, kernels.finish_backward, last)
+            self._compile(kernels.backward_reduce, kernels.finish_backward)
+            constant = not (training or plan.through)  # grad_x = scale · dy, and no more
+            last, tasks = self._applies if training else self._applies_constant
+            if constant:
+                last, tasks = self._normalizes
+            entry(last, plan.plain if constant else plan.stored)
             call(kernels.backward_reduce, self._tiles)
             call(kernels.finish_backward, self._sets, self._finishers)
-            if not training:
-                call.normalize_grad_out()
-            call(last, tasks)
+            if constant:
+                call.normalize_second()
+            call(last, tasks, plain=constant)
         if not (direct or self.form.along):
             call(kernels.sum_parameters, plan.parameters, 1)
-        if training:
+        if training or plan.through:
             self._give_back(call)
 
     def _sum_columns(
@@ -320,8 +350,8 @@ class Run:
         self._compile(kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters)
         call = self._take()
         call.set(
-            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, gradients,
-            call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0,
+            x + plan.operands.x.offset, grad_out + plan.operands.grad_out.offset, 0, 0, 0, gradients,
+            call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, 0.0,
             1, adds, 0,
         )  # fmt: skip
         call(kernels.backward_reduce, plan.chunks * plan.groups)

@@ -15,6 +15,7 @@ import math
 import operator
 import platform
 import sys
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -52,20 +53,41 @@ class _HalfModel(models.PrimitiveModel):
         super().__init__(manager, kind, _BITS)
 
 
-class Way(types.NumberClass):
-    """A class of elements, for a kernel whose parameters do not go by channel (`stored_as`)."""
+class Way(NamedTuple):
+    """What kernels are compiled for, beside the elements of the arrays.
 
-    def __init__(self, element: types.Type, name: str) -> None:
-        self.way = name
+    Attributes
+    ----------
+    parameters : str
+        Which way they go: "" by channel, ALONG or ACROSS.
+    activation : str
+        See `nbbn.problem.Form`.
+    residual : bool
+        See `nbbn.problem.Form`.
+    """
+
+    parameters: str = ""
+    activation: str = ""
+    residual: bool = False
+
+
+PLAIN = Way()
+
+
+class Kind(types.NumberClass):
+    """A class of elements, for a kernel that is not the plain one (`stored_as`)."""
+
+    def __init__(self, element: types.Type, way: Way) -> None:
+        self.way = way
         super().__init__(element)
-        self.name: str = f"class({element}, {name})"
+        self.name: str = f"class({element}, {', '.join(map(str, way))})"
 
     @property
     def key(self):  # noqa: D102
         return self.instance_type, self.way
 
 
-register_model(Way)(models.OpaqueModel)
+register_model(Kind)(models.OpaqueModel)
 
 _BITS = ir.IntType(16)
 _WORD = ir.IntType(32)
@@ -89,15 +111,15 @@ ACROSS = "across"
 """The gradients of such: of each column, and each row was normalized with numbers of its own."""
 
 
-def stored_as(name: str, way: str = "") -> types.Type:
-    """Return what a kernel is compiled for: a storage type, and which way its parameters go."""
+def stored_as(name: str, way: Way = PLAIN) -> types.Type:
+    """Return what a kernel is compiled for: a storage type, and what else there is to know."""
     element = ELEMENTS[name]
-    return Way(element, way) if way else types.NumberClass(element)
+    return types.NumberClass(element) if way == PLAIN else Kind(element, way)
 
 
-def way_of(stored: types.Type) -> str:
-    """Return which way the parameters of a kernel go: "" by channel, ALONG or ACROSS."""
-    return getattr(stored, "way", "")
+def way_of(stored: types.Type) -> Way:
+    """Return what a kernel is compiled for beside the elements."""
+    return getattr(stored, "way", PLAIN)
 
 
 def _real(element):

@@ -1,4 +1,4 @@
-"""Where the rows of a tile lie, and the loops over its rows and columns.
+"""The loops over the rows and columns of a tile.
 
 Sums run downwards, a column at a time, so a row needs no particular length or alignment; the columns
 of a channel are added up at the end of a block. Eight rows are read at a time, from eight far-apart
@@ -10,18 +10,44 @@ import math
 import numpy as np
 from numba.core import types
 
-from nbbn.compiler import by_type, fma, in_line, loop, out_of_line, variant
+from nbbn.compiler import by_type, fma, in_line, like, loop, out_of_line, variant
+from nbbn.cpu.fused import (
+    activated,
+    incoming,
+    joined,
+    keep_residual,
+    normalizing,
+    note_residual,
+    passed,
+    precisely_joined,
+    shift_beside,
+    with_residual,
+)
 from nbbn.cpu.parameters import (
     NOTED,
     ROWS,
-    beside,
     deviation,
     finished,
     note_beside,
+    operands,
     precisely_finished,
     precisely_scaled,
     scaled,
     weighted,
+)
+from nbbn.cpu.rows import (
+    AHEAD,
+    COLUMNS,
+    ROOM,
+    extent,
+    fill,
+    locate,
+    row_address,
+    row_of,
+    scatter,
+    some,
+    to_columns,
+    up,
 )
 from nbbn.cpu.simd import (
     LANES,
@@ -35,7 +61,6 @@ from nbbn.cpu.simd import (
     keep_first,
     line_of,
     load,
-    load_first,
     lowest,
     number,
     plain,
@@ -63,12 +88,11 @@ from nbbn.formulas import (
     two_sum,
 )
 
-COLUMNS = 1024  # a row is at most this long
-SHARED_COLUMNS = 512  # and this, where several channels share it: their sums must stay in L1
-ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
-TABLES = 5  # what a column of grad_x is computed with; of out, three of them
+SHARED_COLUMNS = (
+    512  # a row is at most this long, where several channels share it: their sums must stay in L1
+)
+TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 FLOAT32_BYTES = 4
-AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
 SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
 HALF_SPAN = 4 * SPAN  # of 16 bits, which are not streamed meanwhile
 
@@ -83,102 +107,6 @@ def _exact(real):
     # A float64 holds the sum of 2²⁹ float32 of like size without rounding.
     compensate = real.dtype == types.float64
     return (lambda real: True) if compensate else (lambda real: False)
-
-
-# --- rows ------------------------------------------------------------------------------------------
-
-
-@loop
-def locate(call, row):
-    """Return the outer step and the piece of a row; rows are in the order of memory."""
-    if call.pieces == 1:
-        return row * call.fold, 0
-    return row // call.pieces, row % call.pieces
-
-
-@loop
-def position(call, row):
-    """Return how many values of a channel come before `row`."""
-    out_of_line()
-    if call.pieces == 1:
-        return min(call.outer, row * call.fold) * call.inner
-    return row // call.pieces * call.inner + row % call.pieces * call.width
-
-
-@loop
-def extent(call, step, piece):
-    """Return how many outer steps make a row, and how many elements of a channel each has."""
-    if call.pieces == 1:
-        return min(call.fold, call.outer - step), call.inner
-    return 1, min(call.width, call.inner - piece * call.width)
-
-
-@loop
-def row_address(call, base, operand, step, piece, channel):
-    """Return the address of the first element of a row in a tile that begins at `channel`."""
-    at = base + channel * operand.channel + piece * call.width * operand.inner
-    if call.dims == 1:
-        return at + step * pointer(operand.strides, np.int64)[0]
-    return step_address(call, at, operand, step)
-
-
-@loop
-def step_address(call, at, operand, step):
-    """Return the address `step` steps after `at`, over several outer dimensions."""
-    out_of_line()
-    strides = pointer(operand.strides, np.int64)
-    sizes = pointer(call.sizes, np.int64)
-    for d in range(call.dims - 1, -1, -1):
-        at += step % sizes[d] * strides[d]
-        step //= sizes[d]
-    return at
-
-
-@loop
-def row_of(call, base, operand, step, piece, channel, group, buffer, stored):
-    """Return a pointer to a row's columns; to a copy in `buffer` where they do not lie together."""
-    at = row_address(call, base, operand, step, piece, channel)
-    if operand.gather == 0:
-        return pointer(at, stored)
-    gather(call, at, operand, step, piece, group, buffer, stored)
-    return buffer
-
-
-@loop
-def gather(call, at, operand, step, piece, group, buffer, stored):
-    out_of_line()
-    steps, count = extent(call, step, piece)
-    outer = pointer(operand.strides, np.int64)[call.dims - 1]
-    j = 0
-    for f in range(steps):
-        for g in range(group):
-            there = at + f * outer + g * operand.channel
-            for i in range(count):
-                buffer[j] = pointer(there + i * operand.inner, stored)[0]
-                j += 1
-
-
-@loop
-def some(p, j, count):
-    """Return the vector at column j, with zeros from column `count` on."""
-    if j + LANES <= count:
-        return load(p, j)
-    return load_first(p, j, count - j)
-
-
-@loop
-def up(count):
-    """Return `count`, rounded up to whole vectors."""
-    return -(-count // LANES) * LANES
-
-
-@loop
-def fill(p, count, value):
-    """Set p[0 : count], and up to LANES - 1 elements more."""
-    out_of_line()
-    vector = splat(value)
-    for j in range(0, count, LANES):
-        store(p, j, vector)
 
 
 # --- sums over rows, a column at a time ------------------------------------------------------------
@@ -335,13 +263,15 @@ def multiply(dy, off, total, rest, product, product_rest, one, real):
 def multiply_rows(rows, number, first, last, state, base, mask, stored):
     """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
-    The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
+    That is the dy before what follows the normalization. The sums of column j are at base + (j & mask), and
+    stay in registers for as long as that does.
     """
-    means, sums, products, one, ahead, numbers = state
+    means, sums, products, one, ahead, before, slope, numbers = state
     real = wide(stored)
     both = plain(exact(real))
     c = base + (first & mask)
     mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
+    those = normalizing(before, c, stored)
     j = first
     while j < last:
         if c != base + (j & mask):
@@ -350,6 +280,7 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
             c = base + (j & mask)
             mean, sum_dy = load(means, c), load_sums(sums, c, both)
             sum_products = load_sums(products, c, both)
+            those = normalizing(before, c, stored)
         here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
         two = mask == 0 and j + 2 * LANES <= last  # vectors at a time: they share their sums
         for k in range(0, 2 * number, 2):
@@ -360,13 +291,18 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
                 if size_of(row[0]) > 2:
                     prefetch(row[0], j + LANES, ahead)
                     prefetch(row[1], j + LANES, ahead)
-                dy = weighted(rows, k, j, load(row[0], j), stored)
-                off = deviation(load(row[1], j), mean, numbers, k, stored)
+                dy, x = load(row[0], j), load(row[1], j)
+                dy = incoming(rows, k, j, last, dy, x, those, slope, stored)
+                dy = weighted(rows, k, j, dy, stored)
+                off = deviation(x, mean, numbers, k, stored)
                 here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
-                dy = weighted(rows, k, j + LANES, load(row[0], j + LANES), stored)
-                x = load(row[1], j + LANES)
+                dy, x = load(row[0], j + LANES), load(row[1], j + LANES)
+                dy = incoming(rows, k, j + LANES, last, dy, x, those, slope, stored)
+                dy = weighted(rows, k, j + LANES, dy, stored)
             else:
-                dy, x = weighted(rows, k, j, some(row[0], j, last), stored), some(row[1], j, last)
+                dy, x = some(row[0], j, last), some(row[1], j, last)
+                dy = incoming(rows, k, j, last, dy, x, those, slope, stored)
+                dy = weighted(rows, k, j, dy, stored)
             off = deviation(x, mean, numbers, k, stored)
             here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
         total, rest, product, product_rest = here
@@ -416,22 +352,6 @@ def to_channels(call, group, width, sums, lost, real):
         lost[g] = low + small
 
 
-@loop
-def to_columns(call, group, width, values, columns):
-    """columns[column] = values[its channel]; return the buffer that holds them."""
-    out_of_line()
-    if width == 1 and call.fold == 1:
-        return values
-    for f in range(call.fold):
-        if width == 1:
-            for g in range(0, group, LANES):
-                store(columns, f * group + g, load(values, g))
-        else:
-            for g in range(group):
-                fill(after(columns, (f * group + g) * width), width, values[g])
-    return columns
-
-
 # --- writing ---------------------------------------------------------------------------------------
 
 
@@ -459,7 +379,7 @@ def tile_of(call, channel, group, number, spread, real):
 
 
 @loop
-def tables_of_x(tables, c, room):
+def tables_of_x(row, tables, c, room):
     """What the columns c … are normalized with: mean, scale and shift."""
     return load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
 
@@ -469,26 +389,41 @@ def normalized_columns(row, j, end, numbers):
     """The normalized columns j … of a row of x, which has `end`, and what they are in doubt below."""
     mean, scale, shift = numbers
     prefetch(row[1], j, AHEAD)
-    return finished(row, j, normalized(some(row[1], j, end), mean, scale, shift), normalized_doubt(shift))
+    value = normalized(some(row[1], j, end), mean, scale, shift)
+    value, doubt = finished(row, j, value, normalized_doubt(shift))
+    return joined(row, j, end, value, doubt)
 
 
 @loop
-def tables_of_gradient(tables, c, room):
-    """What the columns c … of grad_x are computed with: mean, scale, slope, offset and unit."""
-    mean, scale, slope = tables_of_x(tables, c, room)
-    return mean, scale, slope, load(tables, c + 3 * room), load(tables, c + 4 * room)
+def tables_of_gradient(row, tables, c, room):
+    """What the columns c … of grad_x are computed with: mean, scale, slope, offset and unit.
+
+    And, where it is computed through an activation, the shift that x was normalized with.
+    """
+    mean, scale, slope = tables_of_x(row, tables, c, room)
+    offset, unit = load(tables, c + 3 * room), load(tables, c + 4 * room)
+    return (mean, scale, slope, offset, unit) + shift_beside(row, tables, c + 5 * room)
 
 
 @loop
 def gradient_columns(row, j, end, numbers):
     """The columns j … of grad_x, and what they are in doubt below."""
-    mean, scale, slope, offset, unit = numbers
+    mean, scale, slope, offset, unit = numbers[:5]
     prefetch(row[0], j, AHEAD)
     prefetch(row[1], j, AHEAD)
     x = some(row[1], j, end)
-    dy, scale = some(row[0], j, end), scaled(row, j, scale)
+    dy, scale = passed(row, some(row[0], j, end), x, numbers), scaled(row, j, scale)
     grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
     return grad_x, gradient_doubt(x, mean, unit, slope, offset)
+
+
+@loop
+def constant_columns(row, j, end, numbers):
+    """The columns j … of grad_x through an activation where the statistics are constants; never in doubt."""
+    prefetch(row[0], j, AHEAD)
+    prefetch(row[1], j, AHEAD)
+    dy = passed(row, some(row[0], j, end), some(row[1], j, end), numbers)
+    return dy * numbers[1], like(dy, 0.0)
 
 
 @loop
@@ -528,7 +463,8 @@ def precise_normalized(call, place, row, j, doubtful, out):
         c = channel + (j + k) // width % group
         x = np.float64(number(row[1], j + k))
         result = normalized(x, tables[c], tables[c + room], tables[c + 2 * room])
-        set_number(results, k, precisely_finished(call, row, j + k, result))
+        result = precisely_joined(row, j + k, precisely_finished(call, row, j + k, result))
+        set_number(results, k, activated(row, result))
     return load(results, 0)
 
 
@@ -545,18 +481,26 @@ def precise_gradient(call, place, row, j, doubtful, grad_x):
         doubtful &= doubtful - 1
         c = channel + (j + k) // width % group
         dy, x = np.float64(number(row[0], j + k)), np.float64(number(row[1], j + k))
-        mean, slope = tables[c], tables[c + 2 * room]
-        scale = precisely_scaled(call, row, j + k, tables[c + room])
+        mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
         offset, unit = tables[c + 3 * room], tables[c + 4 * room]
+        dy = passed(row, dy, x, (mean, scale, tables[c + 5 * room]))
+        scale = precisely_scaled(call, row, j + k, scale)
         set_number(results, k, gradient(dy, x, mean, unit, scale, slope, offset))
     return load(results, 0)
 
 
-def _results(columns, precisely):
+@loop
+def concluded(row, value):
+    """Return a gradient, which nothing follows."""
+    return value
+
+
+def _results(columns, precisely, followed):
     """Return what has the columns j … of a row, and what writes a line of them.
 
-    Results to be stored in 16 bits are computed again by `precisely` where they are in doubt: lane by lane,
-    as which columns make a vector must not show.
+    That is what `columns` computes, and what is `followed(row, …)` by. Results to be stored in 16 bits are
+    computed again by `precisely` where they are in doubt: lane by lane, as which columns make a vector must
+    not show.
     """
 
     def result_at(call, place, row, j, end, numbers):
@@ -565,11 +509,12 @@ def _results(columns, precisely):
     @by_type(result_at)
     def _result_at(call, place, row, j, end, numbers):
         def sure(call, place, row, j, end, numbers):
-            return columns(row, j, end, numbers)[0]
+            return followed(row, columns(row, j, end, numbers)[0])
 
         def refined(call, place, row, j, end, numbers):
-            result, doubt = columns(row, j, end, numbers)
-            doubtful = below(math.fabs(result), doubt)
+            value, doubt = columns(row, j, end, numbers)
+            doubtful = below(math.fabs(value), doubt)
+            result = followed(row, value)
             if rarely(doubtful != 0):
                 inside = (1 << min(LANES, end - j)) - 1
                 return precisely(call, place, row, j, doubtful & inside, result)
@@ -583,7 +528,7 @@ def _results(columns, precisely):
     @by_type(write_line)
     def _write_line(call, place, out, row, j, numbers, then, streaming):
         def one(call, place, out, row, j, numbers, then, streaming):
-            result = columns(row, j, j + LANES, numbers)[0]
+            result = followed(row, columns(row, j, j + LANES, numbers)[0])
             if streaming:
                 stream(out, j, result)
             else:
@@ -595,6 +540,7 @@ def _results(columns, precisely):
             second, more_doubt = columns(row, k, k + LANES, then)
             doubtful = below(math.fabs(first), doubt)
             more = below(math.fabs(second), more_doubt)
+            first, second = followed(row, first), followed(row, second)
             if rarely(doubtful | more != 0):
                 first = precisely(call, place, row, j, doubtful, first)
                 second = precisely(call, place, row, k, more, second)
@@ -629,14 +575,14 @@ def _write_part(name, numbers_at, value, write_line):
         j = first
         end = min(last, count)
         c = j & mask
-        numbers = numbers_at(tables, c, room)
+        numbers = numbers_at(row, tables, c, room)
         line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
         if streaming:
             j = min(line_from(out, first), count)
             for k in range(0, j if first == 0 else 0, LANES):
                 here = min(LANES, j - k)
-                beginning = value(call, place, row, k, k + here, numbers_at(tables, k & mask, room))
+                beginning = value(call, place, row, k, k + here, numbers_at(row, tables, k & mask, room))
                 store_first(out, k, beginning, here)
             if last < count:
                 end = min(line_from(out, last), count)
@@ -647,9 +593,9 @@ def _write_part(name, numbers_at, value, write_line):
         while j < end:
             if c != j & mask:
                 c = j & mask
-                numbers = numbers_at(tables, c, room)
+                numbers = numbers_at(row, tables, c, room)
             if j + line <= end:
-                then = numbers_at(tables, c + LANES, room)
+                then = numbers_at(row, tables, c + LANES, room)
                 write_line(call, place, out, row, j, numbers, then, streaming)
                 j += line
                 continue
@@ -676,10 +622,10 @@ def _write_run(name, numbers_at, value, write_line):
         c = 0
         begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
         while j < last:
-            numbers = numbers_at(tables, c, ROOM)
+            numbers = numbers_at(row, tables, c, ROOM)
             end = begin if j < begin else last
             if j + line <= end:
-                then = numbers_at(tables, c + LANES - period if c + LANES >= period else c + LANES, ROOM)
+                then = numbers_at(row, tables, c + LANES - period if c + LANES >= period else c + LANES, ROOM)
                 write_line(call, place, out, row, j, numbers, then, streaming)
                 here = line
             elif j + LANES <= end:
@@ -711,35 +657,19 @@ def _write_rows(name, reads, write_part):
             steps, count = extent(call, step, piece)
             count *= steps * group
             x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
-            dy = x
-            if reads > 1:
+            second = x
+            if reads > 1 or with_residual(stored):
                 room = after(buffer, ROOM)
-                dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored)
+                second = row_of(call, call.second, call.at_second, step, piece, channel, group, room, stored)
             out = after(buffer, 2 * ROOM)
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
-            read = (dy, x) + beside(call, row, stored)
+            read = operands(call, second, x, row, stored)
             write_part(call, out, read, plain(0), count, count, streaming, tile)
             if not direct:
-                scatter(call, step, piece, channel, group, out, stored)
+                scatter(call, call.out, call.at_out, step, piece, channel, group, out, stored)
 
     return write_rows
-
-
-@loop
-def scatter(call, step, piece, channel, group, buffer, stored):
-    """Write the columns in `buffer` to where they lie in `out`."""
-    out_of_line()
-    at = row_address(call, call.out, call.at_out, step, piece, channel)
-    steps, count = extent(call, step, piece)
-    outer = pointer(call.at_out.strides, np.int64)[call.dims - 1]
-    j = 0
-    for f in range(steps):
-        for g in range(group):
-            there = at + f * outer + g * call.at_out.channel
-            for i in range(count):
-                pointer(there + i * call.at_out.inner, stored)[0] = buffer[j]
-                j += 1
 
 
 # --- looking at one tile while another is written ----------------------------------------------------
@@ -770,9 +700,10 @@ def _down(name, reads, look, write_part, write_rows):
         """
         rows = scratch(NOTED, np.int64)
         outs = scratch(ROWS, np.int64)
+        seconds = scratch(ROWS, np.int64)
         widths = scratch(ROWS, np.int64)
         writing = tile[1] > 0
-        gathers = call.at_x.gather | call.at_grad_out.gather | call.at_out.gather
+        gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
         direct = writing and gathers == 0
         span = COLUMNS
         if direct:
@@ -781,7 +712,7 @@ def _down(name, reads, look, write_part, write_rows):
         if apiece:
             span = call.inner
         to_x = (tile[0] - channel) * call.at_x.channel
-        to_dy = (tile[0] - channel) * call.at_grad_out.channel
+        to_second = (tile[0] - channel) * call.at_second.channel
         at_once = most_at_once if reads == 1 or mask != 0 else most_at_once // 2
         far = apart(call, first, last, at_once)
         row = first
@@ -808,7 +739,11 @@ def _down(name, reads, look, write_part, write_rows):
                     )
                     rows[reads * k] = address(dy)
                     note_beside(call, rows, state[-1], reads * k, row + k * pitch, stored)
+                    note_residual(call, rows, reads * k, step, piece, channel, group, buffer, stored)
+                seconds[k] = rows[reads * k]
                 if direct:
+                    if with_residual(stored):
+                        seconds[k] = row_address(call, call.second, call.at_second, step, piece, channel)
                     outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
                     if call.stream == 1:
                         ask_for_ends(outs[k], width * tile[1] * size_of(x))
@@ -831,10 +766,13 @@ def _down(name, reads, look, write_part, write_rows):
                 for k in range(number if direct and part < parts else 0):
                     out = pointer(outs[k], stored)
                     x = pointer(rows[reads * k + reads - 1] + to_x, stored)
-                    dy = pointer(rows[reads * k] + to_dy, stored)
+                    second = pointer(seconds[k] + to_second, stored)
                     count = widths[k] * tile[1]
-                    read = (dy, x) + beside(call, row + k * pitch, stored)
+                    read = operands(call, second, x, row + k * pitch, stored)
                     write_part(call, out, read, start, stop, count, call.stream == 1, tile)
+            for k in range(number if reads > 1 and with_residual(stored) else 0):
+                step, piece = locate(call, row + k * pitch)
+                keep_residual(call, rows, reads * k, step, piece, channel, group, stored)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
                 write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, stored)
@@ -845,13 +783,17 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-normalized_at, write_normalized = _results(normalized_columns, precise_normalized)
-_gradient_at, _write_gradient = _results(gradient_columns, precise_gradient)
+normalized_at, write_normalized = _results(normalized_columns, precise_normalized, activated)
+_gradient_at, _write_gradient = _results(gradient_columns, precise_gradient, concluded)
+_constant_at, _write_constant = _results(constant_columns, precise_gradient, concluded)
 _write_normalized_part = _write_part("normalized", tables_of_x, normalized_at, write_normalized)
 _write_gradient_part = _write_part("gradient", tables_of_gradient, _gradient_at, _write_gradient)
+_write_constant_part = _write_part("constant", tables_of_x, _constant_at, _write_constant)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized_part)
 write_gradient_rows = _write_rows("gradient", 2, _write_gradient_part)
+write_constant_rows = _write_rows("constant", 2, _write_constant_part)
 write_normalized_run = _write_run("normalized", tables_of_x, normalized_at, write_normalized)
 write_gradient_run = _write_run("gradient", tables_of_gradient, _gradient_at, _write_gradient)
+write_constant_run = _write_run("constant", tables_of_x, _constant_at, _write_constant)
 look_down = _down("forward", 1, look_at_rows, _write_normalized_part, write_normalized_rows)
 look_down_both = _down("backward", 2, multiply_rows, _write_gradient_part, write_gradient_rows)

@@ -31,7 +31,7 @@ import numpy as np
 from numba.core.dispatcher import Dispatcher
 
 from nbbn import formulas
-from nbbn.compiler import sources_version
+from nbbn.compiler import MAGIC32, MAGIC64, sources_version
 from nbbn.errors import DeviceError
 
 log = logging.getLogger("nbbn")
@@ -324,19 +324,30 @@ def part(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _fma(a: float, b: float, c: float) -> Any:
+def _fma(a: Any, b: Any, c: Any) -> Any:
     """A · b + c, rounded once."""
+    single = type(a) is type(b) is type(c) is np.float32
     try:
-        return np.float64(float(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c))))
+        exact = float(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)))
+        return np.float32(exact) if single else np.float64(exact)
     except (OverflowError, ValueError):  # infinite or NaN, which fractions are not
         return a * b + c
+
+
+def _two_to(z: Any) -> Any:
+    exponent = int(z - (MAGIC32 if type(z) is np.float32 else MAGIC64))
+    return type(z)(2.0**exponent if exponent > (-127 if type(z) is np.float32 else -1023) else 0.0)
 
 
 # Python's own functions raise where the machine returns an infinity or NaN.
 _SIMULATED_NAMES = {
     "fma": _fma,
+    "at_most_zero": lambda z, a, b: a if z <= 0 else b,
+    "like": lambda z, value: type(z)(value),
+    "is_double": lambda z: type(z) is not np.float32,
+    "two_to": _two_to,
     "int32": int,  # NumPy's would stay one in a sum with an address
-    "math": python.SimpleNamespace(sqrt=np.sqrt, ldexp=np.ldexp, frexp=np.frexp),
+    "math": python.SimpleNamespace(sqrt=np.sqrt, ldexp=np.ldexp, frexp=np.frexp, fabs=np.abs),
 }
 
 

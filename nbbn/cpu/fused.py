@@ -1,0 +1,280 @@
+"""What follows the normalization in the same pass: a residual that is added, and an activation.
+
+Each part here is nothing, in kernels that are compiled without (`nbbn.cpu.simd.Way`). The gradient of the
+activation needs its argument z, which is computed again from x. Where a residual is in it, that is done once:
+the sums leave that gradient behind, which is the gradient of the residual, and grad_x is computed from it.
+"""
+
+import numpy as np
+
+from nbbn.compiler import by_type, loop
+from nbbn.cpu.parameters import ROWS, affine_of, parameter
+from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, scatter, some, to_columns
+from nbbn.cpu.simd import (
+    LANES,
+    address,
+    after,
+    load,
+    number,
+    pointer,
+    prefetch,
+    store,
+    store_first,
+    way_of,
+    wide,
+)
+from nbbn.formulas import ACTIVATIONS, normalized, normalized_doubt, shift_of
+
+# Where, among the addresses of rows, those of the residual and of its gradient are.
+AT_RESIDUAL, AT_GRAD_RESIDUAL = 2 * ROWS, 3 * ROWS
+
+
+@loop
+def quieted(value, real):
+    """Return a value as type `real`; of NaN the one whose lower half is zero, as vectors must have it."""
+    return real(value) if value == value else real(np.nan)
+
+
+@loop
+def normalization(mean, rest, scale, bias, real):
+    """Return what x is normalized with, in its type: mean, scale and shift."""
+    rounded = quieted(mean, real)
+    lost = (mean - np.float64(rounded)) + rest
+    return rounded, quieted(scale, real), quieted(shift_of(bias, lost, scale), real)
+
+
+def _constant(stub, of_way):
+    """Let a function of `stored` return, in compiled code, what `of_way` returns of its way."""
+
+    @by_type(stub)
+    def overloaded(stored):
+        value = of_way(way_of(stored))
+        return lambda stored: value
+
+
+def with_residual(stored):
+    """Whether there is a residual."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+def gradient_tables(stored):
+    """How many tables grad_x is computed with: one more where z is needed, its shift."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+_constant(with_residual, lambda way: way.residual)
+_constant(gradient_tables, lambda way: 6 if _through_activation(way) else 5)
+
+
+def _through_activation(way):
+    """Whether grad_x is computed from the gradient at the activation's result, not at its argument."""
+    return way.activation != "" and not way.residual
+
+
+# --- forward ---------------------------------------------------------------------------------------
+
+
+def joined(row, j, end, value, doubt):
+    """Return columns j … of a row with the residual added, and what they are in doubt below."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(joined)
+def _joined(row, j, end, value, doubt):
+    def with_it(row, j, end, value, doubt):
+        prefetch(row[0], j, AHEAD)
+        residual = some(row[0], j, end)
+        return value + residual, doubt + normalized_doubt(residual)
+
+    return with_it if way_of(row[2]).residual else (lambda row, j, end, value, doubt: (value, doubt))
+
+
+def precisely_joined(row, j, value):
+    """Return column j of a row with the residual added."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(precisely_joined)
+def _precisely_joined(row, j, value):
+    if way_of(row[2]).residual:
+        return lambda row, j, value: value + np.float64(number(row[0], j))
+    return lambda row, j, value: value
+
+
+def activated(row, z):
+    """Return the activation's result of z, a number or a vector."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(activated)
+def _activated(row, z):
+    name = way_of(row[2]).activation
+    if not name:
+        return lambda row, z: z
+    apply = ACTIVATIONS[name].apply
+    return lambda row, z: apply(z, row[3])
+
+
+# --- backward --------------------------------------------------------------------------------------
+
+
+def shift_beside(row, tables, c):
+    """Return the shift of columns c … where `passed` needs it, in a tuple, or none."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(shift_beside)
+def _shift_beside(row, tables, c):
+    needed = _through_activation(way_of(row[2]))
+    return (lambda row, tables, c: (load(tables, c),)) if needed else (lambda row, tables, c: ())
+
+
+def passed(row, grad_out, x, numbers):
+    """Return the gradient at z, of numbers or vectors; `numbers` are those that grad_x is computed with."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(passed)
+def _passed(row, grad_out, x, numbers):
+    way = way_of(row[2])
+    if not _through_activation(way):
+        return lambda row, grad_out, x, numbers: grad_out
+    gradient = ACTIVATIONS[way.activation].gradient
+
+    def through(row, grad_out, x, numbers):
+        return gradient(grad_out, normalized(x, numbers[0], numbers[1], numbers[-1]), row[3])
+
+    return through
+
+
+def before_activation(call, channel, group, width, values, columns, stored):
+    """Return the tables, ROOM apart, of what the columns of a tile were normalized with, made in the buffers.
+
+    For the sums of a backward pass that goes through an activation.
+    """
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(before_activation)
+def _before_activation(call, channel, group, width, values, columns, stored):
+    def tables(call, channel, group, width, values, columns, stored):
+        real = wide(stored)
+        for g in range(group):
+            c = channel + g
+            weight, bias = affine_of(call, c, stored)
+            mean, scale = parameter(call.mean, c, 0.0), weight * parameter(call.var, c, 1.0)
+            numbers = normalization(mean, 0.0, scale, bias, real)
+            values[g], values[ROOM + g], values[2 * ROOM + g] = numbers
+        for k in range(3):
+            filled = to_columns(call, group, width, after(values, k * ROOM), after(columns, k * ROOM))
+        return after(filled, -2 * ROOM)
+
+    def nothing(call, channel, group, width, values, columns, stored):
+        return columns
+
+    return tables if way_of(stored).activation else nothing
+
+
+def normalizing(tables, c, stored):
+    """Return what the columns c … were normalized with, if that is needed."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(normalizing)
+def _normalizing(tables, c, stored):
+    if way_of(stored).activation:
+        return lambda tables, c, stored: (
+            load(tables, c),
+            load(tables, c + ROOM),
+            load(tables, c + 2 * ROOM),
+        )
+    return lambda tables, c, stored: ()
+
+
+def note_residual(call, rows, k, step, piece, channel, group, buffer, stored):
+    """Note where row k of the residual is, and where its gradient goes to, that or a buffer."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(note_residual)
+def _note_residual(call, rows, k, step, piece, channel, group, buffer, stored):
+    def note(call, rows, k, step, piece, channel, group, buffer, stored):
+        room = after(buffer, (ROWS + k) * ROOM)
+        residual = row_of(call, call.residual, call.at_residual, step, piece, channel, group, room, stored)
+        rows[AT_RESIDUAL + k] = address(residual)
+        room = after(room, ROOM)
+        if call.at_second.gather == 0:
+            room = pointer(row_address(call, call.second, call.at_second, step, piece, channel), stored)
+        rows[AT_GRAD_RESIDUAL + k] = address(room)
+
+    def nothing(call, rows, k, step, piece, channel, group, buffer, stored):
+        pass
+
+    return note if way_of(stored).residual else nothing
+
+
+def keep_residual(call, rows, k, step, piece, channel, group, stored):
+    """Write row k of the gradient of the residual from its buffer to where it goes to."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(keep_residual)
+def _keep_residual(call, rows, k, step, piece, channel, group, stored):
+    def keep(call, rows, k, step, piece, channel, group, stored):
+        if call.at_second.gather == 1:
+            row = pointer(rows[AT_GRAD_RESIDUAL + k], stored)
+            scatter(call, call.second, call.at_second, step, piece, channel, group, row, stored)
+
+    def nothing(call, rows, k, step, piece, channel, group, stored):
+        pass
+
+    return keep if way_of(stored).residual else nothing
+
+
+def incoming(rows, k, j, last, grad_out, x, numbers, slope, stored):
+    """Return the gradient at columns j … of row k of what was normalized, from that at the result.
+
+    With a residual it is the residual's too, and written for it; then it is what was written, rounded.
+    """
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(incoming)
+def _incoming(rows, k, j, last, grad_out, x, numbers, slope, stored):
+    way = way_of(stored)
+    if not (way.activation or way.residual):
+        return lambda rows, k, j, last, grad_out, x, numbers, slope, stored: grad_out
+    if not way.residual:
+        gradient = ACTIVATIONS[way.activation].gradient
+
+        def through(rows, k, j, last, grad_out, x, numbers, slope, stored):
+            return gradient(grad_out, normalized(x, numbers[0], numbers[1], numbers[2]), slope)
+
+        return through
+    if not way.activation:
+
+        def same(rows, k, j, last, grad_out, x, numbers, slope, stored):
+            keep(pointer(rows[AT_GRAD_RESIDUAL + k], stored), j, last, grad_out)
+            return grad_out
+
+        return same
+    gradient_there = ACTIVATIONS[way.activation].gradient
+
+    def through_sum(rows, k, j, last, grad_out, x, numbers, slope, stored):
+        residual = pointer(rows[AT_RESIDUAL + k], stored)
+        prefetch(residual, j, AHEAD)
+        z = normalized(x, numbers[0], numbers[1], numbers[2]) + some(residual, j, last)
+        kept = pointer(rows[AT_GRAD_RESIDUAL + k], stored)
+        keep(kept, j, last, gradient_there(grad_out, z, slope))
+        return some(kept, j, last)
+
+    return through_sum
+
+
+@loop
+def keep(out, j, last, value):
+    """Write the columns j … of a row that ends before column `last`."""
+    if j + LANES <= last:
+        store(out, j, value)
+    else:
+        store_first(out, j, value, last - j)

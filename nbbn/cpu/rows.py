@@ -1,0 +1,135 @@
+"""Where the rows of a tile lie, and how their columns are read and written."""
+
+import numpy as np
+
+from nbbn.compiler import loop, out_of_line
+from nbbn.cpu.simd import LANES, after, load, load_first, pointer, splat, store
+
+COLUMNS = 1024  # a row is at most this long
+ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
+AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
+
+
+@loop
+def locate(call, row):
+    """Return the outer step and the piece of a row; rows are in the order of memory."""
+    if call.pieces == 1:
+        return row * call.fold, 0
+    return row // call.pieces, row % call.pieces
+
+
+@loop
+def position(call, row):
+    """Return how many values of a channel come before `row`."""
+    out_of_line()
+    if call.pieces == 1:
+        return min(call.outer, row * call.fold) * call.inner
+    return row // call.pieces * call.inner + row % call.pieces * call.width
+
+
+@loop
+def extent(call, step, piece):
+    """Return how many outer steps make a row, and how many elements of a channel each has."""
+    if call.pieces == 1:
+        return min(call.fold, call.outer - step), call.inner
+    return 1, min(call.width, call.inner - piece * call.width)
+
+
+@loop
+def row_address(call, base, operand, step, piece, channel):
+    """Return the address of the first element of a row in a tile that begins at `channel`."""
+    at = base + channel * operand.channel + piece * call.width * operand.inner
+    if call.dims == 1:
+        return at + step * pointer(operand.strides, np.int64)[0]
+    return step_address(call, at, operand, step)
+
+
+@loop
+def step_address(call, at, operand, step):
+    """Return the address `step` steps after `at`, over several outer dimensions."""
+    out_of_line()
+    strides = pointer(operand.strides, np.int64)
+    sizes = pointer(call.sizes, np.int64)
+    for d in range(call.dims - 1, -1, -1):
+        at += step % sizes[d] * strides[d]
+        step //= sizes[d]
+    return at
+
+
+@loop
+def row_of(call, base, operand, step, piece, channel, group, buffer, stored):
+    """Return a pointer to a row's columns; to a copy in `buffer` where they do not lie together."""
+    at = row_address(call, base, operand, step, piece, channel)
+    if operand.gather == 0:
+        return pointer(at, stored)
+    gather(call, at, operand, step, piece, group, buffer, stored)
+    return buffer
+
+
+@loop
+def gather(call, at, operand, step, piece, group, buffer, stored):
+    out_of_line()
+    steps, count = extent(call, step, piece)
+    outer = pointer(operand.strides, np.int64)[call.dims - 1]
+    j = 0
+    for f in range(steps):
+        for g in range(group):
+            there = at + f * outer + g * operand.channel
+            for i in range(count):
+                buffer[j] = pointer(there + i * operand.inner, stored)[0]
+                j += 1
+
+
+@loop
+def scatter(call, base, operand, step, piece, channel, group, buffer, stored):
+    """Write the columns in `buffer` to where they lie in an array."""
+    out_of_line()
+    at = row_address(call, base, operand, step, piece, channel)
+    steps, count = extent(call, step, piece)
+    outer = pointer(operand.strides, np.int64)[call.dims - 1]
+    j = 0
+    for f in range(steps):
+        for g in range(group):
+            there = at + f * outer + g * operand.channel
+            for i in range(count):
+                pointer(there + i * operand.inner, stored)[0] = buffer[j]
+                j += 1
+
+
+@loop
+def some(p, j, count):
+    """Return the vector at column j, with zeros from column `count` on."""
+    if j + LANES <= count:
+        return load(p, j)
+    return load_first(p, j, count - j)
+
+
+@loop
+def up(count):
+    """Return `count`, rounded up to whole vectors."""
+    return -(-count // LANES) * LANES
+
+
+@loop
+def fill(p, count, value):
+    """Set p[0 : count], and up to LANES - 1 elements more."""
+    out_of_line()
+    vector = splat(value)
+    for j in range(0, count, LANES):
+        store(p, j, vector)
+
+
+@loop
+def to_columns(call, group, width, values, columns):
+    """columns[column] = values[its channel]; return the buffer that holds them."""
+    out_of_line()
+    if width == 1 and call.fold == 1:
+        return values
+    for f in range(call.fold):
+        if width == 1:
+            for g in range(0, group, LANES):
+                store(columns, f * group + g, load(values, g))
+        else:
+            for g in range(group):
+                fill(after(columns, (f * group + g) * width), width, values[g])
+    return columns
