@@ -21,6 +21,7 @@ from nbbn.folding import Folded, fold
 from nbbn.functional import (
     BatchNormForward,
     BatchNormGradients,
+    BatchNormResidualGradients,
     batch_norm,
     batch_norm_backward,
     batch_norm_forward,
@@ -40,6 +41,7 @@ __all__ = [
     "BatchNorm",
     "BatchNormForward",
     "BatchNormGradients",
+    "BatchNormResidualGradients",
     "BatchStats",
     "DeviceError",
     "Folded",

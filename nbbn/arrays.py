@@ -104,28 +104,30 @@ def parameter_storage(name: str, value: Any, shape: tuple[int, ...], x: np.ndarr
     return storage
 
 
-def same_kind(name: str, array: np.ndarray, x: np.ndarray) -> None:
-    """Check that an array has the shape and the type of x."""
+def like(name: str, value: Any, x: np.ndarray) -> np.ndarray:
+    """Return an array, if it has the shape and the type of x, or raise."""
+    array = checked(name, value)
     if array.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
     if array.dtype != x.dtype and storage_of(array.dtype) is not storage_of(x.dtype):
         raise TypeError(f"{name} must have x's dtype {type_name(x.dtype)}, got {type_name(array.dtype)}")
+    return array
 
 
-def output(out: Any, x: np.ndarray, **inputs: Any) -> None:
-    """Check that `out` can take a result of x's shape and type; it may be x itself."""
-    array = checked("out", out)
-    same_kind("out", array, x)
+def output(out: Any, x: np.ndarray, replaced: Any = None, **inputs: Any) -> None:
+    """Check that `out` can take a result of x's shape and type; it may be x itself, or what is `replaced`."""
+    array = like("out", out, x)
     if not array.flags.writeable:
         raise ValueError("out must be writable, got a read-only array")
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
-    for name, other in {"x": x, **inputs}.items():
+    for name, other in {"x": x, "residual": replaced, **inputs}.items():
         if other is None or not overlap(array, other):
             continue
-        if name == "x" and array.strides == x.strides and address(array) == address(x):
+        in_place = other is x or other is replaced
+        if in_place and array.strides == other.strides and address(array) == address(other):
             continue
-        raise ValueError(f"out must not overlap {name}, unless it is x itself")
+        raise ValueError(f"out must not overlap {name}, unless it is {name if in_place else 'x'} itself")
 
 
 def apart(written: dict[str, Any], **read: Any) -> None:

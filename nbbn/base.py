@@ -47,6 +47,8 @@ class Module:
     running_mean: Any = None
     running_var: Any = None
     num_batches_tracked: np.ndarray | None = None
+    # Arrays of the last call and the last backward pass, which stay behind where a module goes.
+    _of_last: Mapping[str, None] = {"_saved": None}
 
     def __init__(self, dtype: Any, device: str) -> None:
         self.dtype = arrays.numpy_dtype(dtype)
@@ -64,7 +66,7 @@ class Module:
 
     # What cannot be copied or pickled is made anew; the x of the last call stays behind.
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_lock": None, "_saved": None, "_columns": self.device}
+        state = {**self.__dict__, **self._of_last, "_lock": None, "_columns": self.device}
         return state if self.device == CPU else state | self._moved(self._columns.host)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ class Module:
 
     def __copy__(self) -> Any:
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _saved=None)
+        twin.__dict__.update(self.__dict__, **self._of_last)
         twin._renew_lock()
         return twin
 
@@ -135,7 +137,7 @@ class Module:
         columns = columns_on(device)
         if columns.device != self.device:
             moved = self._moved(lambda column: columns.new(self._columns.host(column)))
-            self.__dict__.update(moved, _columns=columns, _saved=None)
+            self.__dict__.update(moved, _columns=columns, **self._of_last)
         return self
 
     def _last_call(self) -> Any:

@@ -337,8 +337,7 @@ def differentiate_rows(
     shape = _normalized(x, normalized_shape)
     lead = x.shape[: -len(shape)]
     held: list[np.ndarray] = []
-    grad_out = arrays.checked("grad_out", grad_out)
-    arrays.same_kind("grad_out", grad_out, x)
+    grad_out = arrays.like("grad_out", grad_out, x)
     gamma = _parameter("weight", weight, shape, x, here, held)
     mu = _needed("mean", mean, lead, x, here, held) if centered else ABSENT
     sigma = _needed("invstd", invstd, lead, x, here, held)
@@ -399,8 +398,7 @@ def differentiate_channels(
     axis, shape, _ = _grouped(x, groups, axis, None)
     channels = x.shape[axis]
     held: list[np.ndarray] = []
-    grad_out = arrays.checked("grad_out", grad_out)
-    arrays.same_kind("grad_out", grad_out, x)
+    grad_out = arrays.like("grad_out", grad_out, x)
     gamma = _parameter("weight", weight, (channels,), x, here, held)
     mu = _needed("mean", mean, shape, x, here, held)
     sigma = _needed("invstd", invstd, shape, x, here, held)

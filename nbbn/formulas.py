@@ -207,8 +207,8 @@ def _exp(t):
         even = fma(s, even, like(t, 0.041666666666492086))
         even = fma(s, even, like(t, 0.5000000000000018))
         even = fma(s, even, like(t, 1.0))
-        odd = fma(s, like(t, 2.4994180903238927e-08), like(t, 2.755762334194725e-06))
-        odd = fma(s, odd, like(t, 0.00019841269431228378))
+        odd = fma(s, like(t, 2.4994180903238927e-08), like(t, 2.7557623341947247e-06))
+        odd = fma(s, odd, like(t, 0.0001984126943122838))
         odd = fma(s, odd, like(t, 0.008333333333560281))
         odd = fma(s, odd, like(t, 0.16666666666666166))
         odd = fma(s, odd, like(t, 1.0))
@@ -219,9 +219,9 @@ def _exp(t):
         r = fma(n, like(t, -LN2_LOW32), fma(n, like(t, -LN2_HIGH32), t))
         s = r * r
         even = fma(s, like(t, 0.0013836812771698448), like(t, 0.041668228353715136))
-        even = fma(s, even, like(t, 0.4999999205743158))
+        even = fma(s, even, like(t, 0.49999992057431575))
         even = fma(s, even, like(t, 1.0))
-        odd = fma(s, like(t, 0.00837485701992), like(t, 0.16666419681765752))
+        odd = fma(s, like(t, 0.008374857019919996), like(t, 0.16666419681765752))
         odd = fma(s, odd, like(t, 1.0))
     return fma(r, odd, even) * two_to(near)
 
@@ -245,38 +245,38 @@ def _upper_tail(z):
     a = math.fabs(z)
     half = like(z, 0.5)
     if is_double(z):
-        a = at_most_zero(a - like(z, 38.5), a, like(z, 38.5))
+        a = at_most_zero(like(z, 38.5) - a, like(z, 38.5), a)
         s = a * a
         e = _exp(-half * s)
         e = fma(-half * fma(a, a, -s), e, e)
-        even = fma(s, like(z, 2.240279979226386e-07), like(z, 0.00010652038118107908))
+        even = fma(s, like(z, 2.240279979226386e-07), like(z, 0.00010652038117908208))
         even = fma(s, even, like(z, 0.007120424762130152))
-        even = fma(s, even, like(z, 0.132016409321309994))
+        even = fma(s, even, like(z, 0.13201640932130998))
         even = fma(s, even, like(z, 0.6795293083765969))
         even = fma(s, even, half)
-        odd = fma(s, like(z, 6.97190756757346633e-06), like(z, 0.00103928634125473408))
+        odd = fma(s, like(z, 6.971907573566466e-06), like(z, 0.00103928634125473408))
         odd = fma(s, odd, like(z, 0.0356577269842689712))
         odd = fma(s, odd, like(z, 0.357283782907063481))
-        odd = fma(s, odd, like(z, 0.827873329424838258))
-        below = fma(s, like(z, 1.74759800652046457e-05), like(z, 0.00262258050928422895))
+        odd = fma(s, odd, like(z, 0.8278733294256484))
+        below = fma(s, like(z, 1.7475980652045745e-05), like(z, 0.00262258050928422895))
         below = fma(s, below, like(z, 0.0919508195284302283))
         below = fma(s, below, like(z, 0.979922990826070512))
         below = fma(s, below, like(z, 2.81677308481914612))
         below = fma(s, below, like(z, 1.0))
-        beside = fma(s, like(z, 5.61554913901731657e-07), like(z, 0.000267568554197858701))
-        beside = fma(s, beside, like(z, 0.0181141419165162075))
+        beside = fma(s, like(z, 5.61554913901731657e-07), like(z, 0.0002675685541986778))
+        beside = fma(s, beside, like(z, 0.01811414191652621))
         beside = fma(s, beside, like(z, 0.348235916654187585))
         beside = fma(s, beside, like(z, 2.00117323191703818))
         beside = fma(s, beside, like(z, 2.45363121965416233))
     else:
-        a = at_most_zero(a - like(z, 14.0), a, like(z, 14.0))
+        a = at_most_zero(like(z, 14.0) - a, like(z, 14.0), a)
         s = a * a
         e = _exp(-half * s)
         e = fma(-half * fma(a, a, -s), e, e)
         even = fma(s, like(z, 0.00407570104320755067), like(z, 0.182425846683483445))
         even = fma(s, even, half)
         odd = fma(s, like(z, 0.0403601740420248653), like(z, 0.437203481509925056))
-        below = fma(s, like(z, 0.101174776121397156), like(z, 1.19914309846031357))
+        below = fma(s, like(z, 0.10117477612139705), like(z, 1.19914309846031357))
         below = fma(s, below, like(z, 1.0))
         beside = fma(s, like(z, 0.0102161384254385918), like(z, 0.467333888599897046))
         beside = fma(s, beside, like(z, 1.67229191626748065))
@@ -317,7 +317,7 @@ def leaky_relu_gradient(grad, z, slope):
 @formula
 def silu(z, slope):
     """silu(z) = z · s(z), with s(z) = 1 / (1 + exp(-z))"""
-    return z * _sigmoid(z)[0]
+    return at_most_zero(z, _bounded(z), z) * _sigmoid(z)[0]
 
 
 @formula
@@ -330,7 +330,7 @@ def silu_gradient(grad, z, slope):
 @formula
 def gelu(z, slope):
     """gelu(z) = z · Φ(z), with the normal distribution Φ"""
-    tail = z * _upper_tail(z)[0]
+    tail = _bounded(z) * _upper_tail(z)[0]
     return at_most_zero(z, tail, z - tail)
 
 
@@ -345,15 +345,15 @@ def gelu_gradient(grad, z, slope):
 @formula
 def gelu_tanh(z, slope):
     """gelu_tanh(z) = z · (1 + tanh(sqrt(2 / π) · (z + 0.044715 z³))) / 2 = z · s(2 u)"""
-    squared = like(z, 0.07135481282805301) * (z * z)
-    return z * _sigmoid(z * (squared + like(z, 1.5957691216057308)))[0]
+    squared = like(z, 0.07135481627260025) * (z * z)
+    return at_most_zero(z, _bounded(z), z) * _sigmoid(z * (squared + like(z, 1.5957691216057308)))[0]
 
 
 @formula
 def gelu_tanh_gradient(grad, z, slope):
     """The gradient of gelu_tanh: grad · (s + z · s · (1 - s) · (2 u)')."""
     near = _bounded(z)
-    squared = like(z, 0.07135481282805301) * (near * near)
+    squared = like(z, 0.07135481627260025) * (near * near)
     s, change = _sigmoid(z * (squared + like(z, 1.5957691216057308)))
     rise = fma(like(z, 3.0), squared, like(z, 1.5957691216057308))
     return grad * fma(near * rise, change, s)

@@ -22,7 +22,9 @@ from nbbn.columns import columns_on
 from nbbn.compiler import Step, pool
 from nbbn.dispatch import cpu, find
 from nbbn.frameworks import CPU, HOST, Array, Place, place
+from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
+from nbbn.problem import BATCH, NOTHING, Extras, Form
 from nbbn.stats import BatchStats
 
 # Below this many elements, waking the threads costs more than they save.
@@ -69,6 +71,25 @@ class BatchNormGradients(NamedTuple):
     bias: Array
 
 
+class BatchNormResidualGradients(NamedTuple):
+    """The same where a residual was added.
+
+    Attributes
+    ----------
+    x : array
+        Of x's kind, shape, dtype and memory layout.
+    weight, bias : array
+        float64 (in JAX without x64: float32), shape (C,).
+    residual : array
+        As ``x``.
+    """
+
+    x: Array
+    weight: Array
+    bias: Array
+    residual: Array
+
+
 def threads_for(here: Place, size: int) -> int:
     """Return how many threads may work on so many elements."""
     return 1 if size < SERIAL_ELEMENTS or here.device != CPU else pool.threads()
@@ -82,9 +103,23 @@ def runner(
     return here.on_stream(find(shape, axis, strides, dtype, threads, here.device))
 
 
-def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place) -> Any:
+def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place, form: Form = BATCH) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
-    return here.on_stream(find(x.shape, axis, strides, x.dtype, threads_for(here, x.size), here.device))
+    threads = threads_for(here, x.size)
+    if form is BATCH:  # to look a form up takes time, of which a small call takes little
+        return here.on_stream(find(x.shape, axis, strides, x.dtype, threads, here.device))
+    return here.on_stream(find(x.shape, axis, strides, x.dtype, threads, here.device, form))
+
+
+def fused_forward(
+    x: np.ndarray, axis: int, out: np.ndarray, here: Place, fused: Fusion
+) -> tuple[Any, Extras]:
+    """Return what runs a forward pass and what follows it, and what that is given."""
+    if fused.residual is None:
+        return run_of(x, axis, (x.strides, out.strides), here, fused.form), Extras(slope=fused.slope)
+    strides = x.strides, fused.residual.strides, out.strides
+    extras = Extras(residual=address(fused.residual), slope=fused.slope)
+    return run_of(x, axis, strides, here, fused.form), extras
 
 
 def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
@@ -156,6 +191,7 @@ def train(
     correction: float = 1.0,
     features: int | None = None,
     then: tuple[Step, ...] = (),
+    fused: Fusion = ALONE,
 ) -> tuple[Any, np.ndarray, int, Place]:
     """Check, normalize with x's own statistics, update the running ones, and take further steps.
 
@@ -165,22 +201,24 @@ def train(
     Return the output, float64[3, C] (mean, var, invstd) as the place of the call has it, the number of
     values per channel, and that place.
     """
-    here, result = HOST, out
+    here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
         and type(weight) in _OWN
         and type(bias) in _OWN
         and type(out) in _OWN
+        and type(residual) in _OWN
         and type(running_mean) in _OWN
         and type(running_var) in _OWN
     ):
-        here, (x, weight, bias, running_mean, running_var, out) = place(
+        here, (x, weight, bias, running_mean, running_var, residual, out) = place(
             x,
             {
                 "weight": weight,
                 "bias": bias,
                 "running_mean": running_mean,
                 "running_var": running_var,
+                "residual": residual,
                 "out": out,
             },
             written=("running_mean", "running_var", "out"),
@@ -192,12 +230,18 @@ def train(
     beta = arrays.parameter("bias", bias, channels, x)
     mean = arrays.parameter("running_mean", running_mean, channels, x, updated=True)
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
+    if residual is not None:
+        fused = fused._replace(residual=arrays.like("residual", residual, x))
     if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
     if here.device != CPU:
         # There a channel's are written while others are still read; on the CPU, after all else.
         arrays.apart(
-            {"running_mean": running_mean, "running_var": running_var}, x=x, weight=weight, bias=bias
+            {"running_mean": running_mean, "running_var": running_var},
+            x=x,
+            weight=weight,
+            bias=bias,
+            residual=residual,
         )
     eps = arrays.number("eps", eps, 0.0, math.inf)
     count = x.size // channels if x.size else 0
@@ -210,7 +254,9 @@ def train(
     if out is None:
         out = here.empty_like(x)
     else:
-        arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+        arrays.output(
+            out, x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+        )
     if x.size == 0:
         stats = np.zeros((3, channels))
         with np.errstate(divide="ignore"):
@@ -224,9 +270,13 @@ def train(
     stats = here.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
-    run = run_of(x, axis, (x.strides, out.strides), here)
+    if fused is ALONE:
+        run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
+    else:
+        run, extras = fused_forward(x, axis, out, here, fused)
     run.forward(
-        address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then
+        address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then,
+        extras,
     )  # fmt: skip
     return (out if here is HOST else here.result(out)) if result is None else result, stats, count, here
 
@@ -238,12 +288,15 @@ def batch_norm_forward(
     *,
     eps: float = 1e-5,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = SLOPE,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> BatchNormForward:
     """Normalize x with its own statistics, as in training; touches no state.
 
-    out = weight · (x - mean) / sqrt(var + eps) + bias, with mean and biased variance of each channel
-    [1]_.
+    out = activation(weight · (x - mean) / sqrt(var + eps) + bias + residual), with mean and biased variance
+    of each channel [1]_, in one pass over memory.
 
     Parameters
     ----------
@@ -256,8 +309,15 @@ def batch_norm_forward(
         Added to the variance; at least 0.
     axis : int, default 1
         The channel axis, of length C.
+    activation : str, optional
+        What is applied to the result: "relu", "leaky_relu", "silu", "gelu" (with the normal distribution's Φ)
+        or "gelu_tanh" (with its approximation by tanh).
+    negative_slope : float, default 0.01
+        Of "leaky_relu": what values below 0 are multiplied with.
+    residual : array, optional
+        Added before the activation: of x's shape and dtype, any strides.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        Where to write the result: of x's shape and dtype, any strides. May be x itself, or the residual.
 
     Returns
     -------
@@ -272,7 +332,7 @@ def batch_norm_forward(
         If an array is not one, or not of such a type, or a number not a number.
     ValueError
         If a shape or a value does not fit, `x` has one value per channel, or `out` overlaps an input
-        without being x.
+        without being x or the residual.
     nbbn.DeviceError
         If the arrays are on different devices, or on one that cannot be computed with.
 
@@ -291,7 +351,10 @@ def batch_norm_forward(
     >>> mean, count
     (array([ 2., 20.]), 2)
     """
-    out, stats, count, here = train(x, weight, bias, eps, axis, out)
+    fused = ALONE
+    if activation is not None or residual is not None or negative_slope is not SLOPE:
+        fused = fusion(activation, negative_slope, residual)
+    out, stats, count, here = train(x, weight, bias, eps, axis, out, fused=fused)
     stats = here.rows(stats)
     return BatchNormForward(out, stats[0], stats[1], stats[2], count)
 
@@ -307,6 +370,9 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     axis: int = 1,
+    activation: str | None = None,
+    negative_slope: float = SLOPE,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Batch normalization, with the positional arguments of ``torch.nn.functional.batch_norm``.
@@ -317,7 +383,8 @@ def batch_norm(
         running_mean ← (1 - momentum) · running_mean + momentum · mean
         running_var  ← (1 - momentum) · running_var  + momentum · var · m / (m - 1)
 
-    with m values per channel. In evaluation, x is normalized with the running statistics.
+    with m values per channel. In evaluation, x is normalized with the running statistics. What often follows,
+    ``activation(batch_norm(x) + residual)``, can be had in the same pass over memory.
 
     Parameters
     ----------
@@ -343,8 +410,15 @@ def batch_norm(
         Added to the variance; at least 0.
     axis : int, default 1
         The channel axis, of length C.
+    activation : str, optional
+        What is applied to the result: "relu", "leaky_relu", "silu", "gelu" (with the normal distribution's Φ)
+        or "gelu_tanh" (with its approximation by tanh).
+    negative_slope : float, default 0.01
+        Of "leaky_relu": what values below 0 are multiplied with.
+    residual : array, optional
+        Added before the activation: of x's shape and dtype, any strides.
     out : array, optional
-        Where to write the result: of x's shape and dtype, any strides. May be x itself.
+        Where to write the result: of x's shape and dtype, any strides. May be x itself, or the residual.
 
     Returns
     -------
@@ -358,7 +432,8 @@ def batch_norm(
     ValueError
         If a shape or a value does not fit, running statistics are missing in evaluation, or cannot be
         written in training or overlap each other (on a GPU: or `x`, `weight` or `bias`), x has one value
-        per channel in training, or `out` overlaps an input without being x. Nothing has been written then.
+        per channel in training, or `out` overlaps an input without being x or the residual. Nothing has been
+        written then.
     nbbn.DeviceError
         If the arrays are on different devices, or on one that cannot be computed with.
 
@@ -379,7 +454,13 @@ def batch_norm(
     >>> nbbn.batch_norm(x, running_mean, running_var).round(2)
     array([[0.76, 1.75],
            [2.67, 6.12]])
+    >>> nbbn.batch_norm(x, training=True, eps=0.0, activation="relu", residual=np.full_like(x, 0.5))
+    array([[0. , 0. ],
+           [1.5, 1.5]])
     """
+    fused = ALONE
+    if activation is not None or residual is not None or negative_slope is not SLOPE:
+        fused = fusion(activation, negative_slope, residual)
     if arrays.flag("training", training):
         if momentum is None:
             raise ValueError(
@@ -387,10 +468,10 @@ def batch_norm(
                 "of batches that nbbn.BatchNorm keeps"
             )
         momentum = arrays.number("momentum", momentum, 0.0, 1.0)
-        return train(x, weight, bias, eps, axis, out, running_mean, running_var, momentum)[0]
+        return train(x, weight, bias, eps, axis, out, running_mean, running_var, momentum, fused=fused)[0]
     if momentum is not None:
         arrays.number("momentum", momentum, 0.0, 1.0)
-    return evaluate(x, running_mean, running_var, weight, bias, eps, axis, out)[0]
+    return evaluate(x, running_mean, running_var, weight, bias, eps, axis, out, fused=fused)[0]
 
 
 def evaluate(
@@ -403,9 +484,10 @@ def evaluate(
     axis: Any,
     out: Any = None,
     features: int | None = None,
+    fused: Fusion = ALONE,
 ) -> tuple[Any, Place]:
     """Check, and normalize with the running statistics; return the output, and where that was."""
-    here, result = HOST, out
+    here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
         and type(running_mean) in _OWN
@@ -413,14 +495,16 @@ def evaluate(
         and type(weight) in _OWN
         and type(bias) in _OWN
         and type(out) in _OWN
+        and type(residual) in _OWN
     ):
-        here, (x, running_mean, running_var, weight, bias, out) = place(
+        here, (x, running_mean, running_var, weight, bias, residual, out) = place(
             x,
             {
                 "running_mean": running_mean,
                 "running_var": running_var,
                 "weight": weight,
                 "bias": bias,
+                "residual": residual,
                 "out": out,
             },
             written=("out",),
@@ -435,14 +519,21 @@ def evaluate(
     var = arrays.parameter("running_var", running_var, channels, x)
     gamma = arrays.parameter("weight", weight, channels, x)
     beta = arrays.parameter("bias", bias, channels, x)
+    if residual is not None:
+        fused = fused._replace(residual=arrays.like("residual", residual, x))
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
         out = here.empty_like(x)
     else:
-        arrays.output(out, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+        arrays.output(
+            out, x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+        )
     if x.size:
-        run = run_of(x, axis, (x.strides, out.strides), here)
-        run.evaluate(address(x), address(out), gamma, beta, mean, var, eps)
+        if fused is ALONE:
+            run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
+        else:
+            run, extras = fused_forward(x, axis, out, here, fused)
+        run.evaluate(address(x), address(out), gamma, beta, mean, var, eps, extras)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
 
@@ -453,10 +544,14 @@ def batch_norm_backward(
     *,
     mean: Array,
     invstd: Array,
+    bias: Array | None = None,
     axis: int = 1,
     training: bool = True,
+    activation: str | None = None,
+    negative_slope: float = SLOPE,
+    residual: Array | None = None,
     out: Array | None = None,
-) -> BatchNormGradients:
+) -> BatchNormGradients | BatchNormResidualGradients:
     """The gradients of batch normalization.
 
     With x_hat = (x - mean) · invstd and m values per channel [1]_::
@@ -466,6 +561,9 @@ def batch_norm_backward(
         grad_x      = weight · invstd · (grad_out - grad_bias / m - x_hat · grad_weight / m)
 
     In evaluation (``training=False``) the statistics are constants: grad_x = weight · invstd · grad_out.
+
+    Of ``activation(batch_norm(x) + residual)`` grad_out is first multiplied with the activation's derivative
+    at z = weight · x_hat + bias + residual, which is computed again from x; that is the residual's gradient.
 
     Parameters
     ----------
@@ -479,19 +577,23 @@ def batch_norm_backward(
     mean, invstd : array
         float32, float64 or x's type, shape (C,): what x was normalized with, as `batch_norm_forward` returns
         it; in evaluation running_mean and 1 / sqrt(running_var + eps).
+    bias : array, optional
+        As `weight`; without it, 0. Only with an activation does anything depend on it.
     axis : int, default 1
         The channel axis, of length C.
     training : bool, default True
         Whether mean and invstd are x's own statistics, and depend on it.
+    activation, negative_slope, residual
+        As in the forward pass: see `batch_norm`.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
     Returns
     -------
-    BatchNormGradients
+    BatchNormGradients or BatchNormResidualGradients
         ``x`` (of x's shape, dtype and memory layout), ``weight`` and ``bias`` (float64, shape (C,);
-        computed whether or not there are such parameters). If x is empty, so is ``x``, and the other
-        two are 0.
+        computed whether or not there are such parameters), and, with a residual, ``residual`` (as ``x``). If
+        x is empty, so is ``x``, and the gradients of the parameters are 0.
 
     Raises
     ------
@@ -521,48 +623,70 @@ def batch_norm_backward(
            [-0.2204],
            [ 0.0441]])
     """
-    grad_x, gradients, here = differentiate(grad_out, x, weight, mean, invstd, axis, training, out)
+    fused = ALONE
+    if activation is not None or residual is not None or negative_slope is not SLOPE:
+        fused = fusion(activation, negative_slope, residual)
+    grad_x, gradients, grad_residual, here = differentiate(
+        grad_out, x, weight, bias, mean, invstd, axis, training, out, fused
+    )
     gradients = here.rows(gradients)
-    return BatchNormGradients(grad_x, gradients[0], gradients[1])
+    if residual is None:
+        return BatchNormGradients(grad_x, gradients[0], gradients[1])
+    return BatchNormResidualGradients(grad_x, gradients[0], gradients[1], grad_residual)
 
 
 def differentiate(
     grad_out: Any,
     x: Any,
     weight: Any,
+    bias: Any,
     mean: Any,
     invstd: Any,
     axis: Any,
     training: Any,
     out: Any = None,
-) -> tuple[Any, np.ndarray, Place]:
+    fused: Fusion = ALONE,
+) -> tuple[Any, np.ndarray, Any, Place]:
     """Check, and compute the gradients.
 
-    Return that of x, float64[2, C] (weight, bias) as the place of the call has it, and that place.
+    Return that of x, float64[2, C] (weight, bias) as the place of the call has it, that of the residual, if
+    there is one, and that place.
     """
     training = arrays.flag("training", training)
-    here, result = HOST, out
+    here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
         and type(grad_out) in _OWN
         and type(weight) in _OWN
+        and type(bias) in _OWN
         and type(mean) in _OWN
         and type(invstd) in _OWN
+        and type(residual) in _OWN
         and type(out) in _OWN
     ):
-        here, (x, grad_out, weight, mean, invstd, out) = place(
+        here, (x, grad_out, weight, bias, mean, invstd, residual, out) = place(
             x,
-            {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out},
+            {
+                "grad_out": grad_out,
+                "weight": weight,
+                "bias": bias,
+                "mean": mean,
+                "invstd": invstd,
+                "residual": residual,
+                "out": out,
+            },
             written=("out",),
         )
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
-    grad_out = arrays.checked("grad_out", grad_out)
-    arrays.same_kind("grad_out", grad_out, x)
+    grad_out = arrays.like("grad_out", grad_out, x)
     gamma = arrays.parameter("weight", weight, channels, x)
+    beta = ABSENT if bias is None else arrays.parameter("bias", bias, channels, x)
     mu = _needed("mean", mean, channels, x)
     sigma = _needed("invstd", invstd, channels, x)
+    if residual is not None:
+        fused = fused._replace(residual=arrays.like("residual", residual, x))
     count = x.size // channels if x.size else 0
     if training and x.size and count < 2:
         raise ValueError(
@@ -571,16 +695,46 @@ def differentiate(
     if out is None:
         out = here.empty_like(x)
     else:
-        arrays.output(out, x, grad_out=grad_out, weight=weight, mean=mean, invstd=invstd)
+        arrays.output(
+            out, x, grad_out=grad_out, weight=weight, bias=bias, mean=mean, invstd=invstd, residual=residual
+        )
+    grad_residual = None if fused.residual is None else here.empty_like(x)
     if x.size == 0:
         gradients = here.put(np.zeros((2, channels)))
-        return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
-    gradients = here.empty((2, channels))
-    run = run_of(x, axis, (x.strides, grad_out.strides, out.strides), here)
-    run.backward(
-        address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training, False
-    )  # fmt: skip
-    return (out if here is HOST else here.result(out)) if result is None else result, gradients, here
+    else:
+        gradients = here.empty((2, channels))
+        if fused is ALONE:
+            run, extras = run_of(x, axis, (x.strides, grad_out.strides, out.strides), here), NOTHING
+        else:
+            run, extras = fused_backward(x, grad_out, out, grad_residual, axis, here, fused, beta)
+        run.backward(
+            address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training,
+            False, extras,
+        )  # fmt: skip
+    grad_x = (out if here is HOST else here.result(out)) if result is None else result
+    if grad_residual is not None:
+        grad_residual = here.result(grad_residual)
+    return grad_x, gradients, grad_residual, here
+
+
+def fused_backward(
+    x: np.ndarray,
+    grad_out: np.ndarray,
+    grad_x: np.ndarray,
+    grad_residual: np.ndarray | None,
+    axis: int,
+    here: Place,
+    fused: Fusion,
+    bias: Parameter,
+) -> tuple[Any, Extras]:
+    """Return what runs a backward pass and what comes before it, and what that is given."""
+    extras = Extras(bias=bias, slope=fused.slope)
+    beside: tuple[np.ndarray, ...] = ()
+    if grad_residual is not None:
+        beside = fused.residual, grad_residual
+        extras = extras._replace(residual=address(fused.residual), grad_residual=address(grad_residual))
+    strides = tuple(a.strides for a in (x, grad_out, *beside, grad_x))
+    return run_of(x, axis, strides, here, fused.form), extras
 
 
 def _needed(name: str, value: Any, channels: int, x: np.ndarray) -> Parameter:

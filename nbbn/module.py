@@ -11,6 +11,7 @@ from nbbn.base import COUNTER, MOST_ELEMENTS, NEUTRAL, PARAMETERS, STATISTICS, M
 from nbbn.compiler import in_one
 from nbbn.frameworks import CPU, Place, place
 from nbbn.functional import _channels, differentiate, evaluate, train
+from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.options import DEFAULT, Option, Options, Renorm, checked
 from nbbn.population import pooled
 from nbbn.renorm import Renormalized, renormalize
@@ -25,6 +26,7 @@ class _Saved(NamedTuple):
     invstd: Any
     training: bool
     step: Renormalized | Parts | None = None  # None: a plain one
+    fused: Fusion = ALONE
 
 
 class BatchNorm(Module):
@@ -82,6 +84,8 @@ class BatchNorm(Module):
         Shape (C,). On a GPU Numba device arrays, which CuPy, PyTorch and others take as they are.
     grad_weight, grad_bias : numpy.ndarray, Numba device array, or None
         Of the last `backward`, in the module's dtype; not accumulated.
+    grad_residual : array or None
+        Of the last `backward`, where its call had a residual: of x's kind, shape and dtype.
     running_mean, running_var : numpy.ndarray, Numba device array, or None
         Shape (C,).
     num_batches_tracked : numpy.ndarray or None
@@ -139,6 +143,7 @@ class BatchNorm(Module):
     use_running_stats = Option()
     update_running_stats = Option()
     _options: Options | None = None  # None: the default ones
+    _of_last = {"_saved": None, "grad_residual": None}  # noqa: RUF012
 
     def __init__(
         self,
@@ -158,6 +163,8 @@ class BatchNorm(Module):
         nonfinite: str = "propagate",
         use_running_stats: bool | None = None,
         update_running_stats: bool | None = None,
+        activation: str | None = None,
+        negative_slope: float = SLOPE,
     ) -> None:
         self.num_features = arrays.integer("num_features", num_features)
         if not 1 <= self.num_features <= MOST_ELEMENTS:
@@ -168,6 +175,9 @@ class BatchNorm(Module):
         self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
         self.axis = arrays.integer("axis", axis)
         self.correction = arrays.number("correction", correction, 0.0, float("inf"))
+        self._fused = fusion(activation, negative_slope)
+        self.negative_slope = float(negative_slope)
+        self.grad_residual: Any = None
         super().__init__(dtype, device)
         self._set_options(
             renorm=renorm,
@@ -183,6 +193,11 @@ class BatchNorm(Module):
         options = (self._options or DEFAULT)._replace(**changes)
         options = checked(options, self.track_running_stats)
         self._options = None if options == DEFAULT else options
+
+    @property
+    def activation(self) -> str | None:
+        """What is applied to the result."""
+        return self._fused.activation or None
 
     @property
     def r_max(self) -> float | None:
@@ -210,6 +225,10 @@ class BatchNorm(Module):
     def __repr__(self) -> str:
         options = zip(Options._fields, self._options or DEFAULT, DEFAULT, strict=True)
         changed = "".join(f", {name}={value!r}" for name, value, default in options if value != default)
+        if self.activation is not None:
+            changed += f", activation={self.activation!r}"
+        if self.activation == "leaky_relu":
+            changed += f", negative_slope={self.negative_slope}"
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
@@ -282,14 +301,16 @@ class BatchNorm(Module):
         self._set_options(use_running_stats=None, update_running_stats=None)
         return self
 
-    def __call__(self, x: Any, *, update_running_stats: bool | None = None) -> Any:
-        """Normalize x.
+    def __call__(self, x: Any, *, residual: Any = None, update_running_stats: bool | None = None) -> Any:
+        """Normalize x, add a residual, if there is one, and apply the activation, if there is one.
 
         Parameters
         ----------
         x : array
             On this module's device, of any kind and type (`nbbn.batch_norm`), with
             `num_features` channels; any strides. In training more than one value per channel.
+        residual : array, optional
+            Of x's shape and dtype, any strides. `backward` needs it unchanged too.
         update_running_stats : bool or None, default None
             Whether x's statistics update the running ones in this call; None: as the module has it. False is
             for a forward pass that is made again: its output, and what it leaves for `backward`, are those of
@@ -313,24 +334,30 @@ class BatchNorm(Module):
             If `nonfinite` is "raise", and x's statistics would update the running ones and are not finite. In
             all of these cases the running statistics are unchanged.
         """
+        fused = self._fused if residual is None else self._fused._replace(residual=residual)
         if self._options is None and update_running_stats is None:
             if self.training or self.running_mean is None:
-                return self._normalize_with_own(x)
-        elif (found := self._normalize_with_options(x, update_running_stats)) is not None:
+                return self._normalize_with_own(x, fused)
+        elif (found := self._normalize_with_options(x, fused, update_running_stats)) is not None:
             return found
+        return self._normalize_with_running(x, fused)
+
+    def _normalize_with_running(self, x: Any, fused: Fusion) -> Any:
+        """Normalize x with the running statistics."""
         mean, var = self.running_mean, self.running_var
         out, here = evaluate(
-            x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features
+            x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features, fused=fused
         )
         # Copies: a later training step must not reach into this call's gradient.
-        self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
+        constants = self._columns.constants(mean, var, self.eps, here)
+        self._saved = _Saved(x, *constants, training=False, fused=fused)
         return out
 
-    def _normalize_with_own(self, x: Any) -> Any:
+    def _normalize_with_own(self, x: Any, fused: Fusion) -> Any:
         """Normalize x with its own statistics, and update the running ones in training."""
         if not (self.training and self.track_running_stats):
             out, stats, _, here = train(
-                x, self.weight, self.bias, self.eps, self.axis, features=self.num_features
+                x, self.weight, self.bias, self.eps, self.axis, features=self.num_features, fused=fused
             )
         else:
             assert self.num_batches_tracked is not None
@@ -350,12 +377,13 @@ class BatchNorm(Module):
                     self.correction,
                     self.num_features,
                     (partial(self.num_batches_tracked.fill, tracked),),
+                    fused,
                 )
         kept = here.kept_rows(stats)
-        self._saved = _Saved(x, kept[0], kept[2], training=True)
+        self._saved = _Saved(x, kept[0], kept[2], training=True, fused=fused)
         return out
 
-    def _normalize_with_options(self, x: Any, update: bool | None) -> Any:
+    def _normalize_with_options(self, x: Any, fused: Fusion, update: bool | None) -> Any:
         """Normalize x as the options have it; None: with the running statistics, and nothing else."""
         options = self._options or DEFAULT
         if update is None:
@@ -373,9 +401,9 @@ class BatchNorm(Module):
         if use and not update:
             return None
         with self._lock:
-            return self._step(x, options, use, update)
+            return self._step(x, fused, options, use, update)
 
-    def _step(self, x: Any, options: Options, use: bool, update: bool) -> Any:
+    def _step(self, x: Any, fused: Fusion, options: Options, use: bool, update: bool) -> Any:
         """Normalize x, with the running statistics to `use` or its own, which `update` the running ones.
 
         None: with the running statistics, and nothing else. All of the caller's state is written at the end.
@@ -411,7 +439,7 @@ class BatchNorm(Module):
             var = self._columns.copied(self.running_var, here)
         if len(parts) > 1:
             out, stats, here = train_parts(
-                x, weight, bias, self.eps, self.axis, parts, mean, var, momenta, self.correction
+                x, weight, bias, self.eps, self.axis, parts, mean, var, momenta, self.correction, fused
             )
             step = Parts(parts, stats)
         else:
@@ -427,16 +455,17 @@ class BatchNorm(Module):
                 momenta[0],
                 self.correction,
                 self.num_features,
+                fused=fused,
             )
         if use:
             running = self.running_mean, self.running_var
-            out, here = evaluate(x, *running, self.weight, self.bias, self.eps, self.axis)
-            saved = _Saved(x, *self._columns.constants(*running, self.eps, here), training=False)
+            out, here = evaluate(x, *running, self.weight, self.bias, self.eps, self.axis, fused=fused)
+            saved = _Saved(x, *self._columns.constants(*running, self.eps, here), False, None, fused)
         elif len(parts) > 1:
-            saved = _Saved(x, None, None, True, step)
+            saved = _Saved(x, None, None, True, step, fused)
         else:
             kept = here.kept_rows(stats)
-            saved = _Saved(x, kept[0], kept[2], True, step)
+            saved = _Saved(x, kept[0], kept[2], True, step, fused)
         counts = [view[part].size // self.num_features for part in parts] or [count]
         if update and options.nonfinite != "propagate" and not self._finite(stats, counts, here):
             if options.nonfinite == "raise":
@@ -563,7 +592,7 @@ class BatchNorm(Module):
         return self
 
     def backward(self, grad_out: Any) -> Any:
-        """Return the gradient with respect to the last call's x; set grad_weight and grad_bias.
+        """Return the gradient with respect to the last call's x; set those of parameters and residual.
 
         Parameters
         ----------
@@ -584,13 +613,16 @@ class BatchNorm(Module):
         nbbn.DeviceError
             If `grad_out` lies on another device.
         """
-        x, mean, invstd, training, step = self._last_call()
+        x, mean, invstd, training, step, fused = self._last_call()
         if step is None:
-            grad_x, gradients, here = differentiate(
-                grad_out, x, self.weight, mean, invstd, self.axis, training
+            grad_x, gradients, grad_residual, here = differentiate(
+                grad_out, x, self.weight, self.bias, mean, invstd, self.axis, training, fused=fused
             )
         else:
-            grad_x, gradients, here = step.differentiate(grad_out, x, self.weight, mean, invstd, self.axis)
+            grad_x, gradients, grad_residual, here = step.differentiate(
+                grad_out, x, self.weight, self.bias, mean, invstd, self.axis, fused
+            )
+        self.grad_residual = grad_residual
         self._keep_gradients(gradients, here)
         return grad_x
 

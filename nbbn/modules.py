@@ -572,6 +572,8 @@ class InstanceNorm(Module):
                 grad_out, x, None, self.weight, mean, invstd, self.axis, None
             )
         else:
-            grad_x, gradients, here = differentiate(grad_out, x, self.weight, mean, invstd, self.axis, False)
+            grad_x, gradients, _, here = differentiate(
+                grad_out, x, self.weight, None, mean, invstd, self.axis, False
+            )
         self._keep_gradients(gradients, here)
         return grad_x

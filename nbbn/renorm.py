@@ -13,6 +13,7 @@ from nbbn.arrays import address
 from nbbn.columns import Columns
 from nbbn.frameworks import Place
 from nbbn.functional import differentiate, run_of
+from nbbn.fusion import Fusion
 from nbbn.options import Renorm
 
 
@@ -36,17 +37,27 @@ class Renormalized(NamedTuple):
     columns: Columns
 
     def differentiate(
-        self, grad_out: Any, x: Any, weight: Any, mean: Any, invstd: Any, axis: int
-    ) -> tuple[Any, np.ndarray, Place]:
+        self,
+        grad_out: Any,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        mean: Any,
+        invstd: Any,
+        axis: int,
+        fused: Fusion,
+    ) -> tuple[Any, np.ndarray, Any, Place]:
         """Return the gradients as `nbbn.functional.differentiate` does, with r and d as constants.
 
         With the sums of batch normalization, Σ dy · x_hat and Σ dy::
 
             grad_weight = Σ dy · (x_hat · r + d) = r · Σ dy · x_hat + d · Σ dy
         """
-        grad_x, gradients, here = differentiate(grad_out, x, self.weight, mean, invstd, axis, True)
-        scaled, bias = self.columns.numbers(gradients, here)
-        return grad_x, here.put(np.stack([self.r * scaled + self.d * bias, bias])), here
+        grad_x, gradients, grad_residual, here = differentiate(
+            grad_out, x, self.weight, self.bias, mean, invstd, axis, True, fused=fused
+        )
+        scaled, total = self.columns.numbers(gradients, here)
+        return grad_x, here.put(np.stack([self.r * scaled + self.d * total, total])), grad_residual, here
 
 
 def renormalize(

@@ -14,7 +14,8 @@ from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dtypes import FLOAT64
 from nbbn.frameworks import CPU, Place, place
-from nbbn.functional import run_of
+from nbbn.functional import fused_backward, fused_forward, run_of
+from nbbn.fusion import Fusion
 
 Part = tuple[slice, ...]
 
@@ -58,33 +59,41 @@ class Parts(NamedTuple):
     stats: np.ndarray
 
     def differentiate(
-        self, grad_out: Any, x: Any, weight: Any, mean: Any, invstd: Any, axis: int
-    ) -> tuple[Any, np.ndarray, Place]:
+        self,
+        grad_out: Any,
+        x: Any,
+        weight: Any,
+        bias: Any,
+        mean: Any,
+        invstd: Any,
+        axis: int,
+        fused: Fusion,
+    ) -> tuple[Any, np.ndarray, Any, Place]:
         """Return the gradients as `nbbn.functional.differentiate` does; those of parameters are sums."""
-        here, (x, grad_out, weight) = place(x, {"grad_out": grad_out, "weight": weight})
+        here, (x, grad_out, weight, bias, residual) = place(
+            x, {"grad_out": grad_out, "weight": weight, "bias": bias, "residual": fused.residual}
+        )
         x = arrays.checked("x", x)
         axis = arrays.channel_axis(x, axis)
         channels = x.shape[axis]
-        grad_out = arrays.checked("grad_out", grad_out)
-        arrays.same_kind("grad_out", grad_out, x)
+        grad_out = arrays.like("grad_out", grad_out, x)
         gamma = arrays.parameter("weight", weight, channels, x)
+        beta = arrays.parameter("bias", bias, channels, x)
+        fused = fused._replace(residual=residual)
         grad_x = here.empty_like(x)
+        grad_residual = None if residual is None else here.empty_like(x)
         gradients = here.empty((len(self.parts), 2 * channels))
-        strides = (x.strides, grad_out.strides, grad_x.strides)
         for k, part in enumerate(self.parts):
-            mine = x[part]
-            run_of(mine, axis, strides, here).backward(
-                address(mine),
-                address(grad_out[part]),
-                address(grad_x[part]),
-                address(gradients[k]),
-                gamma,
-                _row(self.stats, 3 * k),
-                _row(self.stats, 3 * k + 2),
-                True,
-                False,
-            )
-        return here.result(grad_x), _sum(gradients, here).reshape(2, channels), here
+            mine, its, result = x[part], grad_out[part], grad_x[part]
+            kept = None if grad_residual is None else grad_residual[part]
+            run, extras = fused_backward(mine, its, result, kept, axis, here, _of(fused, part), beta)
+            run.backward(
+                address(mine), address(its), address(result), address(gradients[k]), gamma,
+                _row(self.stats, 3 * k), _row(self.stats, 3 * k + 2), True, False, extras,
+            )  # fmt: skip
+        total = _sum(gradients, here).reshape(2, channels)
+        kept = None if grad_residual is None else here.result(grad_residual)
+        return here.result(grad_x), total, kept, here
 
 
 def train_parts(
@@ -98,15 +107,22 @@ def train_parts(
     running_var: Any,
     momenta: Sequence[float],
     correction: float,
+    fused: Fusion,
 ) -> tuple[Any, np.ndarray, Place]:
     """Normalize each part with its own statistics, and update the running ones with one after the other.
 
     x is known to have the right shape. Return the output, float64[3 · parts, C] as `Parts` has it, and the
     place of the call.
     """
-    here, (x, weight, bias, running_mean, running_var) = place(
+    here, (x, weight, bias, running_mean, running_var, residual) = place(
         x,
-        {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var},
+        {
+            "weight": weight,
+            "bias": bias,
+            "running_mean": running_mean,
+            "running_var": running_var,
+            "residual": fused.residual,
+        },
     )
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
@@ -116,17 +132,26 @@ def train_parts(
         arrays.parameter("running_mean", running_mean, channels, x),
         arrays.parameter("running_var", running_var, channels, x),
     )
+    if residual is not None:
+        fused = fused._replace(residual=arrays.like("residual", residual, x))
     eps = arrays.number("eps", eps, 0.0, math.inf)
     out = here.empty_like(x)
     stats = here.empty((3 * len(parts), channels))
     for k, (part, momentum) in enumerate(zip(parts, momenta, strict=True)):
         mine = x[part]
         mean, var = running if momentum else (ABSENT, ABSENT)
-        run_of(mine, axis, (x.strides, out.strides), here).forward(
-            address(mine), address(out[part]), address(stats[3 * k :]), gamma, beta, mean, var, eps, momentum,
-            correction, (),
+        result = out[part]
+        run, extras = fused_forward(mine, axis, result, here, _of(fused, part))
+        run.forward(
+            address(mine), address(result), address(stats[3 * k :]), gamma, beta, mean, var, eps, momentum,
+            correction, (), extras,
         )  # fmt: skip
     return here.result(out), stats, here
+
+
+def _of(fused: Fusion, part: Part) -> Fusion:
+    """Return what follows the normalization of a part."""
+    return fused if fused.residual is None else fused._replace(residual=fused.residual[part])
 
 
 def _row(rows: np.ndarray, index: int) -> Parameter:

@@ -7,7 +7,7 @@ the sums leave that gradient behind, which is the gradient of the residual, and 
 
 import numpy as np
 
-from nbbn.compiler import by_type, loop
+from nbbn.compiler import by_type, loop, out_of_line
 from nbbn.cpu.parameters import ROWS, affine_of, parameter
 from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, scatter, some, to_columns
 from nbbn.cpu.simd import (
@@ -106,6 +106,11 @@ def activated(row, z):
     raise NotImplementedError("exists in compiled code only")
 
 
+def activated_aside(row, z):
+    """Return the same where that is seldom wanted: not compiled in line, once more."""
+    raise NotImplementedError("exists in compiled code only")
+
+
 @by_type(activated)
 def _activated(row, z):
     name = way_of(row[2]).activation
@@ -113,6 +118,20 @@ def _activated(row, z):
         return lambda row, z: z
     apply = ACTIVATIONS[name].apply
     return lambda row, z: apply(z, row[3])
+
+
+@by_type(activated_aside)
+def _activated_aside(row, z):
+    name = way_of(row[2]).activation
+    if not name:
+        return lambda row, z: z
+    apply = ACTIVATIONS[name].apply
+
+    def aside(row, z):
+        out_of_line()
+        return apply(z, row[3])
+
+    return aside
 
 
 # --- backward --------------------------------------------------------------------------------------

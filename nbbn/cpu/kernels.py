@@ -14,6 +14,7 @@ from nbbn.cpu.fused import before_activation, gradient_tables, normalization, qu
 from nbbn.cpu.parameters import (
     ROWS,
     affine_of,
+    index_of,
     mean_of_row,
     operands,
     parameter,
@@ -83,6 +84,7 @@ from nbbn.formulas import (
     merge,
     power_of_two,
     running,
+    shift_of,
     two_sum,
     unbiased,
     variance,
@@ -642,8 +644,8 @@ def finish_gradients(call, first, last, stored):
         if call.centered == 0:
             total = 0.0
         for c in range(s * call.pool, (s + 1) * call.pool):
-            weight, bias = affine_of(call, c, stored)
-            known = mean, invstd, weight * invstd, factor, product, total, count, bias
+            weight, _ = affine_of(call, c, stored)
+            known = mean, invstd, weight * invstd, factor, product, total, count
             set_tables(call, c, for_apply, known, stored)
 
 
@@ -653,23 +655,26 @@ def for_apply(call, tables, c, known, real):
 
     Or, where the statistics are constants, `apply_constant`; or `normalize` of dy, as grad_x = scale · dy.
     """
-    mean, invstd, scale, factor, grad_weight, grad_bias, count, bias = known
+    mean, invstd, scale, factor, grad_weight, grad_bias, count = known
     pad = call.room
-    rounded, rounded_scale, shift = normalization(mean, 0.0, scale, bias, real)
+    rounded = quieted(mean, real)
     lost = mean - np.float64(rounded)
     unit = power_of_two(invstd)
     slope, offset = gradient_parameters(factor, lost, grad_bias, grad_weight, invstd, unit, count)
     third = quieted(slope, real)
-    if call.training == 0:
-        third = shift
-        if call.activates == 0:
-            rounded = third = real(0.0)
+    if call.activates == 1:
+        bias = parameter(call.bias, index_of(call, c), 0.0)
+        shift = quieted(shift_of(bias, lost, scale), real)
+        tables[5 * pad + c] = shift
+        if call.training == 0:
+            third = shift
+    elif call.training == 0:
+        rounded = third = real(0.0)
     tables[c] = rounded
-    tables[pad + c] = rounded_scale
+    tables[pad + c] = quieted(scale, real)
     tables[2 * pad + c] = third
     tables[3 * pad + c] = quieted(offset, real)
     tables[4 * pad + c] = real(unit)
-    tables[5 * pad + c] = shift
 
 
 @kernel

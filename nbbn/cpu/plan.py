@@ -179,8 +179,8 @@ class Plan:
         self.parameters = form.period or self.channels
         tiling = tile(geometry, size, not across)
         self.count = tiling.outer * geometry.inner
-        self.operands = Operands.of(geometry.layouts, form.residual)
-        backward = self.operands.backward
+        operands = Operands.of(geometry.layouts, form.residual)
+        backward = operands.backward
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
         self.group, self.resident = self._schedule(geometry, tiling, element)
@@ -206,10 +206,14 @@ class Plan:
         self.channel_stats_at = self.words
         if across or form._replace(activation="", residual=False) != BATCH:
             self.words += 3 * self.channels
-        x, out, second = self.operands.x, self.operands.out, self.operands.second
+        x, out, second = operands.x, operands.out, operands.second
+        layouts = operands.layouts
+        offsets = (layout.offset for layout in layouts)
+        self.offset_x, self.offset_grad_out, self.offset_out, self.offset_second, self.offset_residual = (
+            offsets
+        )
 
         dims = len(geometry.sizes)
-        layouts = self.operands.layouts
         self._strides = np.array(
             [geometry.sizes, *(layout.outer for layout in layouts)], np.int64
         )  # the record holds its addresses: kept alive with the plan

@@ -200,7 +200,7 @@ class Run:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         self._compile(kernels.collect_stats, kernels.finish_stats)
         call = self._take()
-        x += self.plan.operands.x.offset
+        x += self.plan.offset_x
         call.set(x, 0, 0, 0, 0, stats, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, 1, 0, 0)
         call(kernels.collect_stats, self._tiles)
         call(kernels.finish_stats, self._sets, self._finishers)
@@ -227,14 +227,15 @@ class Run:
         written for the caller is written in one: see nbbn.compiler.in_one.
         """
         plan = self.plan
-        x += plan.operands.x.offset
-        out += plan.operands.out.offset
+        x += plan.offset_x
+        out += plan.offset_out
+        second = extras.residual + plan.offset_second if self.form.residual else x
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
         call = self._take()
         channel_stats = stats if self.form.pool == 1 else call.channel_stats
         call.set(
-            x, 0, out, self._second(x, extras), 0, stats, channel_stats, *weight, *bias, *mean, *var,
+            x, 0, out, second, 0, stats, channel_stats, *weight, *bias, *mean, *var,
             eps, momentum, correction, extras.slope, 1, 0, updates and alone,
         )  # fmt: skip
         if updates and not alone:
@@ -251,10 +252,6 @@ class Run:
             call(kernels.finish_stats, self._sets, self._finishers)
             call(kernel, tasks, then=then)
         self._give_back(call)
-
-    def _second(self, x: int, extras: Extras) -> int:
-        """Return where that lies which a forward pass reads beside x."""
-        return extras.residual + self.plan.operands.second.offset if self.form.residual else x
 
     def _set_along(self, call: _Call) -> None:
         call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
@@ -275,11 +272,11 @@ class Run:
         kernel, tasks = self._normalizes_x
         self._compile(kernels.use_running_stats, kernel)
         call = self._take()
-        x += plan.operands.x.offset
-        out += plan.operands.out.offset
+        x += plan.offset_x
+        out += plan.offset_out
+        second = extras.residual + plan.offset_second if self.form.residual else x
         call.set(
-            x, 0, out, self._second(x, extras), 0, 0, 0, *weight, *bias, *mean, *var,
-            eps, 0.0, 0.0, extras.slope, 0, 0, 0,
+            x, 0, out, second, 0, 0, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, extras.slope, 0, 0, 0,
         )  # fmt: skip
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
@@ -306,13 +303,13 @@ class Run:
         if self._across is not None:
             # First: grad_x may be written to where x is.
             self._across._sum_columns(x, grad_out, gradients, mean, invstd, adds)
-        x += plan.operands.x.offset
-        grad_out += plan.operands.grad_out.offset
-        grad_x += plan.operands.out.offset
+        x += plan.offset_x
+        grad_out += plan.offset_grad_out
+        grad_x += plan.offset_out
         second, residual = grad_out, 0
         if self.form.residual:
-            second = extras.grad_residual + plan.operands.second.offset
-            residual = extras.residual + plan.operands.residual.offset
+            second = extras.grad_residual + plan.offset_second
+            residual = extras.residual + plan.offset_residual
         call = self._take()
         direct = self._plain and not adds
         call.set(
@@ -350,7 +347,7 @@ class Run:
         self._compile(kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters)
         call = self._take()
         call.set(
-            x + plan.operands.x.offset, grad_out + plan.operands.grad_out.offset, 0, 0, 0, gradients,
+            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, 0, 0, gradients,
             call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, 0.0,
             1, adds, 0,
         )  # fmt: skip

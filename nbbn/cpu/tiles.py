@@ -13,6 +13,7 @@ from numba.core import types
 from nbbn.compiler import by_type, fma, in_line, like, loop, out_of_line, variant
 from nbbn.cpu.fused import (
     activated,
+    activated_aside,
     incoming,
     joined,
     keep_residual,
@@ -464,7 +465,7 @@ def precise_normalized(call, place, row, j, doubtful, out):
         x = np.float64(number(row[1], j + k))
         result = normalized(x, tables[c], tables[c + room], tables[c + 2 * room])
         result = precisely_joined(row, j + k, precisely_finished(call, row, j + k, result))
-        set_number(results, k, activated(row, result))
+        set_number(results, k, activated_aside(row, result))
     return load(results, 0)
 
 
@@ -495,12 +496,12 @@ def concluded(row, value):
     return value
 
 
-def _results(columns, precisely, followed):
+def _results(columns, precisely, followed, aside):
     """Return what has the columns j … of a row, and what writes a line of them.
 
-    That is what `columns` computes, and what is `followed(row, …)` by. Results to be stored in 16 bits are
-    computed again by `precisely` where they are in doubt: lane by lane, as which columns make a vector must
-    not show.
+    That is what `columns` computes, and what it is `followed` by in lines, which are most of what there is,
+    and `aside` elsewhere. Results to be stored in 16 bits are computed again by `precisely` where they are in
+    doubt: lane by lane, as which columns make a vector must not show.
     """
 
     def result_at(call, place, row, j, end, numbers):
@@ -509,12 +510,12 @@ def _results(columns, precisely, followed):
     @by_type(result_at)
     def _result_at(call, place, row, j, end, numbers):
         def sure(call, place, row, j, end, numbers):
-            return followed(row, columns(row, j, end, numbers)[0])
+            return aside(row, columns(row, j, end, numbers)[0])
 
         def refined(call, place, row, j, end, numbers):
             value, doubt = columns(row, j, end, numbers)
             doubtful = below(math.fabs(value), doubt)
-            result = followed(row, value)
+            result = aside(row, value)
             if rarely(doubtful != 0):
                 inside = (1 << min(LANES, end - j)) - 1
                 return precisely(call, place, row, j, doubtful & inside, result)
@@ -783,9 +784,9 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-normalized_at, write_normalized = _results(normalized_columns, precise_normalized, activated)
-_gradient_at, _write_gradient = _results(gradient_columns, precise_gradient, concluded)
-_constant_at, _write_constant = _results(constant_columns, precise_gradient, concluded)
+normalized_at, write_normalized = _results(normalized_columns, precise_normalized, activated, activated_aside)
+_gradient_at, _write_gradient = _results(gradient_columns, precise_gradient, concluded, concluded)
+_constant_at, _write_constant = _results(constant_columns, precise_gradient, concluded, concluded)
 _write_normalized_part = _write_part("normalized", tables_of_x, normalized_at, write_normalized)
 _write_gradient_part = _write_part("gradient", tables_of_gradient, _gradient_at, _write_gradient)
 _write_constant_part = _write_part("constant", tables_of_x, _constant_at, _write_constant)
