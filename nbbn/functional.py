@@ -21,9 +21,11 @@ from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.columns import columns_on
 from nbbn.compiler import Step, pool
 from nbbn.dispatch import cpu, find
+from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
+from nbbn.masks import counted
 from nbbn.problem import BATCH, NOTHING, Extras, Form
 from nbbn.stats import BatchStats
 
@@ -114,12 +116,54 @@ def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place, 
 def fused_forward(
     x: np.ndarray, axis: int, out: np.ndarray, here: Place, fused: Fusion
 ) -> tuple[Any, Extras]:
-    """Return what runs a forward pass and what follows it, and what that is given."""
-    if fused.residual is None:
-        return run_of(x, axis, (x.strides, out.strides), here, fused.form), Extras(slope=fused.slope)
-    strides = x.strides, fused.residual.strides, out.strides
-    extras = Extras(residual=address(fused.residual), slope=fused.slope)
+    """Return what runs a forward pass with what goes along, and what that is given."""
+    extras = Extras(slope=fused.slope)
+    operands = [x, out]
+    if fused.residual is not None:
+        operands.insert(1, fused.residual)
+        extras = extras._replace(residual=address(fused.residual))
+    return _with_mask(x, axis, operands, here, fused, extras)
+
+
+def _with_mask(
+    x: np.ndarray, axis: int, operands: list[np.ndarray], here: Place, fused: Fusion, extras: Extras
+) -> tuple[Any, Extras]:
+    """Return what runs the stages on such operands, and what that is given; with a mask, if there is one."""
+    strides = tuple(a.strides for a in operands)
+    if fused.counted is not None:
+        extras = extras._replace(mask=address(fused.counted), counted=fused.values)
+        of_mask = fused.counted.strides
+        strides += ((*of_mask[:axis], 0, *of_mask[axis:]),)
     return run_of(x, axis, strides, here, fused.form), extras
+
+
+def with_x(fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place) -> tuple[Fusion, int]:
+    """Return what goes along, checked against x, and how many values of a channel count.
+
+    `residual` is NumPy's view of the one that there is.
+    """
+    if residual is not None:
+        fused = fused._replace(residual=arrays.like("residual", residual, x))
+    channels = x.shape[axis]
+    count = x.size // channels if x.size else 0
+    if fused.where is None:
+        return fused, count
+    if here.device != CPU:
+        raise DeviceError("mask and lengths are for arrays on the CPU only")
+    which = counted(fused.where, x, axis)
+    if count:
+        count = int(np.count_nonzero(which))
+    return fused._replace(counted=which, values=count), count
+
+
+def _enough(count: int, x: np.ndarray, axis: int, fused: Fusion) -> None:
+    """Raise where there is one value per channel, which has no variance."""
+    if count == 1 and fused.counted is not None:
+        raise ValueError("mask must leave more than one value per channel in training, got one that counts")
+    if count == 1:
+        raise ValueError(
+            f"x must have more than one value per channel in training, got shape {x.shape} with axis {axis}"
+        )
 
 
 def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
@@ -132,7 +176,14 @@ def _channels(x: np.ndarray, axis: int, features: int | None) -> int:
     return channels
 
 
-def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
+def batch_stats(
+    x: Array,
+    *,
+    axis: int = 1,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: int | None = None,
+) -> BatchStats:
     """Count, mean and biased variance of each channel.
 
     Parameters
@@ -141,6 +192,8 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
         Of any kind and type (see `batch_norm`), at least two dimensions, any strides.
     axis : int, default 1
         The channel axis, of length C.
+    mask, lengths, lengths_axis
+        Which positions of x count: see `batch_norm`.
 
     Returns
     -------
@@ -153,7 +206,7 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     TypeError
         If `x` is not an array of one of these types, or `axis` not an int.
     ValueError
-        If `x` has fewer than two dimensions, or `axis` is out of range.
+        If `x` has fewer than two dimensions, or `axis` is out of range, or a mask does not fit.
     nbbn.DeviceError
         If the arrays are on different devices, or on one that cannot be computed with.
 
@@ -169,13 +222,24 @@ def batch_stats(x: Array, *, axis: int = 1) -> BatchStats:
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
-    if x.size == 0:
+    fused, count = with_x(fusion(None, SLOPE, None, mask, lengths, lengths_axis), x, None, axis, here)
+    if count == 0:
         stats = here.rows(here.put(np.zeros((2, channels))))
         return BatchStats(0, stats[0], stats[1])
     stats = here.empty((3, channels))
-    run_of(x, axis, (x.strides,), here).stats(address(x), address(stats))
+    take_stats(x, axis, here, fused, stats)
     stats = here.rows(stats)
-    return BatchStats(x.size // channels, stats[0], stats[1])
+    return BatchStats(count, stats[0], stats[1])
+
+
+def take_stats(x: np.ndarray, axis: int, here: Place, fused: Fusion, stats: np.ndarray) -> None:
+    """Take the statistics of those values that count, into float64[3, C]."""
+    if fused.counted is None:
+        run_of(x, axis, (x.strides,), here).stats(address(x), address(stats))
+    else:
+        alone = Fusion(counted=fused.counted, values=fused.values)
+        run, extras = _with_mask(x, axis, [x], here, alone, NOTHING)
+        run.stats(address(x), address(stats), extras)
 
 
 def train(
@@ -230,8 +294,10 @@ def train(
     beta = arrays.parameter("bias", bias, channels, x)
     mean = arrays.parameter("running_mean", running_mean, channels, x, updated=True)
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
-    if residual is not None:
-        fused = fused._replace(residual=arrays.like("residual", residual, x))
+    if fused is ALONE:
+        count = x.size // channels if x.size else 0
+    else:
+        fused, count = with_x(fused, x, residual, axis, here)
     if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
     if here.device != CPU:
@@ -244,12 +310,8 @@ def train(
             residual=residual,
         )
     eps = arrays.number("eps", eps, 0.0, math.inf)
-    count = x.size // channels if x.size else 0
-    if x.size and count < 2:
-        raise ValueError(
-            f"x must have more than one value per channel in training, got shape {x.shape} with axis {axis}"
-        )
-    if x.size and running_var is not None and count <= correction:
+    _enough(count, x, axis, fused)
+    if count and running_var is not None and count <= correction:
         raise ValueError(f"x must have more than {correction:g} values per channel (correction), got {count}")
     if out is None:
         out = here.empty_like(x)
@@ -257,7 +319,9 @@ def train(
         arrays.output(
             out, x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
         )
-    if x.size == 0:
+    if count == 0:
+        if fused.counted is not None:
+            out[...] = 0
         stats = np.zeros((3, channels))
         with np.errstate(divide="ignore"):
             stats[2] = 1.0 / np.sqrt(np.float64(eps))
@@ -291,6 +355,9 @@ def batch_norm_forward(
     activation: str | None = None,
     negative_slope: float = SLOPE,
     residual: Array | None = None,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: int | None = None,
     out: Array | None = None,
 ) -> BatchNormForward:
     """Normalize x with its own statistics, as in training; touches no state.
@@ -316,6 +383,14 @@ def batch_norm_forward(
         Of "leaky_relu": what values below 0 are multiplied with.
     residual : array, optional
         Added before the activation: of x's shape and dtype, any strides.
+    mask : array of bool, optional
+        True where positions count: of a shape that broadcasts to x's without the channel axis. What does not
+        count is left out of the statistics, and ``out`` is 0 there. For arrays on the CPU only.
+    lengths : array of int, optional
+        Instead of a mask: how many positions of each sample count, its first ones, shape (N,). Samples are on
+        the first axis that is not `axis`.
+    lengths_axis : int, optional
+        The axis along which `lengths` count; by default the last one that is not `axis`.
     out : array, optional
         Where to write the result: of x's shape and dtype, any strides. May be x itself, or the residual.
 
@@ -352,8 +427,8 @@ def batch_norm_forward(
     (array([ 2., 20.]), 2)
     """
     fused = ALONE
-    if activation is not None or residual is not None or negative_slope is not SLOPE:
-        fused = fusion(activation, negative_slope, residual)
+    if not (activation is residual is mask is lengths is lengths_axis is None and negative_slope is SLOPE):
+        fused = fusion(activation, negative_slope, residual, mask, lengths, lengths_axis)
     out, stats, count, here = train(x, weight, bias, eps, axis, out, fused=fused)
     stats = here.rows(stats)
     return BatchNormForward(out, stats[0], stats[1], stats[2], count)
@@ -373,6 +448,9 @@ def batch_norm(
     activation: str | None = None,
     negative_slope: float = SLOPE,
     residual: Array | None = None,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: int | None = None,
     out: Array | None = None,
 ) -> Array:
     """Batch normalization, with the positional arguments of ``torch.nn.functional.batch_norm``.
@@ -417,6 +495,14 @@ def batch_norm(
         Of "leaky_relu": what values below 0 are multiplied with.
     residual : array, optional
         Added before the activation: of x's shape and dtype, any strides.
+    mask : array of bool, optional
+        True where positions count: of a shape that broadcasts to x's without the channel axis. What does not
+        count is left out of the statistics, and ``out`` is 0 there. For arrays on the CPU only.
+    lengths : array of int, optional
+        Instead of a mask: how many positions of each sample count, its first ones, shape (N,). Samples are on
+        the first axis that is not `axis`.
+    lengths_axis : int, optional
+        The axis along which `lengths` count; by default the last one that is not `axis`.
     out : array, optional
         Where to write the result: of x's shape and dtype, any strides. May be x itself, or the residual.
 
@@ -459,8 +545,8 @@ def batch_norm(
            [1.5, 1.5]])
     """
     fused = ALONE
-    if activation is not None or residual is not None or negative_slope is not SLOPE:
-        fused = fusion(activation, negative_slope, residual)
+    if not (activation is residual is mask is lengths is lengths_axis is None and negative_slope is SLOPE):
+        fused = fusion(activation, negative_slope, residual, mask, lengths, lengths_axis)
     if arrays.flag("training", training):
         if momentum is None:
             raise ValueError(
@@ -519,8 +605,8 @@ def evaluate(
     var = arrays.parameter("running_var", running_var, channels, x)
     gamma = arrays.parameter("weight", weight, channels, x)
     beta = arrays.parameter("bias", bias, channels, x)
-    if residual is not None:
-        fused = fused._replace(residual=arrays.like("residual", residual, x))
+    if fused is not ALONE:
+        fused, _ = with_x(fused, x, residual, axis, here)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
         out = here.empty_like(x)
@@ -550,6 +636,9 @@ def batch_norm_backward(
     activation: str | None = None,
     negative_slope: float = SLOPE,
     residual: Array | None = None,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: int | None = None,
     out: Array | None = None,
 ) -> BatchNormGradients | BatchNormResidualGradients:
     """The gradients of batch normalization.
@@ -583,8 +672,8 @@ def batch_norm_backward(
         The channel axis, of length C.
     training : bool, default True
         Whether mean and invstd are x's own statistics, and depend on it.
-    activation, negative_slope, residual
-        As in the forward pass: see `batch_norm`.
+    activation, negative_slope, residual, mask, lengths, lengths_axis
+        As in the forward pass: see `batch_norm`. Where x does not count, its gradient is 0.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -624,8 +713,8 @@ def batch_norm_backward(
            [ 0.0441]])
     """
     fused = ALONE
-    if activation is not None or residual is not None or negative_slope is not SLOPE:
-        fused = fusion(activation, negative_slope, residual)
+    if not (activation is residual is mask is lengths is lengths_axis is None and negative_slope is SLOPE):
+        fused = fusion(activation, negative_slope, residual, mask, lengths, lengths_axis)
     grad_x, gradients, grad_residual, here = differentiate(
         grad_out, x, weight, bias, mean, invstd, axis, training, out, fused
     )
@@ -685,13 +774,12 @@ def differentiate(
     beta = ABSENT if bias is None else arrays.parameter("bias", bias, channels, x)
     mu = _needed("mean", mean, channels, x)
     sigma = _needed("invstd", invstd, channels, x)
-    if residual is not None:
-        fused = fused._replace(residual=arrays.like("residual", residual, x))
-    count = x.size // channels if x.size else 0
-    if training and x.size and count < 2:
-        raise ValueError(
-            f"x must have more than one value per channel in training, got shape {x.shape} with axis {axis}"
-        )
+    if fused is ALONE:
+        count = x.size // channels if x.size else 0
+    else:
+        fused, count = with_x(fused, x, residual, axis, here)
+    if training:
+        _enough(count, x, axis, fused)
     if out is None:
         out = here.empty_like(x)
     else:
@@ -699,8 +787,11 @@ def differentiate(
             out, x, grad_out=grad_out, weight=weight, bias=bias, mean=mean, invstd=invstd, residual=residual
         )
     grad_residual = None if fused.residual is None else here.empty_like(x)
-    if x.size == 0:
+    if count == 0:
         gradients = here.put(np.zeros((2, channels)))
+        for array in (out, grad_residual):
+            if array is not None and fused.counted is not None:
+                array[...] = 0
     else:
         gradients = here.empty((2, channels))
         if fused is ALONE:
@@ -729,12 +820,11 @@ def fused_backward(
 ) -> tuple[Any, Extras]:
     """Return what runs a backward pass and what comes before it, and what that is given."""
     extras = Extras(bias=bias, slope=fused.slope)
-    beside: tuple[np.ndarray, ...] = ()
+    operands = [x, grad_out, grad_x]
     if grad_residual is not None:
-        beside = fused.residual, grad_residual
+        operands[2:2] = fused.residual, grad_residual
         extras = extras._replace(residual=address(fused.residual), grad_residual=address(grad_residual))
-    strides = tuple(a.strides for a in (x, grad_out, *beside, grad_x))
-    return run_of(x, axis, strides, here, fused.form), extras
+    return _with_mask(x, axis, operands, here, fused, extras)
 
 
 def _needed(name: str, value: Any, channels: int, x: np.ndarray) -> Parameter:

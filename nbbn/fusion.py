@@ -1,10 +1,13 @@
-"""What follows batch normalization in the same pass over memory: a residual, and an activation."""
+"""What goes along with batch normalization in the same pass: a residual, an activation, a mask."""
 
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nbbn import arrays
-from nbbn.problem import BATCH, Form
+from nbbn.masks import Where
+from nbbn.problem import Form
 
 # Not nbbn.formulas.ACTIVATIONS: the formulas are only read when a kernel is wanted.
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
@@ -24,32 +27,54 @@ class Fusion(NamedTuple):
         Of leaky_relu.
     residual : array or None
         Not checked: of x's shape and dtype.
+    where : Where or None
+        Not checked: which positions count.
+    counted : numpy.ndarray or None
+        Which positions count, where that is known (`nbbn.masks.counted`).
+    values : int
+        How many of a channel's do then.
     """
 
     activation: str = ""
     slope: float = 0.0
     residual: Any = None
+    where: Where | None = None
+    counted: np.ndarray | None = None
+    values: int = 0
 
     @property
     def form(self) -> Form:
         """The form of batch normalization with these."""
-        return Form(activation=self.activation, residual=self.residual is not None) if self else BATCH
-
-    def __bool__(self) -> bool:
-        return self.activation != "" or self.residual is not None
+        return Form(
+            activation=self.activation,
+            residual=self.residual is not None,
+            masked=self.counted is not None,
+        )
 
 
 ALONE = Fusion()
 
 
-def fusion(activation: Any, negative_slope: Any, residual: Any = None) -> Fusion:
-    """Return what follows a batch normalization, or raise."""
+def fusion(
+    activation: Any = None,
+    negative_slope: Any = SLOPE,
+    residual: Any = None,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: Any = None,
+) -> Fusion:
+    """Return what goes along with a batch normalization, or raise."""
     slope = arrays.number("negative_slope", negative_slope, -math.inf, math.inf)
+    where = None
+    if mask is not None or lengths is not None:
+        where = Where(mask, lengths, lengths_axis)
+    elif lengths_axis is not None:
+        raise ValueError(f"lengths_axis must be None without lengths, got {lengths_axis!r}")
     if activation is None:
-        return ALONE if residual is None else Fusion(residual=residual)
+        return ALONE if residual is None and where is None else Fusion("", slope, residual, where)
     if not isinstance(activation, str):
         raise TypeError(f"activation must be a str or None, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:
         known = ", ".join(map(repr, ACTIVATIONS))
         raise ValueError(f"activation must be None or one of {known}, got {activation!r}")
-    return Fusion(activation, slope, residual)
+    return Fusion(activation, slope, residual, where)

@@ -28,6 +28,8 @@ class Form(NamedTuple):
         What is applied to the result, of `nbbn.formulas.ACTIVATIONS`; "": nothing.
     residual : bool
         Whether an array is added to the result, before the activation.
+    masked : bool
+        Whether only some elements count, of all channels the same ones.
     """
 
     pool: int = 1
@@ -36,6 +38,12 @@ class Form(NamedTuple):
     centered: bool = True
     activation: str = ""
     residual: bool = False
+    masked: bool = False
+
+    @property
+    def alone(self) -> "Form":
+        """The same without what goes along with batch normalization."""
+        return self._replace(activation="", residual=False, masked=False)
 
 
 BATCH = Form()
@@ -52,7 +60,7 @@ class Problem(NamedTuple):
         The channel axis.
     strides : tuple of tuple of int
         In bytes, of each array: x; x and out; or x, grad_out and out. With a residual: x, residual and out;
-        or x, grad_out, residual, grad_residual and out.
+        or x, grad_out, residual, grad_residual and out. With a mask, last, those of its bytes too.
     storage : Storage
         Of all arrays.
     threads : int
@@ -83,12 +91,18 @@ class Extras(NamedTuple):
         What a backward pass computes the argument of the activation with, as it was in the forward one.
     slope : float
         Of leaky_relu.
+    mask : int
+        Where a byte for each element lies: 0, it does not count. Along the channels the stride is 0.
+    counted : int
+        How many elements of a channel count.
     """
 
     residual: int = 0
     grad_residual: int = 0
     bias: Parameter = ABSENT
     slope: float = 0.0
+    mask: int = 0
+    counted: int = 0
 
 
 NOTHING = Extras()

@@ -43,6 +43,7 @@ ARGUMENTS = [
     ("out", _WORD),  # also grad_x
     ("second", _WORD),  # what is read beside x as `out` is written: the residual, or the gradient there
     ("residual", _WORD),  # what that gradient is computed with
+    ("mask", _WORD),  # a byte for each element of a channel: 0 where it does not count
     ("stats", _WORD),  # float64[3, sets]: mean, var, invstd; backward: float64[2, parameters]
     ("channel_stats", _WORD),  # the same of each channel; `stats` where that is the same
     ("weight", PARAMETER),
@@ -53,6 +54,7 @@ ARGUMENTS = [
     ("momentum", np.float64),
     ("correction", np.float64),
     ("slope", np.float64),  # of leaky_relu
+    ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
     ("adds", _WORD),  # 1: the gradients of parameters are added to what is there
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
@@ -64,6 +66,8 @@ PARTIALS = 4  # numbers of a channel that a chunk leaves behind
 ROOMS = [
     ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, its rest, m2; Σ dy, its rest, Σ dy · …
     ("tables", _WORD),  # real[TABLES, channels]: what normalize and backward_apply need of a channel
+    ("bits", _WORD),  # of the rows: see nbbn.cpu.masks
+    ("counts", _WORD),  # int64[rows + 1]: values of a channel that count before each row
     ("along", _WORD),  # real[2, along_room]: weight and bias of each element of a row, where they go along
 ]
 
@@ -75,6 +79,7 @@ PLAN = [
     ("at_out", OPERAND),
     ("at_second", OPERAND),
     ("at_residual", OPERAND),
+    ("at_mask", OPERAND),
     ("dims", _WORD),  # outer dimensions
     ("sizes", _WORD),  # address of int64[dims]
     ("outer", _WORD),  # their product
@@ -84,6 +89,8 @@ PLAN = [
     ("parameters", _WORD),  # channel c has the parameters c % parameters
     ("centered", _WORD),  # 1: the mean is subtracted
     ("activates", _WORD),  # 1: grad_x is computed through an activation, from the gradient at its result
+    ("bits_pitch", _WORD),  # bytes from the bits of a row, or of all pieces of a step, to the next
+    ("bits_mask", _WORD),  # what a column's index is masked with for that of its bit
     ("along_room", _WORD),  # elements from the weights to the biases
     ("fold", _WORD),
     ("pieces", _WORD),

@@ -7,7 +7,8 @@ the sums leave that gradient behind, which is the gradient of the residual, and 
 
 import numpy as np
 
-from nbbn.compiler import by_type, loop, out_of_line
+from nbbn.compiler import by_type, like, loop, out_of_line
+from nbbn.cpu.masks import only
 from nbbn.cpu.parameters import ROWS, affine_of, parameter
 from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, scatter, some, to_columns
 from nbbn.cpu.simd import (
@@ -250,41 +251,44 @@ def _keep_residual(call, rows, k, step, piece, channel, group, stored):
     return keep if way_of(stored).residual else nothing
 
 
-def incoming(rows, k, j, last, grad_out, x, numbers, slope, stored):
+def incoming(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):
     """Return the gradient at columns j … of row k of what was normalized, from that at the result.
 
-    With a residual it is the residual's too, and written for it; then it is what was written, rounded.
+    With a residual it is the residual's too, and written for it; then it is what was written, rounded. `bits`
+    are of the columns that count; elsewhere x and grad_out are zeros.
     """
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(incoming)
-def _incoming(rows, k, j, last, grad_out, x, numbers, slope, stored):
+def _incoming(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):
     way = way_of(stored)
     if not (way.activation or way.residual):
-        return lambda rows, k, j, last, grad_out, x, numbers, slope, stored: grad_out
+        return lambda rows, k, j, last, grad_out, x, bits, numbers, slope, stored: grad_out
     if not way.residual:
         gradient = ACTIVATIONS[way.activation].gradient
 
-        def through(rows, k, j, last, grad_out, x, numbers, slope, stored):
-            return gradient(grad_out, normalized(x, numbers[0], numbers[1], numbers[2]), slope)
+        def through(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):
+            passed_on = gradient(grad_out, normalized(x, numbers[0], numbers[1], numbers[2]), slope)
+            return only(bits, passed_on, like(passed_on, 0.0))
 
         return through
     if not way.activation:
 
-        def same(rows, k, j, last, grad_out, x, numbers, slope, stored):
+        def same(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):
             keep(pointer(rows[AT_GRAD_RESIDUAL + k], stored), j, last, grad_out)
             return grad_out
 
         return same
     gradient_there = ACTIVATIONS[way.activation].gradient
 
-    def through_sum(rows, k, j, last, grad_out, x, numbers, slope, stored):
+    def through_sum(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):
         residual = pointer(rows[AT_RESIDUAL + k], stored)
         prefetch(residual, j, AHEAD)
         z = normalized(x, numbers[0], numbers[1], numbers[2]) + some(residual, j, last)
         kept = pointer(rows[AT_GRAD_RESIDUAL + k], stored)
-        keep(kept, j, last, gradient_there(grad_out, z, slope))
+        gradient = gradient_there(grad_out, z, slope)
+        keep(kept, j, last, only(bits, gradient, like(gradient, 0.0)))
         return some(kept, j, last)
 
     return through_sum

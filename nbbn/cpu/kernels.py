@@ -8,15 +8,25 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 
 import numpy as np
 
-from nbbn.compiler import in_line, kernel, loop, out_of_line
+from nbbn.compiler import by_type, in_line, kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
+from nbbn.cpu.masks import (
+    SPREAD_CHANNELS,
+    from_column,
+    lanes,
+    operands,
+    row_bits,
+    run_bits,
+    set_bits,
+    spread_bits,
+    values_before,
+)
 from nbbn.cpu.parameters import (
     ROWS,
     affine_of,
     index_of,
     mean_of_row,
-    operands,
     parameter,
     set_of,
     set_parameter,
@@ -27,7 +37,6 @@ from nbbn.cpu.rows import (
     extent,
     fill,
     locate,
-    position,
     row_address,
     row_of,
     to_columns,
@@ -52,6 +61,7 @@ from nbbn.cpu.simd import (
     store,
     store_first,
     stream,
+    way_of,
     wide,
     widen,
 )
@@ -158,8 +168,8 @@ def trusted(count, squares, offset, real):
 
 
 @loop
-def guess_means(call, first, last, channel, group, buffer, guesses, stored):
-    """Set a guess at the mean of each channel of a tile: that of PILOT_VALUES of them, or of a few more."""
+def guess_all(call, first, last, channel, group, buffer, guesses, stored):
+    """Set a guess where all values count, from PILOT_VALUES of them, or from a few more."""
     out_of_line()
     real = wide(stored)
     a_row = call.fold * min(call.width, call.inner)
@@ -185,6 +195,48 @@ def guess_means(call, first, last, channel, group, buffer, guesses, stored):
             count += values
     for g in range(0, group, LANES):
         store(guesses, g, load(guesses, g) / real(count))
+
+
+@loop
+def guess_counting(call, first, last, channel, group, buffer, guesses, stored):
+    """Set a guess where only some values count, from the first PILOT_VALUES of them that there are."""
+    out_of_line()
+    real = wide(stored)
+    fill(guesses, group, real(0.0))
+    count = 0
+    for row in range(first, last):
+        if values_before(call, row + 1, stored) == values_before(call, row, stored):
+            continue
+        step, piece = locate(call, row)
+        steps, width = extent(call, step, piece)
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
+        bits = row_bits(call, row, stored)
+        for f in range(steps):
+            for i in range(width):
+                j = f * group * width + i
+                if count < PILOT_VALUES and lanes(bits, j) & 1 != 0:
+                    for g in range(group):
+                        guesses[g] += number(x, j + g * width)
+                    count += 1
+        if count == PILOT_VALUES:
+            break
+    for g in range(0, group if count > 0 else 0, LANES):
+        store(guesses, g, load(guesses, g) / real(count))
+
+
+def guess_means(call, first, last, channel, group, buffer, guesses, stored):
+    """Set a guess at the mean of each channel of a tile, from a few of its values that count."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(guess_means)
+def _guess_means(call, first, last, channel, group, buffer, guesses, stored):
+    guess = guess_counting if way_of(stored).masked else guess_all
+
+    def of_some(call, first, last, channel, group, buffer, guesses, stored):
+        guess(call, first, last, channel, group, buffer, guesses, stored)
+
+    return of_some
 
 
 @loop
@@ -218,14 +270,16 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
     guess_means(call, begin, end, channel, group, buffer, guess_of, stored)
     for first in range(begin, end, call.block):
         last = min(end, first + call.block)
-        count = float(position(call, last) - position(call, first))
+        count = float(values_before(call, last, stored) - values_before(call, first, stored))
         fill(sums, span, 0.0)
         fill(squares, span, 0.0)
         fill(lost, span, 0.0)
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
-        state = column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead
+        state = column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead, call.bits_mask
         look_down(call, first, last, channel, group, buffer, state, mask, tile, stored)
+        if count == 0.0:
+            continue
         to_channels(call, group, width, sums, lost, real)
         to_channels(call, group, width, squares, squares_lost, real)
         bad = False
@@ -248,13 +302,13 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
             for g in range(0, group, LANES):
                 anew = about_mean(load(again, g) + load(squares_lost, g), load(lost, g), count)
                 store(squares, g, choose(trust[g], load(squares, g), anew))
-        before = float(position(call, first) - position(call, begin))
+        before = float(values_before(call, first, stored) - values_before(call, begin, stored))
         for g in range(0, group, LANES):
             here = min(LANES, group - g)
             mean = load(sums, g)
             rest = load(lost, g)
             m2 = load(squares, g)
-            if first > begin:
+            if before > 0.0:
                 old = load_first(means, g, here), load_first(rests, g, here), load_first(m2s, g, here)
                 mean, rest, m2 = merge(before, old[0], old[1], old[2], count, mean, rest, m2)
             store_first(means, g, mean, here)
@@ -264,7 +318,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
 
 
 @loop
-def pool_chunks(call, first, last):
+def pool_chunks(call, first, last, stored):
     """Merge the partials of the channels first … last - 1, in the order of the chunks.
 
     The mean goes to its place among the statistics and so does the variance; the mean's low part
@@ -281,14 +335,16 @@ def pool_chunks(call, first, last):
         count = 0.0
         for chunk in range(call.chunks):
             begin, end = chunk_rows(call, chunk)
-            more = float(position(call, end) - position(call, begin))
+            more = float(values_before(call, end, stored) - values_before(call, begin, stored))
+            if more == 0.0:
+                continue
             means = partials_of(call, chunk, c)
             rests = after(means, call.channels)
             m2s = after(rests, call.channels)
             new_mean = load_first(means, 0, here)
             new_rest = load_first(rests, 0, here)
             between = nothing
-            if chunk == 0:
+            if count == 0.0:
                 mean, rest = new_mean, new_rest
             else:
                 mean, rest, between = merge(count, mean, rest, nothing, more, new_mean, new_rest, nothing)
@@ -310,7 +366,7 @@ def pool_sets(call, first, last):
     channels = pointer(call.channel_stats, np.float64)
     stats = pointer(call.stats, np.float64)
     sets = call.channels // call.pool
-    each = float(call.outer * call.inner)
+    each = call.count
     for s in range(first, last):
         mean = rest = m2 = count = 0.0
         for c in range(s * call.pool, (s + 1) * call.pool):
@@ -349,7 +405,7 @@ def for_normalize(call, tables, c, known, real):
 @loop
 def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
-    pool_chunks(call, first, last)
+    pool_chunks(call, first, last, stored)
     if call.pool > 1:
         pool_sets(call, first // call.pool, last // call.pool)
     stats = pointer(call.stats, np.float64)
@@ -372,7 +428,7 @@ def update_channels(call):
     """Update the running statistics of all channels."""
     out_of_line()
     stats = pointer(call.stats, np.float64)
-    count = float(call.outer * call.inner)
+    count = call.count
     for c in range(call.channels):
         if call.mean.address != 0:
             mean = running(parameter(call.mean, c, 0.0), stats[c], call.momentum)
@@ -474,6 +530,7 @@ def normalize_run(call, channel, last, row, out, real):
     place = plain(0), call.channels, call.inner
     numbers = splat_tables(tables, channel, call.room)
     j = channel * call.inner
+    row = from_column(row, j)
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
     streaming = call.stream_planes == 1 and address(out) % size_of(out) == 0
@@ -487,6 +544,7 @@ def normalize_run(call, channel, last, row, out, real):
             while border < j + here:
                 channel += 1
                 numbers = splat_tables(tables, channel, call.room)
+                row = from_column(row, border)
                 more = normalized_at(call, place, row, j, j + here, numbers)
                 value = choose((1 << (border - j)) - 1, value, more)
                 border += call.inner
@@ -518,7 +576,8 @@ def normalize_planes(first, last, address, stored):
         x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), stored)
         second = pointer(row_address(call, call.second, call.at_second, step, 0, 0), stored)
         out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), stored)
-        normalize_run(call, channel, until, operands(call, second, x, 0, stored), out, wide(stored))
+        row = operands(call, second, x, row_bits(call, step * call.pieces, stored), 0, stored)
+        normalize_run(call, channel, until, row, out, wide(stored))
         plane += until - channel
     if call.stream_planes == 1:
         fence()
@@ -543,7 +602,8 @@ def normalize_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
-    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), 0, stored)
+    bits = run_bits(call, first, stored)
+    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), bits, 0, stored)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
     begin, end = first * call.channels, last * call.channels
     write_normalized_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
@@ -588,7 +648,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     tables, spread = scratch(NUMBERS_ROOM, real), scratch(NUMBERS_ROOM, real)
     before = before_activation(call, channel, group, width, tables, spread, stored)
     numbers = scratch(ROWS, np.float64)
-    those = call.one, call.ahead, before, real(call.slope), numbers
+    those = call.one, call.ahead, call.bits_mask, before, real(call.slope), numbers
     state = (means, (sums, lost), (products, products_lost)) + those
     look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
@@ -627,7 +687,7 @@ def finish_gradients(call, first, last, stored):
     """From partials to the gradients of each channel's parameters, and the tables of grad_x."""
     pool_gradients(call, first, last)
     gradients = pointer(call.channel_stats, np.float64)
-    count = float(call.outer * call.inner * call.pool)
+    count = call.count * call.pool
     for s in range(set_of(call, first), set_of(call, last)):
         mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
         total = 0.0
@@ -744,6 +804,17 @@ def sum_parameters(first, last, address, stored):
 
 
 @kernel
+def set_mask(first, last, address, stored):
+    """The bits of rows, and how many values each has that count. Tasks: rows, or steps of several pieces."""
+    call = read(address)
+    spread = scratch(256, np.int64)
+    if call.fold > 1 and call.channels <= SPREAD_CHANNELS:
+        spread_bits(call.channels, spread)
+    for task in range(first, last):
+        set_bits(call, task, spread)
+
+
+@kernel
 def set_along(first, last, address, stored):
     """The table of weights and biases, where they go along rows. Tasks: LINE elements of it."""
     call = read(address)
@@ -773,7 +844,8 @@ def apply_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, gradient_tables(stored), scratch(TABLES_ROOM, real), real)
-    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), 0, stored)
+    bits = run_bits(call, first, stored)
+    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), bits, 0, stored)
     streaming = call.stream == 1
     begin, end = first * call.channels, last * call.channels
     write_gradient_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
@@ -804,7 +876,8 @@ def apply_constant_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
-    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), 0, stored)
+    bits = run_bits(call, first, stored)
+    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), bits, 0, stored)
     streaming = call.stream == 1
     begin, end = first * call.channels, last * call.channels
     write_constant_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)

@@ -28,7 +28,7 @@ from nbbn.formulas import affine, affine_doubt
 
 CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
 ROWS = 16  # of all operands, that are read at a time at most;
-NOTED = 4 * ROWS  # after their addresses come notes of what they are read beside
+NOTED = 5 * ROWS  # after their addresses come notes of what they are read beside
 
 
 @loop
@@ -110,17 +110,7 @@ def _mean_of_row(call, channel, stored):
 # --- along the elements of a channel -----------------------------------------------------------------
 
 
-@loop
-def operands(call, second, x, row, stored):
-    """Return what the results of a row are computed from.
-
-    That is what is read beside x, x, the type that it is stored as, the slope of an activation and, from
-    BESIDE on, the weights and the biases of its columns, where each has its own.
-    """
-    return (second, x, stored, wide(stored)(call.slope)) + beside(call, row, stored)
-
-
-BESIDE = 4
+BESIDE = 5  # where, in what the results of a row are computed from, weights and biases of its columns are
 
 
 def beside(call, row, stored):

@@ -72,6 +72,8 @@ class Operands(NamedTuple):
         Of what is read beside x as `out` is written: the residual, its gradient, or grad_out.
     residual : Layout
         Of what is added.
+    mask : Layout
+        In bytes, of the mask.
     backward : bool
         Whether this is a backward pass.
     """
@@ -81,24 +83,28 @@ class Operands(NamedTuple):
     out: Layout
     second: Layout
     residual: Layout
+    mask: Layout
     backward: bool
 
     @staticmethod
-    def of(layouts: tuple[Layout, ...], with_residual: bool) -> "Operands":
+    def of(layouts: tuple[Layout, ...], form: Form) -> "Operands":
         """Return them from the layouts of the arrays that there are, as `nbbn.problem.Problem` has them."""
+        mask = layouts[-1]
+        if form.masked:
+            layouts = layouts[:-1]
         x, out, beside = layouts[0], layouts[-1], layouts[1:-1]
-        if not with_residual:
+        if not form.residual:
             second = beside[0] if beside else x
-            return Operands(x, second, out, second, x, len(beside) == 1)
+            return Operands(x, second, out, second, x, mask, len(beside) == 1)
         if len(beside) == 1:
-            return Operands(x, x, out, beside[0], x, False)
+            return Operands(x, x, out, beside[0], x, mask, False)
         grad_out, residual, grad_residual = beside
-        return Operands(x, grad_out, out, grad_residual, residual, True)
+        return Operands(x, grad_out, out, grad_residual, residual, mask, True)
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
         """In the order in which the record of a call has them."""
-        return self[:5]
+        return self[:6]
 
 
 def _up(value: int, unit: int) -> int:
@@ -169,8 +175,8 @@ class Plan:
     ) -> None:
         size = storage.dtype.itemsize
         parameters = ACROSS if across else ALONG if form.along else ""
-        self.stored = stored_as(storage.name, Way(parameters, form.activation, form.residual))
-        self.plain = stored_as(storage.name, Way(parameters))
+        self.stored = stored_as(storage.name, Way(parameters, form.activation, form.residual, form.masked))
+        self.plain = stored_as(storage.name, Way(parameters, masked=form.masked))
         # Whether grad_x is computed from the gradient at an activation's result, not at its argument.
         self.through = form.activation != "" and not form.residual
         self.threads = threads
@@ -179,7 +185,7 @@ class Plan:
         self.parameters = form.period or self.channels
         tiling = tile(geometry, size, not across)
         self.count = tiling.outer * geometry.inner
-        operands = Operands.of(geometry.layouts, form.residual)
+        operands = Operands.of(geometry.layouts, form)
         backward = operands.backward
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
@@ -203,15 +209,24 @@ class Plan:
             columns = tiling.pieces * tiling.width if self.group == 1 else self.group * geometry.inner
             self.along_room = _up(columns, LANES) + LANES
             self.words += 2 * self.along_room + LANES
+        self.rows = tiling.rows
+        self.bits_at = self.words
+        columns = geometry.inner * (1 if tiling.pieces > 1 else tiling.fold * self.group)
+        bits_pitch = -(-(columns + LANES) // 32) * 4 + 4
+        self.bit_rows = tiling.rows // tiling.pieces
+        if form.masked:
+            self.words += -(-bits_pitch * self.bit_rows // 8)
+        self.counts_at = self.words
+        if form.masked:
+            self.words += tiling.rows + 1
         self.channel_stats_at = self.words
-        if across or form._replace(activation="", residual=False) != BATCH:
+        if across or form.alone != BATCH:
             self.words += 3 * self.channels
         x, out, second = operands.x, operands.out, operands.second
         layouts = operands.layouts
         offsets = (layout.offset for layout in layouts)
-        self.offset_x, self.offset_grad_out, self.offset_out, self.offset_second, self.offset_residual = (
-            offsets
-        )
+        self.offset_x, self.offset_grad_out, self.offset_out, *more = offsets
+        self.offset_second, self.offset_residual, self.offset_mask = more
 
         dims = len(geometry.sizes)
         self._strides = np.array(
@@ -239,6 +254,7 @@ class Plan:
         self.by_columns = (
             geometry.inner == 1
             and not (form.along or across)
+            and not (form.masked and self.channels < LANES)  # a vector would be of many positions
             and dims == 1
             and period <= COLUMNS
             and (threads == 1 or tiling.outer >= 8 * threads)
@@ -263,6 +279,8 @@ class Plan:
             self.parameters,
             int(form.centered),
             int(self.through),
+            bits_pitch,
+            0 if geometry.inner == 1 and tiling.fold == 1 else -1,
             self.along_room,
             tiling.fold,
             tiling.pieces,

@@ -16,9 +16,10 @@ from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.problem import BATCH, NOTHING, Extras, Problem
 
-_ARGUMENTS = struct.Struct("7q12q4d3q")  # see nbbn.cpu.call.ARGUMENTS
-_ROOMS = struct.Struct("3q")
+_ARGUMENTS = struct.Struct("8q12q5d3q")  # see nbbn.cpu.call.ARGUMENTS
+_ROOMS = struct.Struct("5q")
 SERIAL_PARTIALS = 1 << 15  # numbers to merge, below which one thread is as fast as several
+SERIAL_MASK = 1 << 12  # positions that one thread looks at as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 17  # what a larger one worked in is kept for others up to here
 
@@ -62,8 +63,8 @@ class _Room:
 
     def __init__(self, words: int) -> None:
         self.words = words
-        self._memory = np.empty(words)
-        self.address = address(self._memory)
+        self.memory = np.empty(words)
+        self.address = address(self.memory)
 
 
 _rooms: list[_Room] = []  # nobody works in; as many as there ever were calls at once
@@ -94,8 +95,16 @@ class _Call:
         self.room = room
         tables = room.address + 8 * self.plan.partial_words
         along = room.address + 8 * self.plan.along_at
+        bits = room.address + 8 * self.plan.bits_at
+        counts = room.address + 8 * self.plan.counts_at
         _ROOMS.pack_into(
-            self._buffer, _ARGUMENTS.size, room.address, tables + -tables % 64, along + -along % 64
+            self._buffer,
+            _ARGUMENTS.size,
+            room.address,
+            tables + -tables % 64,
+            bits,
+            counts,
+            along + -along % 64,
         )
 
     @property
@@ -103,6 +112,14 @@ class _Call:
         """Where statistics of each channel are, where they are not those of a set."""
         assert self.room is not None
         return self.room.address + 8 * self.plan.channel_stats_at
+
+    def add_up_counts(self) -> None:
+        """From how many values of each row count to how many come before each."""
+        assert self.room is not None
+        at = self.plan.counts_at
+        counts = self.room.memory[at : at + self.plan.rows + 1].view(np.int64)
+        counts[0] = 0
+        np.cumsum(counts, out=counts)
 
     def leave(self) -> None:
         """Leave the room to the next call."""
@@ -143,7 +160,7 @@ class Run:
     def __init__(self, problem: Problem) -> None:
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
         self.form = form = problem.form
-        self._plain = form._replace(activation="", residual=False) == BATCH
+        self._plain = form.alone == BATCH
         self.plan = plan = Plan(geometry, problem.storage, problem.threads, form)
         self._sets = -(-plan.sets // LANES)  # blocks of them
         self._tiles = plan.chunks * plan.groups
@@ -196,7 +213,7 @@ class Run:
         for name in names:
             entry(name, self.plan.stored)
 
-    def stats(self, x: int, stats: int) -> None:
+    def stats(self, x: int, stats: int, extras: Extras = NOTHING) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         self._compile(kernels.collect_stats, kernels.finish_stats)
         call = self._take()
@@ -235,14 +252,17 @@ class Run:
         call = self._take()
         channel_stats = stats if self.form.pool == 1 else call.channel_stats
         call.set(
-            x, 0, out, second, 0, stats, channel_stats, *weight, *bias, *mean, *var,
-            eps, momentum, correction, extras.slope, 1, 0, updates and alone,
+            x, 0, out, second, 0, extras.mask + plan.offset_mask, stats, channel_stats,
+            *weight, *bias, *mean, *var,
+            eps, momentum, correction, extras.slope, extras.counted or plan.count, 1, 0, updates and alone,
         )  # fmt: skip
         if updates and not alone:
             then = (call.step(kernels.update_running_stats), *then)
         if self.form.along:
             self._compile(kernels.set_along, kernels.forward)
             self._set_along(call)
+        if self.form.masked:
+            self._set_mask(call)
         if plan.resident:
             call(kernels.forward, plan.tasks, then=then)
         else:
@@ -252,6 +272,11 @@ class Run:
             call(kernels.finish_stats, self._sets, self._finishers)
             call(kernel, tasks, then=then)
         self._give_back(call)
+
+    def _set_mask(self, call: _Call) -> None:
+        few = self.plan.count < SERIAL_MASK
+        call(kernels.set_mask, self.plan.bit_rows, 1 if few else None)
+        call.add_up_counts()
 
     def _set_along(self, call: _Call) -> None:
         call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
@@ -276,8 +301,11 @@ class Run:
         out += plan.offset_out
         second = extras.residual + plan.offset_second if self.form.residual else x
         call.set(
-            x, 0, out, second, 0, 0, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, extras.slope, 0, 0, 0,
+            x, 0, out, second, 0, extras.mask + plan.offset_mask, 0, 0, *weight, *bias, *mean, *var,
+            eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0,
         )  # fmt: skip
+        if self.form.masked and not plan.by_columns:  # there the mask is read as it is
+            self._set_mask(call)
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
         self._give_back(call)
@@ -313,9 +341,12 @@ class Run:
         call = self._take()
         direct = self._plain and not adds
         call.set(
-            x, grad_out, grad_x, second, residual, gradients, gradients if direct else call.channel_stats,
-            *weight, *extras.bias, *mean, *invstd, 0.0, 0.0, 0.0, extras.slope, training, adds, 0,
+            x, grad_out, grad_x, second, residual, extras.mask + plan.offset_mask,
+            gradients, gradients if direct else call.channel_stats, *weight, *extras.bias, *mean, *invstd,
+            0.0, 0.0, 0.0, extras.slope, extras.counted or plan.count, training, adds, 0,
         )  # fmt: skip
+        if self.form.masked:
+            self._set_mask(call)
         if self.form.along:
             self._set_along(call)
         elif not direct:
@@ -347,9 +378,9 @@ class Run:
         self._compile(kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters)
         call = self._take()
         call.set(
-            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, 0, 0, gradients,
+            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, 0, 0, 0, gradients,
             call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, 0.0,
-            1, adds, 0,
+            plan.count, 1, adds, 0,
         )  # fmt: skip
         call(kernels.backward_reduce, plan.chunks * plan.groups)
         call(kernels.finish_across, -(-plan.channels // LANES))

@@ -62,13 +62,14 @@ class Way(NamedTuple):
         Which way they go: "" by channel, ALONG or ACROSS.
     activation : str
         See `nbbn.problem.Form`.
-    residual : bool
+    residual, masked : bool
         See `nbbn.problem.Form`.
     """
 
     parameters: str = ""
     activation: str = ""
     residual: bool = False
+    masked: bool = False
 
 
 PLAIN = Way()
@@ -740,3 +741,54 @@ def choose(typingctx, bits, a, b):
         return builder.select(mask, args[1], args[2])
 
     return a(bits, a, b), codegen
+
+
+# --- words of bits ---------------------------------------------------------------------------------
+
+
+def _words(builder, address, count, bits):
+    kind = ir.IntType(bits) if count == 1 else ir.VectorType(ir.IntType(bits), count)
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+@intrinsic
+def word(typingctx, address):
+    """Return the 32 bits at an address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.zext(builder.load(_words(builder, args[0], 1, 32), align=1), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def set_word(typingctx, address, bits):
+    """Write the lowest 32 bits to an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(builder.trunc(args[1], _WORD), _words(builder, args[0], 1, 32), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def nonzero(typingctx, address):
+    """Return a bit for each of the LANES bytes at an address: whether it is not 0."""
+
+    def codegen(context, builder, signature, args):
+        taken = builder.load(_words(builder, args[0], LANES, 8), align=1)
+        bits = builder.icmp_unsigned("!=", taken, ir.Constant(taken.type, [0] * LANES))
+        return builder.zext(builder.bitcast(bits, ir.IntType(LANES)), ir.IntType(64))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def ones(typingctx, bits):
+    """Return how many bits are set."""
+
+    def codegen(context, builder, signature, args):
+        return builder.ctpop(args[0])
+
+    return types.int64(types.int64), codegen

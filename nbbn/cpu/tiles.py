@@ -24,13 +24,13 @@ from nbbn.cpu.fused import (
     shift_beside,
     with_residual,
 )
+from nbbn.cpu.masks import advanced, both, lanes, note_bits, noted_bits, only, operands, row_bits
 from nbbn.cpu.parameters import (
     NOTED,
     ROWS,
     deviation,
     finished,
     note_beside,
-    operands,
     precisely_finished,
     precisely_scaled,
     scaled,
@@ -154,10 +154,10 @@ def add_up(total, x, rest, real):
 
 
 @loop
-def look_at(x, guess, total, rest, square, one, real):
-    """Return the sums with x and (x - guess)² added."""
-    total, rest = plus(total, rest, x, one, real)
-    return total, rest, square + squared_deviation(x, guess)
+def look_at(x, bits, guess, total, rest, square, one, real):
+    """Return the sums with those of x and of (x - guess)² added that count."""
+    total, rest = plus(total, rest, only(bits, x, like(x, 0.0)), one, real)
+    return total, rest, square + squared_deviation(only(bits, x, guess), guess)
 
 
 @loop
@@ -166,7 +166,7 @@ def look_at_rows(rows, number, first, last, state, base, mask, stored):
 
     The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
     """
-    guesses, sums, squares, one, ahead = state
+    guesses, sums, squares, one, ahead, bits_mask = state
     real = wide(stored)
     both, always = plain(exact(real)), plain(True)
     c = base + (first & mask)
@@ -187,13 +187,17 @@ def look_at_rows(rows, number, first, last, state, base, mask, stored):
         for k in range(number):
             row = pointer(rows[k], stored)
             prefetch(row, j, ahead)
+            its = noted_bits(rows, k, bits_mask, stored)
+            bits = lanes(its, j)
             if two:
                 if size_of(row) > 2:  # of 16 bits both are in one line
                     prefetch(row, j + LANES, ahead)
-                total, rest, square = look_at(load(row, j), guess, total, rest, square, one, real)
-                total, rest, more = look_at(load(row, j + LANES), guess, total, rest, more, one, real)
+                total, rest, square = look_at(load(row, j), bits, guess, total, rest, square, one, real)
+                x, bits = load(row, j + LANES), lanes(its, j + LANES)
+                total, rest, more = look_at(x, bits, guess, total, rest, more, one, real)
             else:
-                total, rest, square = look_at(some(row, j, last), guess, total, rest, square, one, real)
+                x = some(row, j, last)
+                total, rest, square = look_at(x, bits, guess, total, rest, square, one, real)
         square = square + more
         if j + LANES > last:
             square = keep_first(square, last - j)
@@ -205,16 +209,18 @@ def look_at_rows(rows, number, first, last, state, base, mask, stored):
 
 
 @loop
-def square_row(row, count, state, base, mask):
-    """Add up (x - mean)², in float64."""
+def square_row(row, bits, first, last, state, base, mask):
+    """Add up (x - mean)², in float64, of the columns first … last - 1."""
     means, squares = state
-    for j in range(0, count, LANES):
-        c = base + (j & mask)
-        square = squared_deviation(widen(some(row, j, count)), load(means, c))
-        if j + LANES > count:
-            square = keep_first(square, count - j)
-        both = plain(True)
-        store_sums(squares, c, add_to(load_sums(squares, c, both), square, splat(0.0)), both)
+    for j in range(first, last, LANES):
+        c = base + ((j - first) & mask)
+        mean = load(means, c)
+        x = only(lanes(bits, j), widen(some(row, j, last)), mean)
+        square = squared_deviation(x, mean)
+        if j + LANES > last:
+            square = keep_first(square, last - j)
+        always = plain(True)
+        store_sums(squares, c, add_to(load_sums(squares, c, always), square, splat(0.0)), always)
 
 
 @loop
@@ -237,9 +243,10 @@ def square_down(call, first, last, channel, group, buffer, state, mask, stored):
         steps, count = extent(call, step, piece)
         x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
         together = 1 if call.single == 1 else group  # channels
+        width = steps * count
         for g in range(0, group, together):
-            width = steps * together * count
-            square_row(after(x, g * width), width, state, g * LANES, mask)
+            bits = row_bits(call, row, stored)
+            square_row(x, bits, g * width, (g + together) * width, state, g * LANES, mask)
 
 
 @loop
@@ -261,13 +268,19 @@ def multiply(dy, off, total, rest, product, product_rest, one, real):
 
 
 @loop
+def counting(bits, vector):
+    """Return a vector with zeros where the bit is not set."""
+    return only(bits, vector, like(vector, 0.0))
+
+
+@loop
 def multiply_rows(rows, number, first, last, state, base, mask, stored):
     """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
     That is the dy before what follows the normalization. The sums of column j are at base + (j & mask), and
     stay in registers for as long as that does.
     """
-    means, sums, products, one, ahead, before, slope, numbers = state
+    means, sums, products, one, ahead, bits_mask, before, slope, numbers = state
     real = wide(stored)
     both = plain(exact(real))
     c = base + (first & mask)
@@ -286,23 +299,27 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
         two = mask == 0 and j + 2 * LANES <= last  # vectors at a time: they share their sums
         for k in range(0, 2 * number, 2):
             row = pointer(rows[k], stored), pointer(rows[k + 1], stored)
+            its = noted_bits(rows, k, bits_mask, stored)
             prefetch(row[0], j, ahead)
             prefetch(row[1], j, ahead)
             if two:
                 if size_of(row[0]) > 2:
                     prefetch(row[0], j + LANES, ahead)
                     prefetch(row[1], j + LANES, ahead)
-                dy, x = load(row[0], j), load(row[1], j)
-                dy = incoming(rows, k, j, last, dy, x, those, slope, stored)
+                bits = lanes(its, j)
+                dy, x = counting(bits, load(row[0], j)), counting(bits, load(row[1], j))
+                dy = incoming(rows, k, j, last, dy, x, bits, those, slope, stored)
                 dy = weighted(rows, k, j, dy, stored)
                 off = deviation(x, mean, numbers, k, stored)
                 here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
-                dy, x = load(row[0], j + LANES), load(row[1], j + LANES)
-                dy = incoming(rows, k, j + LANES, last, dy, x, those, slope, stored)
+                bits = lanes(its, j + LANES)
+                dy, x = counting(bits, load(row[0], j + LANES)), counting(bits, load(row[1], j + LANES))
+                dy = incoming(rows, k, j + LANES, last, dy, x, bits, those, slope, stored)
                 dy = weighted(rows, k, j + LANES, dy, stored)
             else:
-                dy, x = some(row[0], j, last), some(row[1], j, last)
-                dy = incoming(rows, k, j, last, dy, x, those, slope, stored)
+                bits = lanes(its, j)
+                dy, x = counting(bits, some(row[0], j, last)), counting(bits, some(row[1], j, last))
+                dy = incoming(rows, k, j, last, dy, x, bits, those, slope, stored)
                 dy = weighted(rows, k, j, dy, stored)
             off = deviation(x, mean, numbers, k, stored)
             here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
@@ -510,12 +527,13 @@ def _results(columns, precisely, followed, aside):
     @by_type(result_at)
     def _result_at(call, place, row, j, end, numbers):
         def sure(call, place, row, j, end, numbers):
-            return aside(row, columns(row, j, end, numbers)[0])
+            return counting(lanes(row[4], j), aside(row, columns(row, j, end, numbers)[0]))
 
         def refined(call, place, row, j, end, numbers):
             value, doubt = columns(row, j, end, numbers)
-            doubtful = below(math.fabs(value), doubt)
-            result = aside(row, value)
+            bits = lanes(row[4], j)
+            doubtful = both(bits, below(math.fabs(value), doubt))
+            result = counting(bits, aside(row, value))
             if rarely(doubtful != 0):
                 inside = (1 << min(LANES, end - j)) - 1
                 return precisely(call, place, row, j, doubtful & inside, result)
@@ -529,7 +547,7 @@ def _results(columns, precisely, followed, aside):
     @by_type(write_line)
     def _write_line(call, place, out, row, j, numbers, then, streaming):
         def one(call, place, out, row, j, numbers, then, streaming):
-            result = followed(row, columns(row, j, j + LANES, numbers)[0])
+            result = counting(lanes(row[4], j), followed(row, columns(row, j, j + LANES, numbers)[0]))
             if streaming:
                 stream(out, j, result)
             else:
@@ -539,9 +557,11 @@ def _results(columns, precisely, followed, aside):
             k = j + LANES
             first, doubt = columns(row, j, k, numbers)
             second, more_doubt = columns(row, k, k + LANES, then)
-            doubtful = below(math.fabs(first), doubt)
-            more = below(math.fabs(second), more_doubt)
-            first, second = followed(row, first), followed(row, second)
+            bits, more_bits = lanes(row[4], j), lanes(row[4], k)
+            doubtful = both(bits, below(math.fabs(first), doubt))
+            more = both(more_bits, below(math.fabs(second), more_doubt))
+            first = counting(bits, followed(row, first))
+            second = counting(more_bits, followed(row, second))
             if rarely(doubtful | more != 0):
                 first = precisely(call, place, row, j, doubtful, first)
                 second = precisely(call, place, row, k, more, second)
@@ -623,6 +643,7 @@ def _write_run(name, numbers_at, value, write_line):
         c = 0
         begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
         while j < last:
+            row = advanced(row, j)
             numbers = numbers_at(row, tables, c, ROOM)
             end = begin if j < begin else last
             if j + line <= end:
@@ -665,7 +686,7 @@ def _write_rows(name, reads, write_part):
             out = after(buffer, 2 * ROOM)
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
-            read = operands(call, second, x, row, stored)
+            read = operands(call, second, x, row_bits(call, row, stored), row, stored)
             write_part(call, out, read, plain(0), count, count, streaming, tile)
             if not direct:
                 scatter(call, call.out, call.at_out, step, piece, channel, group, out, stored)
@@ -733,6 +754,7 @@ def _down(name, reads, look, write_part, write_rows):
                 room = after(buffer, reads * k * ROOM)
                 x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
                 rows[reads * k + reads - 1] = address(x)
+                note_bits(call, rows, reads * k, row + k * pitch, stored)
                 if reads > 1:
                     room = after(room, ROOM)
                     dy = row_of(
@@ -769,7 +791,8 @@ def _down(name, reads, look, write_part, write_rows):
                     x = pointer(rows[reads * k + reads - 1] + to_x, stored)
                     second = pointer(seconds[k] + to_second, stored)
                     count = widths[k] * tile[1]
-                    read = operands(call, second, x, row + k * pitch, stored)
+                    bits = noted_bits(rows, reads * k, call.bits_mask, stored)
+                    read = operands(call, second, x, bits, row + k * pitch, stored)
                     write_part(call, out, read, start, stop, count, call.stream == 1, tile)
             for k in range(number if reads > 1 and with_residual(stored) else 0):
                 step, piece = locate(call, row + k * pitch)

@@ -1,0 +1,305 @@
+"""Which columns of a row count: a table with a bit for each, and how many values come before a row.
+
+Each part here is nothing, in kernels that are compiled without (`nbbn.cpu.simd.Way`). What goes for one
+channel goes for all, so tiles share the bits: those of the columns of the first one. The pieces of a step
+have theirs one after the other; where all columns of a row are of one position, it has LANES times the same.
+"""
+
+import numpy as np
+from numba.core import types
+
+from nbbn.compiler import by_type, loop
+from nbbn.cpu.parameters import BESIDE, ROWS, beside
+from nbbn.cpu.rows import extent, locate, position, row_address
+from nbbn.cpu.simd import (
+    LANES,
+    choose,
+    nonzero,
+    ones,
+    pointer,
+    set_word,
+    way_of,
+    wide,
+    word,
+)
+
+AT_BITS = 4 * ROWS  # where, among the addresses of rows, those of their bits are
+WORD_BITS = 32
+SPREAD_CHANNELS = 7  # eight times as many are bits of a number that is not negative
+
+
+@loop
+def bits_at(call, row):
+    """Return where the bits of a row begin; pieces end with whole bytes, but for the last."""
+    if call.pieces == 1:
+        return call.bits + row * call.bits_pitch
+    return call.bits + row // call.pieces * call.bits_pitch + (row % call.pieces * call.width >> 3)
+
+
+def row_bits(call, row, stored):
+    """Return where the bits of a row are, what an index is masked with, and the first index; or nothing."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(row_bits)
+def _row_bits(call, row, stored):
+    if way_of(stored).masked:
+        return lambda call, row, stored: (bits_at(call, row), call.bits_mask, 0)
+    return lambda call, row, stored: ()
+
+
+def note_bits(call, rows, k, row, stored):
+    """Note where the bits of row k of those that are read at once are."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(note_bits)
+def _note_bits(call, rows, k, row, stored):
+    def note(call, rows, k, row, stored):
+        rows[AT_BITS + k] = row_bits(call, row, stored)[0]
+
+    def nothing(call, rows, k, row, stored):
+        pass
+
+    return note if way_of(stored).masked else nothing
+
+
+def noted_bits(rows, k, bits_mask, stored):
+    """Return the same of row k as `row_bits`."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(noted_bits)
+def _noted_bits(rows, k, bits_mask, stored):
+    if way_of(stored).masked:
+        return lambda rows, k, bits_mask, stored: (rows[AT_BITS + k], bits_mask, 0)
+    return lambda rows, k, bits_mask, stored: ()
+
+
+def run_bits(call, step, stored):
+    """Return the same of rows that follow each other as one, from `step` on, of which each is one.
+
+    That is where a byte for each step is, how far apart those are, how many columns a step has, which is the
+    last; a column, which step it is of, and how many columns are left of that.
+    """
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(run_bits)
+def _run_bits(call, step, stored):
+    def bytes_of_steps(call, step, stored):
+        stride = pointer(call.at_mask.strides, np.int64)[0]
+        channels = call.channels
+        return call.mask, stride, channels, call.outer - 1, step * channels, step, channels
+
+    return bytes_of_steps if way_of(stored).masked else (lambda call, step, stored: ())
+
+
+@loop
+def moved_on(bits, j):
+    """Return the bits of a run with a column j, at or after the one that they have."""
+    at, stride, channels, last, column, step, left = bits
+    left -= j - column
+    while left <= 0:
+        left += channels
+        step += 1
+    return at, stride, channels, last, j, step, left
+
+
+def advanced(row, j):
+    """Return what the results of a run are computed from, to be asked for columns from j on."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(advanced)
+def _advanced(row, j):
+    if len(row[4]) == 0:
+        return lambda row, j: row
+    return lambda row, j: row[:4] + (moved_on(row[4], j),) + row[BESIDE:]
+
+
+def from_column(row, first):
+    """Return what the results of a row are computed from where its bits begin with column `first`."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(from_column)
+def _from_column(row, first):
+    if len(row[4]) == 0:
+        return lambda row, first: row
+    return lambda row, first: row[:4] + ((row[4][0], row[4][1], first),) + row[BESIDE:]
+
+
+def lanes(bits, j):
+    """Return a bit for each of the columns j …, of a row whose bits are these; or nothing."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(lanes)
+def _lanes(bits, j):
+    def of_row(bits, j):
+        at, bits_mask, first = bits
+        i = (j - first) & bits_mask
+        return (word(at + (i >> 3)) >> (i & 7)) & ((1 << LANES) - 1)
+
+    def of_run(bits, j):
+        at, stride, channels, last, _, step, left = moved_on(bits, j)
+        found = lane = 0
+        while lane < LANES:
+            some = (1 << min(left, LANES)) - 1
+            counts = pointer(at + min(step, last) * stride, np.uint8)[0] != 0
+            found |= (some if counts else 0) << lane
+            lane += left
+            left = channels
+            step += 1
+        return found & ((1 << LANES) - 1)
+
+    return {0: lambda bits, j: (), 3: of_row, 7: of_run}[len(bits)]
+
+
+def only(bits, vector, otherwise):
+    """Return a vector with the lanes of another where the bit is not set."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(only)
+def _only(bits, vector, otherwise):
+    if isinstance(bits, types.BaseTuple):
+        return lambda bits, vector, otherwise: vector
+    return lambda bits, vector, otherwise: choose(bits, vector, otherwise)
+
+
+def both(bits, more):
+    """Return `more` bits, without those that `bits` leaves out."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(both)
+def _both(bits, more):
+    if isinstance(bits, types.BaseTuple):
+        return lambda bits, more: more
+    return lambda bits, more: bits & more
+
+
+def values_before(call, row, stored):
+    """Return how many values of a channel that count come before `row`."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(values_before)
+def _values_before(call, row, stored):
+    if way_of(stored).masked:
+        return lambda call, row, stored: pointer(call.counts, np.int64)[row]
+    return lambda call, row, stored: position(call, row)
+
+
+@loop
+def operands(call, second, x, bits, row, stored):
+    """Return what the results of a row are computed from.
+
+    That is what is read beside x, x, the type that it is stored as, the slope of an activation, the row's
+    bits and, from BESIDE on, the weights and the biases of its columns, where each has its own.
+    """
+    return (second, x, stored, wide(stored)(call.slope), bits) + beside(call, row, stored)
+
+
+# --- the tables ------------------------------------------------------------------------------------
+
+
+@loop
+def append(state, bits, number):
+    """Append so many bits, WORD_BITS at most, to what is written; return where, the rest, and its length."""
+    at, left, filled = state
+    left |= bits << filled
+    filled += number
+    if filled >= WORD_BITS:
+        set_word(at, left)
+        return at + WORD_BITS // 8, left >> WORD_BITS, filled - WORD_BITS
+    return at, left, filled
+
+
+@loop
+def some_bits(at, stride, number):
+    """Return a bit for each of so many bytes, WORD_BITS at most."""
+    if stride == 1 and number == WORD_BITS:
+        return nonzero(at) | nonzero(at + LANES) << LANES
+    bits = 0
+    for k in range(number):
+        if pointer(at + k * stride, np.uint8)[0] != 0:
+            bits |= 1 << k
+    return bits
+
+
+@loop
+def append_run(state, at, stride, count):
+    """Append a bit for each of `count` bytes; return the state, and how many of them are set."""
+    total = 0
+    for i in range(0, count, WORD_BITS):
+        number = min(WORD_BITS, count - i)
+        bits = some_bits(at + i * stride, stride, number)
+        total += ones(bits)
+        state = append(state, bits, number)
+    return state, total
+
+
+@loop
+def append_same(state, bit, count):
+    """Append `count` times the same bit."""
+    for i in range(0, count, WORD_BITS):
+        number = min(WORD_BITS, count - i)
+        state = append(state, bit * ((1 << number) - 1), number)
+    return state
+
+
+@loop
+def spread_bits(channels, spread):
+    """Set for each byte its bits, each of them `channels` times."""
+    spread[0] = 0
+    for byte in range(1, 256):
+        spread[byte] = (spread[byte >> 1] << channels) | ((byte & 1) * ((1 << channels) - 1))
+
+
+@loop
+def set_bits(call, task, spread):
+    """Set the bits of a row, or of all pieces of a step, and how many values each has that count.
+
+    The latter goes where how many come before the next row will be. What `spread` holds is used for rows of
+    steps of a few channels, up to SPREAD_CHANNELS.
+    """
+    counts = pointer(call.counts, np.int64)
+    state = call.bits + task * call.bits_pitch, 0, 0
+    stride = call.at_mask.inner
+    if call.pieces > 1:
+        for piece in range(call.pieces):
+            at = row_address(call, call.mask, call.at_mask, task, piece, 0)
+            _, count = extent(call, task, piece)
+            state, total = append_run(state, at, stride, count)
+            counts[task * call.pieces + piece + 1] = total
+    else:
+        step, piece = locate(call, task)
+        steps, count = extent(call, step, piece)
+        at = row_address(call, call.mask, call.at_mask, step, piece, 0)
+        outer = pointer(call.at_mask.strides, np.int64)[call.dims - 1]
+        total = 0
+        f = 0
+        while call.channels <= SPREAD_CHANNELS and count == 1 and f + 8 <= steps:
+            bits = some_bits(at + f * outer, outer, 8)
+            total += ones(bits)
+            number = 8 * call.channels
+            state = append(state, spread[bits] & ((1 << WORD_BITS) - 1), min(number, WORD_BITS))
+            if number > WORD_BITS:
+                state = append(state, spread[bits] >> WORD_BITS, number - WORD_BITS)
+            f += 8
+        for rest in range(f, steps):
+            there = at + rest * outer
+            here = 0
+            if count == 1:
+                here = some_bits(there, 1, 1)
+                state = append_same(state, here, call.group if call.bits_mask == -1 else LANES)
+            else:
+                for _ in range(call.group):
+                    state, here = append_run(state, there, stride, count)
+            total += here
+        counts[task + 1] = total
+    set_word(state[0], state[1])
+    set_word(state[0] + WORD_BITS // 8, 0)

@@ -1,0 +1,89 @@
+"""Which positions of x count: from a mask, or from how long each sample is."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbbn import arrays
+
+
+class Where(NamedTuple):
+    """What a caller says about the positions that count; checked against x (`counted`), not before.
+
+    Attributes
+    ----------
+    mask, lengths : array or None
+        See `nbbn.batch_norm`. One of them is given.
+    lengths_axis : int or None
+        Of x.
+    """
+
+    mask: Any = None
+    lengths: Any = None
+    lengths_axis: Any = None
+
+
+def counted(where: Where, x: np.ndarray, axis: int) -> np.ndarray:
+    """Return for each position of x, its elements without the channel axis, whether it counts."""
+    if where.mask is not None and where.lengths is not None:
+        raise ValueError("mask and lengths must not both be given")
+    shape = x.shape[:axis] + x.shape[axis + 1 :]
+    mask = _mask(where.mask, shape) if where.lengths is None else _from_lengths(where, x, axis)
+    # Its axes in the order in which x has them.
+    found = np.empty_like(x[(slice(None),) * axis + (slice(0, 1),)], dtype=np.bool_, subok=False)
+    found = found[(slice(None),) * axis + (0,)]
+    if mask.shape == shape and mask.strides == found.strides:
+        return mask
+    found[...] = mask
+    return found
+
+
+def _mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        mask = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"mask must be an array of bools in the memory of the host: {error}") from None
+    if mask.dtype != np.bool_ or isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"mask must be an array of bools, got {type(value).__name__} of {mask.dtype}")
+    if mask.shape == shape:
+        return mask
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"mask must broadcast to {shape}, x's shape without the channel axis, got {mask.shape}"
+        ) from None
+
+
+def _from_lengths(where: Where, x: np.ndarray, axis: int) -> np.ndarray:
+    """Return True for the first lengths[n] positions of sample n."""
+    others = [d for d in range(x.ndim) if d != axis]
+    samples = others[0]
+    along = others[-1] if where.lengths_axis is None else arrays.integer("lengths_axis", where.lengths_axis)
+    if not -x.ndim <= along < x.ndim:
+        raise ValueError(
+            f"lengths_axis must be in [-{x.ndim}, {x.ndim}) for x of shape {x.shape}, got {along}"
+        )
+    along %= x.ndim
+    if along in (axis, samples):
+        what = "channel" if along == axis else "samples'"
+        raise ValueError(f"lengths_axis must not be the {what} axis, got {along} for x of shape {x.shape}")
+    try:
+        lengths = np.asarray(where.lengths)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"lengths must be an array of ints in the memory of the host: {error}") from None
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be an array of ints, got {lengths.dtype}")
+    if lengths.shape != x.shape[samples : samples + 1]:
+        raise ValueError(
+            f"lengths must have shape ({x.shape[samples]},), a number per sample, got {lengths.shape}"
+        )
+    if lengths.size and (lengths.min() < 0 or lengths.max() > x.shape[along]):
+        raise ValueError(
+            f"lengths must be in [0, {x.shape[along]}], the length of axis {along}, got "
+            f"{lengths.min()} to {lengths.max()}"
+        )
+    mask = np.arange(x.shape[along]) < lengths[:, None]
+    shape = [1] * len(others)
+    shape[0], shape[others.index(along)] = mask.shape
+    return np.broadcast_to(mask.reshape(shape), [x.shape[d] for d in others])
