@@ -10,7 +10,7 @@ from nbbn import arrays, conventions
 from nbbn.base import COUNTER, MOST_ELEMENTS, NEUTRAL, PARAMETERS, STATISTICS, Module
 from nbbn.compiler import in_one
 from nbbn.frameworks import CPU, Place, place
-from nbbn.functional import _channels, differentiate, evaluate, train
+from nbbn.functional import _channels, differentiate, evaluate, train, with_x
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.options import DEFAULT, Option, Options, Renorm, checked
 from nbbn.population import pooled
@@ -301,7 +301,16 @@ class BatchNorm(Module):
         self._set_options(use_running_stats=None, update_running_stats=None)
         return self
 
-    def __call__(self, x: Any, *, residual: Any = None, update_running_stats: bool | None = None) -> Any:
+    def __call__(
+        self,
+        x: Any,
+        *,
+        residual: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+        lengths_axis: int | None = None,
+        update_running_stats: bool | None = None,
+    ) -> Any:
         """Normalize x, add a residual, if there is one, and apply the activation, if there is one.
 
         Parameters
@@ -311,6 +320,10 @@ class BatchNorm(Module):
             `num_features` channels; any strides. In training more than one value per channel.
         residual : array, optional
             Of x's shape and dtype, any strides. `backward` needs it unchanged too.
+        mask, lengths, lengths_axis
+            Which positions of x count: see `nbbn.batch_norm`. The running variance is that of the values that
+            count, var · m / (m - correction) with m of them per channel; a batch of which nothing counts is
+            like an empty one. `backward` needs them unchanged too.
         update_running_stats : bool or None, default None
             Whether x's statistics update the running ones in this call; None: as the module has it. False is
             for a forward pass that is made again: its output, and what it leaves for `backward`, are those of
@@ -327,14 +340,17 @@ class BatchNorm(Module):
         TypeError
             If `x` is not an array of a type that goes with the module's.
         ValueError
-            If x's shape does not fit, or there are no running statistics to update.
+            If a shape does not fit, there are no running statistics to update, or both a mask and virtual
+            batches.
         nbbn.DeviceError
             If `x` lies on another device.
         FloatingPointError
             If `nonfinite` is "raise", and x's statistics would update the running ones and are not finite. In
             all of these cases the running statistics are unchanged.
         """
-        fused = self._fused if residual is None else self._fused._replace(residual=residual)
+        fused = self._fused
+        if not (residual is mask is lengths is lengths_axis is None):
+            fused = fusion(self.activation, self.negative_slope, residual, mask, lengths, lengths_axis)
         if self._options is None and update_running_stats is None:
             if self.training or self.running_mean is None:
                 return self._normalize_with_own(x, fused)
@@ -409,12 +425,14 @@ class BatchNorm(Module):
         None: with the running statistics, and nothing else. All of the caller's state is written at the end.
         """
         here, view, axis = self._looked_at(x, update)
-        count = view.size // self.num_features
+        seen, count = with_x(fused._replace(residual=None), view, None, axis, here)
         if (count == 1 and options.single_value == "running") or (use and not count):
             return None
         update = update and count > 0
         parts: tuple[Part, ...] = ()
         if options.virtual_batch_size is not None and self.training and count > 1:
+            if seen.counted is not None:
+                raise ValueError("mask and lengths must be None with virtual_batch_size")
             parts = cut(view.shape, axis, options.virtual_batch_size, max(1.0, update * self.correction))
         step: Renormalized | Parts | None = None
         weight, bias = self.weight, self.bias
@@ -422,7 +440,7 @@ class BatchNorm(Module):
             running = self.running_mean, self.running_var
             bounds, columns = options.renorm, self._columns
             assert isinstance(bounds, Renorm)
-            step = renormalize(view, axis, here, bounds, self.eps, columns, running, weight, bias)
+            step = renormalize(view, axis, here, seen, bounds, self.eps, columns, running, weight, bias)
             if step is not None:
                 weight, bias = step.weight, step.bias
         tracked, momenta = 0, [0.0] * max(1, len(parts))

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn.arrays import address
 from nbbn.columns import Columns
 from nbbn.frameworks import Place
-from nbbn.functional import differentiate, run_of
+from nbbn.functional import differentiate, take_stats
 from nbbn.fusion import Fusion
 from nbbn.options import Renorm
 
@@ -64,6 +63,7 @@ def renormalize(
     x: np.ndarray,
     axis: int,
     here: Place,
+    fused: Fusion,
     bounds: Renorm,
     eps: float,
     columns: Columns,
@@ -71,12 +71,15 @@ def renormalize(
     weight: Any,
     bias: Any,
 ) -> Renormalized | None:
-    """Return what to normalize x with, a view that is not empty; None: as batch normalization does."""
+    """Return what to normalize x with, a view that is not empty; None: as batch normalization does.
+
+    `fused` says which of its values count.
+    """
     if bounds == (1.0, 0.0):
         return None
     channels = x.shape[axis]
     stats = here.empty((3, channels))
-    run_of(x, axis, (x.strides,), here).stats(address(x), address(stats))
+    take_stats(x, axis, here, fused, stats)
     mean, var = columns.numbers(stats[:2], here)
     running_mean, running_var = (columns.host(column).astype(np.float64) for column in running)
     gamma = np.ones(channels) if weight is None else columns.host(weight).astype(np.float64)

@@ -13,13 +13,14 @@ from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
     SPREAD_CHANNELS,
-    from_column,
     lanes,
     operands,
+    repeated_after,
     row_bits,
     run_bits,
     set_bits,
     spread_bits,
+    step_bits,
     values_before,
 )
 from nbbn.cpu.parameters import (
@@ -530,7 +531,7 @@ def normalize_run(call, channel, last, row, out, real):
     place = plain(0), call.channels, call.inner
     numbers = splat_tables(tables, channel, call.room)
     j = channel * call.inner
-    row = from_column(row, j)
+    row = repeated_after(row, j)
     end = last * call.inner
     border = j + call.inner  # where the next channel begins
     streaming = call.stream_planes == 1 and address(out) % size_of(out) == 0
@@ -544,7 +545,7 @@ def normalize_run(call, channel, last, row, out, real):
             while border < j + here:
                 channel += 1
                 numbers = splat_tables(tables, channel, call.room)
-                row = from_column(row, border)
+                row = repeated_after(row, call.inner)
                 more = normalized_at(call, place, row, j, j + here, numbers)
                 value = choose((1 << (border - j)) - 1, value, more)
                 border += call.inner
@@ -576,7 +577,7 @@ def normalize_planes(first, last, address, stored):
         x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), stored)
         second = pointer(row_address(call, call.second, call.at_second, step, 0, 0), stored)
         out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), stored)
-        row = operands(call, second, x, row_bits(call, step * call.pieces, stored), 0, stored)
+        row = operands(call, second, x, step_bits(call, step, stored), 0, stored)
         normalize_run(call, channel, until, row, out, wide(stored))
         plane += until - channel
     if call.stream_planes == 1:

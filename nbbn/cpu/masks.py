@@ -118,16 +118,32 @@ def _advanced(row, j):
     return lambda row, j: row[:4] + (moved_on(row[4], j),) + row[BESIDE:]
 
 
-def from_column(row, first):
-    """Return what the results of a row are computed from where its bits begin with column `first`."""
+def step_bits(call, step, stored):
+    """Return the same as `row_bits` of an outer step, which may be one of several in a row."""
     raise NotImplementedError("exists in compiled code only")
 
 
-@by_type(from_column)
-def _from_column(row, first):
-    if len(row[4]) == 0:
-        return lambda row, first: row
-    return lambda row, first: row[:4] + ((row[4][0], row[4][1], first),) + row[BESIDE:]
+@by_type(step_bits)
+def _step_bits(call, step, stored):
+    def of_step(call, step, stored):
+        at, bits_mask, _ = row_bits(call, step // call.fold * call.pieces, stored)
+        return at, bits_mask, -(step % call.fold * call.channels * call.inner)
+
+    return of_step if way_of(stored).masked else (lambda call, step, stored: ())
+
+
+def repeated_after(row, columns):
+    """Return what the results of a row are computed from where its bits begin so many columns later."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(repeated_after)
+def _repeated_after(row, columns):
+    def later(row, columns):
+        at, bits_mask, first = row[4]
+        return row[:4] + ((at, bits_mask, first + columns),) + row[BESIDE:]
+
+    return later if len(row[4]) > 0 else (lambda row, columns: row)
 
 
 def lanes(bits, j):

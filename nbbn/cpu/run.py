@@ -216,9 +216,14 @@ class Run:
     def stats(self, x: int, stats: int, extras: Extras = NOTHING) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         self._compile(kernels.collect_stats, kernels.finish_stats)
+        plan = self.plan
         call = self._take()
-        x += self.plan.offset_x
-        call.set(x, 0, 0, 0, 0, stats, stats, *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, 1, 0, 0)
+        call.set(
+            x + plan.offset_x, 0, 0, 0, 0, extras.mask + plan.offset_mask, stats, stats,
+            *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, extras.counted or plan.count, 1, 0, 0,
+        )  # fmt: skip
+        if self.form.masked:
+            self._set_mask(call)
         call(kernels.collect_stats, self._tiles)
         call(kernels.finish_stats, self._sets, self._finishers)
         self._give_back(call)
