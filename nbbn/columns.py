@@ -145,7 +145,7 @@ class CudaColumns(Columns):
             out, at = into, address(into)
         var = self._parameter(ones) if var is ABSENT else var
         run.evaluate(
-            self._parameter(row)[0], at, ABSENT, bias, self._parameter(zeros), var, eps, here.stream
+            self._parameter(row)[0], at, ABSENT, bias, self._parameter(zeros), var, eps, stream=here.stream
         )  # fmt: skip
         return out
 

@@ -34,8 +34,8 @@ def _cuda(problem: Problem) -> Any:
 
     if (reason := why_not()) is not None:
         raise DeviceError(f"arrays on {problem.device} cannot be computed with: {reason}")
-    if problem.form.activation or problem.form.residual:
-        raise DeviceError("activation and residual are for arrays on the CPU only")
+    if problem.form.alone != problem.form:
+        raise DeviceError("activation, residual, mask and lengths are for arrays on the CPU only")
     from nbbn.cuda.run import Run
 
     return Run(problem)
@@ -56,7 +56,7 @@ def find(
 ) -> Any:
     """Return what runs the stages of a problem, whose parts these are: see `nbbn.cpu.run.Run`.
 
-    On a GPU its methods have one more argument, the last one: the address of a CUstream.
+    On a GPU its methods have one more argument, `stream`: the address of a CUstream.
     """
     storage = storage_of(dtype)
     assert storage is not None

@@ -360,17 +360,21 @@ def gelu_tanh_gradient(grad, z, slope):
 
 
 class Activation(NamedTuple):
-    """A function of z, and its gradient: `apply(z, slope)`, `gradient(grad, z, slope)`."""
+    """A function of z, and its gradient: `apply(z, slope)`, `gradient(grad, z, slope)`.
+
+    `long` are those with an exponential.
+    """
 
     apply: Any
     gradient: Any
+    long: bool
 
 
 ACTIVATIONS = {
-    "relu": Activation(relu, relu_gradient),
-    "leaky_relu": Activation(leaky_relu, leaky_relu_gradient),
-    "silu": Activation(silu, silu_gradient),
-    "gelu": Activation(gelu, gelu_gradient),
-    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_gradient),
+    "relu": Activation(relu, relu_gradient, long=False),
+    "leaky_relu": Activation(leaky_relu, leaky_relu_gradient, long=False),
+    "silu": Activation(silu, silu_gradient, long=True),
+    "gelu": Activation(gelu, gelu_gradient, long=True),
+    "gelu_tanh": Activation(gelu_tanh, gelu_tanh_gradient, long=True),
 }
 """By the names that a user gives them; `slope` is what leaky_relu multiplies with below 0."""

@@ -692,7 +692,7 @@ class _Gpu(Place):
 
 
 class _OnStream:
-    """What runs the stages, with the stream as its last argument.
+    """What runs the stages on a stream.
 
     All that comes to the device `held_back` later, on whatever stream, waits for them.
     """
@@ -705,14 +705,14 @@ class _OnStream:
     def __getattr__(self, operation: str) -> Callable[..., None]:
         start = getattr(self._run, operation)
         if self._held_back is None:
-            return lambda *arguments: start(*arguments, self._stream)
+            return functools.partial(start, stream=self._stream)
         return functools.partial(self._start_and_hold_back, start)
 
     def _start_and_hold_back(self, start: Callable[..., None], *arguments: Any) -> None:
         from nbbn.cuda import target
 
         assert self._held_back is not None and self._stream is not None
-        start(*arguments, self._stream)
+        start(*arguments, stream=self._stream)
         target.hold_back(self._held_back, self._stream)
 
 

@@ -108,7 +108,7 @@ def activated(row, z):
 
 
 def activated_aside(row, z):
-    """Return the same where that is seldom wanted: not compiled in line, once more."""
+    """Return the same where that is seldom wanted: what is long is not compiled in line once more."""
     raise NotImplementedError("exists in compiled code only")
 
 
@@ -126,13 +126,13 @@ def _activated_aside(row, z):
     name = way_of(row[2]).activation
     if not name:
         return lambda row, z: z
-    apply = ACTIVATIONS[name].apply
+    apply, _, is_long = ACTIVATIONS[name]
 
     def aside(row, z):
         out_of_line()
         return apply(z, row[3])
 
-    return aside
+    return aside if is_long else (lambda row, z: apply(z, row[3]))
 
 
 # --- backward --------------------------------------------------------------------------------------

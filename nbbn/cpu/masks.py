@@ -9,7 +9,7 @@ import numpy as np
 from numba.core import types
 
 from nbbn.compiler import by_type, loop
-from nbbn.cpu.parameters import BESIDE, ROWS, beside
+from nbbn.cpu.parameters import ROWS, WEIGHTS, beside
 from nbbn.cpu.rows import extent, locate, position, row_address
 from nbbn.cpu.simd import (
     LANES,
@@ -115,7 +115,7 @@ def advanced(row, j):
 def _advanced(row, j):
     if len(row[4]) == 0:
         return lambda row, j: row
-    return lambda row, j: row[:4] + (moved_on(row[4], j),) + row[BESIDE:]
+    return lambda row, j: row[:4] + (moved_on(row[4], j),) + row[WEIGHTS:]
 
 
 def step_bits(call, step, stored):
@@ -141,7 +141,7 @@ def repeated_after(row, columns):
 def _repeated_after(row, columns):
     def later(row, columns):
         at, bits_mask, first = row[4]
-        return row[:4] + ((at, bits_mask, first + columns),) + row[BESIDE:]
+        return row[:4] + ((at, bits_mask, first + columns),) + row[WEIGHTS:]
 
     return later if len(row[4]) > 0 else (lambda row, columns: row)
 
@@ -214,7 +214,7 @@ def operands(call, second, x, bits, row, stored):
     """Return what the results of a row are computed from.
 
     That is what is read beside x, x, the type that it is stored as, the slope of an activation, the row's
-    bits and, from BESIDE on, the weights and the biases of its columns, where each has its own.
+    bits and, from WEIGHTS on, the weights and the biases of its columns, where each has its own.
     """
     return (second, x, stored, wide(stored)(call.slope), bits) + beside(call, row, stored)
 

@@ -110,7 +110,9 @@ def _mean_of_row(call, channel, stored):
 # --- along the elements of a channel -----------------------------------------------------------------
 
 
-BESIDE = 5  # where, in what the results of a row are computed from, weights and biases of its columns are
+# Where, in what the results of a row are computed from, the weights and the biases of its columns are, if
+# each has its own.
+WEIGHTS, BIASES = 5, 6
 
 
 def beside(call, row, stored):
@@ -192,10 +194,10 @@ def finished(row, j, out, doubt):
 @by_type(finished)
 def _finished(row, j, out, doubt):
     def with_affine(row, j, out, doubt):
-        weight, bias = load(row[BESIDE], j), load(row[BESIDE + 1], j)
+        weight, bias = load(row[WEIGHTS], j), load(row[BIASES], j)
         return affine(out, weight, bias), affine_doubt(doubt, weight, bias)
 
-    return with_affine if len(row) > BESIDE else (lambda row, j, out, doubt: (out, doubt))
+    return with_affine if len(row) > WEIGHTS else (lambda row, j, out, doubt: (out, doubt))
 
 
 def scaled(row, j, scale):
@@ -209,8 +211,8 @@ def scaled(row, j, scale):
 @by_type(scaled)
 def _scaled(row, j, scale):
     return (
-        (lambda row, j, scale: scale * load(row[BESIDE], j))
-        if len(row) > BESIDE
+        (lambda row, j, scale: scale * load(row[WEIGHTS], j))
+        if len(row) > WEIGHTS
         else (lambda row, j, scale: scale)
     )
 
@@ -226,7 +228,7 @@ def _precisely_finished(call, row, j, out):
         index = column_of(call, row, j)
         return affine(out, parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0))
 
-    return with_affine if len(row) > BESIDE else (lambda call, row, j, out: out)
+    return with_affine if len(row) > WEIGHTS else (lambda call, row, j, out: out)
 
 
 def precisely_scaled(call, row, j, scale):
@@ -239,13 +241,13 @@ def _precisely_scaled(call, row, j, scale):
     def by_weight(call, row, j, scale):
         return scale * parameter(call.weight, column_of(call, row, j), 1.0)
 
-    return by_weight if len(row) > BESIDE else (lambda call, row, j, scale: scale)
+    return by_weight if len(row) > WEIGHTS else (lambda call, row, j, scale: scale)
 
 
 @loop
 def column_of(call, row, j):
     """Return which element of its channel column j of a row is."""
-    return ((address(row[BESIDE]) - call.along) // size_of(row[BESIDE]) + j) % call.inner
+    return ((address(row[WEIGHTS]) - call.along) // size_of(row[WEIGHTS]) + j) % call.inner
 
 
 @loop

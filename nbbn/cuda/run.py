@@ -13,7 +13,7 @@ from nbbn.cuda import kernels, target
 from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import THREADS, Form, Plan
 from nbbn.geometry import Geometry, Layout, canonical
-from nbbn.problem import Problem
+from nbbn.problem import NOTHING, Extras, Problem
 
 Kernel = Callable[..., Any]
 Where = tuple[int, int, int]  # a parameter: address, stride in bytes and code of the storage
@@ -98,7 +98,10 @@ def _across(problem: Problem) -> Geometry:
 
 
 class Run:
-    """Runs the operations on one problem. All arrays are given by their addresses on the device."""
+    """Runs the operations on one problem. All arrays are given by their addresses on the device.
+
+    `nbbn.dispatch` refuses problems with `Extras` here.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.device = int(problem.device.partition(":")[2] or 0)
@@ -155,6 +158,7 @@ class Run:
         momentum: float,
         correction: float,
         then: tuple[Step, ...] = (),
+        extras: Extras = NOTHING,
         stream: int = 0,
     ) -> None:
         """Training: normalize with x's own statistics, which go to float64[3, C] at `stats`.
@@ -185,6 +189,7 @@ class Run:
         mean: Where,
         var: Where,
         eps: float,
+        extras: Extras = NOTHING,
         stream: int = 0,
     ) -> None:
         """Evaluation: normalize with the running statistics."""
@@ -207,6 +212,7 @@ class Run:
         invstd: Where,
         training: bool,
         adds: bool = False,
+        extras: Extras = NOTHING,
         stream: int = 0,
     ) -> None:
         """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`."""

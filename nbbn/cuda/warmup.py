@@ -67,10 +67,10 @@ def _run(
     stats, x = address, address + STATISTICS
     some = stats, 8, 8
     if "training" in operations:
-        run(1).stats(x, stats, 0)
-        run(2).forward(x, x, stats, ABSENT, ABSENT, ABSENT, ABSENT, 1e-5, 0.0, 1.0, (), 0)
+        run(1).stats(x, stats)
+        run(2).forward(x, x, stats, ABSENT, ABSENT, ABSENT, ABSENT, 1e-5, 0.0, 1.0)
     if "evaluation" in operations:
-        run(2).evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5, 0)
+        run(2).evaluate(x, x, ABSENT, ABSENT, some, some, 1e-5)
     if "backward" in operations:
         for training in (True, False):
-            run(3).backward(x, x, x, stats, ABSENT, some, some, training, False, 0)
+            run(3).backward(x, x, x, stats, ABSENT, some, some, training)
