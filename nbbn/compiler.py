@@ -357,18 +357,15 @@ def sources_version() -> str:
 
 
 class _Cache(FunctionCache):
-    """Numba's cache on disk, with all of nbbn's sources in the key.
+    """Numba's cache on disk, of kernels that were compiled from these sources.
 
-    Numba's own key covers the one file that a kernel stands in, not the helpers that it calls.
+    Numba itself looks at the one file that a kernel stands in, not at the helpers that it calls. And an index
+    of other sources cannot even be read, where it is of types that are no more.
     """
 
     def __init__(self, function: Any) -> None:
         super().__init__(function)
-        # An index of other sources is not read at all: its types may be ones that are no more.
         self._cache_file._version += sources_version()
-
-    def _index_key(self, signature, codegen):
-        return (*super()._index_key(signature, codegen), sources_version())
 
 
 @contextlib.contextmanager

@@ -222,7 +222,10 @@ def batch_stats(
     x = arrays.checked("x", x)
     axis = arrays.channel_axis(x, axis)
     channels = x.shape[axis]
-    fused, count = with_x(fusion(None, SLOPE, None, mask, lengths, lengths_axis), x, None, axis, here)
+    fused = ALONE
+    if not (mask is lengths is lengths_axis is None):
+        fused = fusion(mask=mask, lengths=lengths, lengths_axis=lengths_axis)
+    fused, count = with_x(fused, x, None, axis, here)
     if count == 0:
         stats = here.rows(here.put(np.zeros((2, channels))))
         return BatchStats(0, stats[0], stats[1])

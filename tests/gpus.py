@@ -317,8 +317,7 @@ class Gpus:
                 self._run = CpuRun(problem._replace(device="cpu"))
 
             def __getattr__(self, operation):
-                def start(*arguments):
-                    *arguments, stream = arguments
+                def start(*arguments, stream=0):
                     gpus.ran.append((operation, self._problem.device, stream))
                     index = int(self._problem.device[5:])
                     gpus.launch(index, stream, lambda: getattr(self._run, operation)(*arguments))

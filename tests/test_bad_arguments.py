@@ -629,7 +629,7 @@ def test_merge(data, seed, dtype, reverse):
     assert (call.error is None) == is_good, call.error
     if is_good and ordinary_values(other._asdict()):
         assert result.count == 5 + int(other.count)
-        if other.count > 0:
+        if int(other.count) > 0:
             expected, tolerances = pooled(stats, other)
             for actual, value, tolerance in zip(result[1:], expected, tolerances, strict=True):
                 assert (np.abs(actual - value) <= tolerance).all()
