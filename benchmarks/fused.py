@@ -10,6 +10,7 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ def measured(shape: tuple[int, ...], layout: str, rounds: int) -> list[dict[str,
     }
     rows = []
     for name, operation in operations.items():
-        times = medians([lambda given=given: operation(given) for given in cases.values()], rounds)
+        times = medians([partial(operation, given) for given in cases.values()], rounds)
         ratios = {case: took / times[0] for case, took in zip(cases, times, strict=True)}
         del ratios["plain"]
         rows.append(

@@ -37,7 +37,10 @@ numpydoc_xref_param_type = False
 # Missing, unknown and disordered sections and parameters: what makes a docstring wrong, not what is style.
 numpydoc_validation_checks = {"GL06", "GL07", "GL08", "PR01", "PR02", "PR03", "PR04", "PR10"}
 # Fields of named tuples are documented as attributes, which they are.
-TUPLES = "BatchNormForward|BatchNormGradients|BatchNormResidualGradients|BatchStats|Folded|NormForward|NormGradients|Renorm"
+TUPLES = (
+    "BatchNormForward|BatchNormGradients|BatchNormResidualGradients|BatchStats|Folded|"
+    "NormForward|NormGradients|Renorm"
+)
 numpydoc_validation_exclude = {rf"nbbn\.({TUPLES})$"}
 
 nitpicky = True
