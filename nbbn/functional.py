@@ -192,7 +192,7 @@ def batch_stats(
         Of any kind and type (see `batch_norm`), at least two dimensions, any strides.
     axis : int, default 1
         The channel axis, of length C.
-    mask, lengths, lengths_axis
+    mask, lengths, lengths_axis : optional
         Which positions of x count: see `batch_norm`.
 
     Returns
@@ -675,7 +675,7 @@ def batch_norm_backward(
         The channel axis, of length C.
     training : bool, default True
         Whether mean and invstd are x's own statistics, and depend on it.
-    activation, negative_slope, residual, mask, lengths, lengths_axis
+    activation, negative_slope, residual, mask, lengths, lengths_axis : optional
         As in the forward pass: see `batch_norm`. Where x does not count, its gradient is 0.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.

@@ -36,7 +36,7 @@ class Fusion(NamedTuple):
     """
 
     activation: str = ""
-    slope: float = 0.0
+    slope: float = SLOPE
     residual: Any = None
     where: Where | None = None
     counted: np.ndarray | None = None
@@ -71,7 +71,8 @@ def fusion(
     elif lengths_axis is not None:
         raise ValueError(f"lengths_axis must be None without lengths, got {lengths_axis!r}")
     if activation is None:
-        return ALONE if residual is None and where is None else Fusion("", slope, residual, where)
+        alone = residual is None and where is None and slope == SLOPE
+        return ALONE if alone else Fusion("", slope, residual, where)
     if not isinstance(activation, str):
         raise TypeError(f"activation must be a str or None, got {type(activation).__name__}")
     if activation not in ACTIVATIONS:

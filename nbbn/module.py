@@ -77,6 +77,10 @@ class BatchNorm(Module):
     use_running_stats, update_running_stats : bool or None, default None
         Whether a batch is normalized with the running statistics, and whether its own update them. None: by
         the mode, the first in evaluation, the second in training. See `freeze`.
+    activation : str or None, default None
+        What is applied to the result, in the same pass over memory: see `nbbn.batch_norm`.
+    negative_slope : float, default 0.01
+        Of the activation "leaky_relu".
 
     Attributes
     ----------
@@ -94,6 +98,8 @@ class BatchNorm(Module):
         The mode; see `train` and `eval`.
     renorm, virtual_batch_size, single_value, nonfinite, use_running_stats, update_running_stats
         As above. They can be set between calls, and are checked as those are.
+    activation, negative_slope
+        As above; they cannot be changed.
     r_max, d_max : float or None
         The bounds in `renorm`; None without it. The paper [2]_ begins with 1 and 0, and raises them to 3 and
         5 in the course of training.
@@ -176,7 +182,6 @@ class BatchNorm(Module):
         self.axis = arrays.integer("axis", axis)
         self.correction = arrays.number("correction", correction, 0.0, float("inf"))
         self._fused = fusion(activation, negative_slope)
-        self.negative_slope = float(negative_slope)
         self.grad_residual: Any = None
         super().__init__(dtype, device)
         self._set_options(
@@ -198,6 +203,11 @@ class BatchNorm(Module):
     def activation(self) -> str | None:
         """What is applied to the result."""
         return self._fused.activation or None
+
+    @property
+    def negative_slope(self) -> float:
+        """Of the activation "leaky_relu"."""
+        return self._fused.slope
 
     @property
     def r_max(self) -> float | None:
@@ -320,7 +330,7 @@ class BatchNorm(Module):
             `num_features` channels; any strides. In training more than one value per channel.
         residual : array, optional
             Of x's shape and dtype, any strides. `backward` needs it unchanged too.
-        mask, lengths, lengths_axis
+        mask, lengths, lengths_axis : optional
             Which positions of x count: see `nbbn.batch_norm`. The running variance is that of the values that
             count, var · m / (m - correction) with m of them per channel; a batch of which nothing counts is
             like an empty one. `backward` needs them unchanged too.
