@@ -324,7 +324,7 @@ MUTATIONS = [
         "return some(kept, j, last)",
         "return gradient",
         None,
-        ("test_fused.py::test_gradient_of_the_residual[float16-relu+residual]",),
+        ("test_fused.py::test_gradient_of_the_residual[bfloat16-silu+residual]",),
     ),
     Mutation(
         "mask-squares",
