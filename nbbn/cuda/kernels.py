@@ -96,9 +96,8 @@ of_parameters = np.float32  # what they are stored as
 PARAMETER_SIZE = 4  # bytes
 
 # What goes along with batch normalization, if anything.
-ACTIVATION = (
-    ""  # what is applied to the result: then the formulas below are those of `ACTIVATIONS` by its name
-)
+ACTIVATION = ""  # what is applied to the result: the formulas below are those of `ACTIVATIONS` by its name
+ACTIVATES = False  # whether there is one
 RESIDUAL = False  # whether an array is added before that
 AGAIN = False  # whether the gradient at the activation's argument, once summed up, is computed again
 CONSTANT = False  # whether the statistics that grad_x is computed with are constants
@@ -962,7 +961,7 @@ def normalize_elements(arrays, element, stop, numbers, values):
 @part
 def activated(arrays, z):
     """Return the activation's result, if there is one; of 16 bits it is computed as what they are held in."""
-    if ACTIVATION:
+    if ACTIVATES:
         return activation(z, held(arrays.slope))
     return z
 
@@ -1146,7 +1145,7 @@ def reduce_part(
     Where each element has a weight, g = dy · weight takes the place of dy; and where batch norm is followed
     by an activation, the gradient at its argument.
     """
-    if ACTIVATION:
+    if ACTIVATES:
         numbers = cuda.local.array(OWN_TABLES, real)
         own_normalization(arrays, cut, c, numbers)
     means = cuda.local.array(OWN, np.float64)
@@ -1167,7 +1166,7 @@ def reduce_part(
         fetch(cut, arrays.x, c, step, inner, element, stop, others)
         if READS and AGAIN:
             keep(kept, 0, kept_at(first, start), element, stop, values)
-        if ACTIVATION:
+        if ACTIVATES:
             pass_activation(arrays, cut, c, step, inner, element, stop, numbers, values, others)
         if RESIDUAL:
             leave_residual(arrays, cut, c, step, inner, element, stop, values)

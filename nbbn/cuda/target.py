@@ -392,6 +392,7 @@ def _scope(module: str, names: Names) -> dict[str, Any]:
     simulated = _SIMULATED_NAMES if SIMULATED else {}
     scope = {**vars(sys.modules[module]), **simulated, **dict(names)}
     if activation := scope["ACTIVATION"]:
+        scope["ACTIVATES"] = True
         scope["activation"], scope["activation_gradient"], _ = formulas.ACTIVATIONS[activation]
     return _twins(scope)
 
