@@ -34,8 +34,6 @@ def _cuda(problem: Problem) -> Any:
 
     if (reason := why_not()) is not None:
         raise DeviceError(f"arrays on {problem.device} cannot be computed with: {reason}")
-    if problem.form.alone != problem.form:
-        raise DeviceError("activation, residual, mask and lengths are for arrays on the CPU only")
     from nbbn.cuda.run import Run
 
     return Run(problem)

@@ -779,11 +779,11 @@ def operate(shape, axis, dtype):
     strides = tuple(int(step) for step in strides)
     one, two, three = (find(shape, axis, (strides,) * n, dtype, 1, "cuda:0") for n in (1, 2, 3))
     x, column = 1 << 22, (1 << 21, 8, 8)
-    one.stats(x, x, 0)
-    two.forward(x, x, x, column, column, column, column, 1e-5, 0.1, 1.0, (), 0)
-    two.evaluate(x, x, column, column, column, column, 1e-5, 0)
+    one.stats(x, x)
+    two.forward(x, x, x, column, column, column, column, 1e-5, 0.1, 1.0)
+    two.evaluate(x, x, column, column, column, column, 1e-5)
     for training in (True, False):
-        three.backward(x, x, x, x, column, column, column, training, 0)
+        three.backward(x, x, x, x, column, column, column, training)
 
 
 # What is known of an H100, a B200, an A100, a GPU with little shared memory, and one without teams.

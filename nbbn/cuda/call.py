@@ -45,6 +45,43 @@ class Arrays(NamedTuple):
             self.partials, self.tables, self.barriers, self.training,
         )  # fmt: skip
 
+    @property
+    def together(self) -> int:
+        """The arrays' addresses in one, which is a multiple of what all of them are multiples of."""
+        return self.x.address | self.grad_out.address | self.out.address
+
+
+class FusedArrays(NamedTuple):
+    """`Arrays`, and what goes along with batch norm.
+
+    Apart from these, so that batch norm's kernels are told nothing that they do not use.
+    """
+
+    x: Operand
+    grad_out: Operand
+    out: Operand
+    stats: int
+    weight: Parameter
+    bias: Parameter
+    mean: Parameter
+    var: Parameter
+    partials: int
+    tables: int
+    barriers: int
+    training: int
+    residual: Operand  # x where there is none, as its gradient
+    grad_residual: Operand
+    slope: float  # of the activation
+
+    def flat(self) -> tuple[float, ...]:
+        """Return all the numbers, in the order in which a kernel takes them."""
+        return (*Arrays(*self[:-3]).flat(), *self.residual, *self.grad_residual, self.slope)
+
+    @property
+    def together(self) -> int:
+        """As that of `Arrays`."""
+        return Arrays(*self[:-3]).together | self.residual.address | self.grad_residual.address
+
 
 class Cut(NamedTuple):
     """How the work is cut up: what a plan knows ahead."""

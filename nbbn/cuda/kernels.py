@@ -45,6 +45,8 @@ from nbbn.formulas import (
     merge,
     normalized,
     power_of_two,
+    relu,
+    relu_gradient,
     running,
     shift_of,
     squared_deviation,
@@ -92,6 +94,14 @@ ADDS = False  # whether gradients of parameters are added to what is there
 TOGETHER = 0  # elementwise parameters of a vector; 1: each alone; 0: weight and bias differ in type
 of_parameters = np.float32  # what they are stored as
 PARAMETER_SIZE = 4  # bytes
+
+# What goes along with batch normalization, if anything.
+ACTIVATION = ""  # what is applied to the result: the formulas below are those of `ACTIVATIONS` by its name
+ACTIVATES = False  # whether there is one
+RESIDUAL = False  # whether an array is added before that
+AGAIN = False  # whether the gradient at the activation's argument, once summed up, is computed again
+CONSTANT = False  # whether the statistics that grad_x is computed with are constants
+activation, activation_gradient = relu, relu_gradient
 
 # --- where things are --------------------------------------------------------------------------------
 
@@ -949,8 +959,18 @@ def normalize_elements(arrays, element, stop, numbers, values):
 
 
 @part
+def activated(arrays, z):
+    """Return the activation's result, if there is one; of 16 bits it is computed as what they are held in."""
+    if ACTIVATES:
+        return activation(z, held(arrays.slope))
+    return z
+
+
+@part
 def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
-    """Normalize a part of a thread's channels."""
+    """Normalize a part of a thread's channels, add the residual, and apply the activation."""
+    if RESIDUAL:
+        residuals = cuda.local.array(VALUES, held)
     _, member = lane_of()
     step, inner = begin(cut, first)
     start = first
@@ -960,13 +980,18 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
             kept_values(kept, 0, kept_at(first, start), element, stop, values)
         else:
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
+        if RESIDUAL:
+            fetch(cut, arrays.residual, c, step, inner, element, stop, residuals)
         if ELEMENTWISE:
             normalize_elements(arrays, element, stop, numbers, values)
         else:
             for i in range(VALUES):
                 k = i % WIDTH // ALONG
                 mean, scale, shift = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
-                values[i] = carried(normalized(real(values[i]), mean, scale, shift), stored)
+                its = normalized(real(values[i]), mean, scale, shift)
+                if RESIDUAL:
+                    its += real(residuals[i])
+                values[i] = activated(arrays, carried(its, stored))
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()
@@ -1073,13 +1098,56 @@ def step_statistics(arrays, element, stop, means, invstds):
 
 
 @part
+def own_normalization(arrays, cut, c, numbers):
+    """Get what x was normalized with, in a thread's channels: mean, scale and shift."""
+    table = cuda.local.array(3, real)
+    for k in range(OWN):
+        table[0] = table[1] = table[2] = real(0)
+        if TILE == 1 or c < cut.channels:
+            mean = parameter(arrays.mean, c + k, float64(0))
+            invstd = parameter(arrays.var, c + k, float64(1))
+            to_normalize(affine_of(arrays, cut, c + k), mean, float64(0), invstd, table)
+        for row in range(3):
+            numbers[row * OWN + k] = table[row]
+
+
+@part
+def pass_activation(arrays, cut, c, step, inner, element, stop, numbers, values, others):
+    """Make the gradients at the activation's result that a thread has loaded those at its argument.
+
+    That one is computed again, from x and the residual.
+    """
+    if RESIDUAL:
+        residuals = cuda.local.array(VALUES, held)
+        fetch(cut, arrays.residual, c, step, inner, element, stop, residuals)
+    for i in range(VALUES):
+        k = i % WIDTH // ALONG
+        z = normalized(real(others[i]), numbers[k], numbers[OWN + k], numbers[2 * OWN + k])
+        if RESIDUAL:
+            z += real(residuals[i])
+        values[i] = activation_gradient(values[i], carried(z, stored), held(arrays.slope))
+
+
+@part
+def leave_residual(arrays, cut, c, step, inner, element, stop, values):
+    """Store the gradient of the residual; from there on it is what was stored, rounded."""
+    for i in range(VALUES):
+        values[i] = widened(rounded(values[i], stored), stored)
+    write(cut, arrays.grad_residual, c, step, inner, element, stop, values)
+
+
+@part
 def reduce_part(
     arrays, cut, c, first, last, stop, kept, values, others, totals, losses, products, products_lost
 ):
     """Set a thread's Σ dy and Σ dy · (x - mean) of a part of its channels, and what each of them lost.
 
-    Where each element has a weight, g = dy · weight takes the place of dy.
+    Where each element has a weight, g = dy · weight takes the place of dy; and where batch norm is followed
+    by an activation, the gradient at its argument.
     """
+    if ACTIVATES:
+        numbers = cuda.local.array(OWN_TABLES, real)
+        own_normalization(arrays, cut, c, numbers)
     means = cuda.local.array(OWN, np.float64)
     step_means = cuda.local.array(UNROLLED, np.float64)
     step_invstds = cuda.local.array(UNROLLED, np.float64)
@@ -1096,8 +1164,15 @@ def reduce_part(
         element = start + member * ALONG
         fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
         fetch(cut, arrays.x, c, step, inner, element, stop, others)
-        if READS:
+        if READS and AGAIN:
             keep(kept, 0, kept_at(first, start), element, stop, values)
+        if ACTIVATES:
+            pass_activation(arrays, cut, c, step, inner, element, stop, numbers, values, others)
+        if RESIDUAL:
+            leave_residual(arrays, cut, c, step, inner, element, stop, values)
+        if READS and not AGAIN:
+            keep(kept, 0, kept_at(first, start), element, stop, values)
+        if READS:
             keep(kept, 1, kept_at(first, start), element, stop, others)
         if ACROSS:
             step_statistics(arrays, element, stop, step_means, step_invstds)
@@ -1250,6 +1325,9 @@ def apply_elements(arrays, element, stop, numbers, values, others):
 @part
 def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others):
     """Compute grad_x of a part of a thread's channels."""
+    if AGAIN:
+        before = cuda.local.array(OWN_TABLES, real)
+        own_normalization(arrays, cut, c, before)
     _, member = lane_of()
     step, inner = begin(cut, first)
     start = first
@@ -1261,6 +1339,8 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
         else:
             fetch(cut, arrays.grad_out, c, step, inner, element, stop, values)
             fetch(cut, arrays.x, c, step, inner, element, stop, others)
+        if AGAIN:
+            pass_activation(arrays, cut, c, step, inner, element, stop, before, values, others)
         if ELEMENTWISE:
             apply_elements(arrays, element, stop, numbers, values, others)
         else:
@@ -1268,7 +1348,10 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
                 k = i % WIDTH // ALONG
                 mean, scale, slope = numbers[k], numbers[OWN + k], numbers[2 * OWN + k]
                 offset, unit = numbers[3 * OWN + k], numbers[4 * OWN + k]
-                its = gradient(real(values[i]), real(others[i]), mean, unit, scale, slope, offset)
+                if CONSTANT:  # x may be infinite: it is not multiplied by a slope of 0
+                    its = scale * real(values[i])
+                else:
+                    its = gradient(real(values[i]), real(others[i]), mean, unit, scale, slope, offset)
                 values[i] = carried(its, stored)
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)

@@ -53,7 +53,7 @@ class Plan:
     Parameters
     ----------
     geometry : Geometry
-        Of x; of x and out; or of x, grad_out and out.
+        Of the arrays that a problem has: see `nbbn.problem.Problem`.
     storage : Storage
         Of the arrays' elements.
     device : int
@@ -96,14 +96,13 @@ class Plan:
         # As many accesses at once as there are registers for.
         self.unrolled = (6 if size == 2 else 8, 4, 4, 2)[self.width.bit_length() - 1]
 
-        x, grad_out, out = layouts[0], layouts[len(layouts) // 2], layouts[-1]
         self._dims = dims = len(geometry.sizes)
-        walk = [geometry.sizes, x.outer, grad_out.outer, out.outer]
+        walk = [geometry.sizes, *(layout.outer for layout in layouts)]
         # Steps of one outer dimension need no table.
         self._walk = target.upload(np.array(walk, np.int64)) if dims > 1 else None
         at = 0 if self._walk is None else self._walk.address
         self._sizes = at
-        self._layouts = [(layout, at + 8 * dims * k) for k, layout in enumerate((x, grad_out, out), start=1)]
+        self._layouts = [(layout, at + 8 * dims * k) for k, layout in enumerate(layouts, start=1)]
 
         self.own = self.width if self.columns else 1
         self.along = self.width // self.own  # elements of an access that are of one channel
@@ -112,7 +111,8 @@ class Plan:
         self.finish = self._finish()
         self.resident = None
         if form.pool == 1 and not across:
-            self.resident = self._resident(max(1, len(layouts) - 1))
+            backward = len(layouts) == (5 if form.residual else 3)
+            self.resident = self._resident(2 if backward else 1)
         # Where channels share parameters or statistics, the gradients of parameters are summed up apart.
         self.shares = form.pool > 1 or form.period > 0
         kept = self.shares and self.resident is not None
@@ -160,7 +160,7 @@ class Plan:
             self.channels, self.inner, self.outer, self._dims, self._sizes, part, parts, *steps, team,
             teams or tiles,
         )  # fmt: skip
-        if self.form != problem.BATCH or self._across:
+        if self.form.alone != problem.BATCH or self._across:
             cut = FormCut(*cut, self.form.pool, self.parameters)  # type: ignore[call-arg, assignment]
         shared = self._room(reads, threads) * -(-part // (threads // lanes * self.along))
         return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
@@ -263,13 +263,12 @@ class Plan:
         form = self._form(threads, lanes, part, 1, reads, -(-count // part), teams)
         return form if form.cut.team > 1 else None
 
-    def operands(self, x: int, grad_out: int, out: int) -> tuple[Operand, Operand, Operand]:
-        """Return the arrays at these addresses, as the kernels see them."""
-        first, second, third = (
+    def operands(self, *addresses: int) -> list[Operand]:
+        """Return the problem's arrays, which are at these addresses, as the kernels see them."""
+        return [
             self._operand(layout, strides, address)
-            for (layout, strides), address in zip(self._layouts, (x, grad_out, out), strict=True)
-        )
-        return first, second, third
+            for (layout, strides), address in zip(self._layouts, addresses, strict=True)
+        ]
 
     @staticmethod
     def _operand(layout: Layout, strides: int, address: int) -> Operand:
@@ -341,4 +340,19 @@ class Plan:
             ("TOGETHER", together if len(codes) == 1 else 0),
             ("of_parameters", np.uint16 if storage is BFLOAT16 else storage.dtype.type),
             ("PARAMETER_SIZE", size),
+        )
+
+    @property
+    def through(self) -> bool:
+        """Whether grad_x is computed from the gradient at an activation's result, not at its argument."""
+        return self.form.activation != "" and not self.form.residual
+
+    def fused_names(self, form: Form) -> target.Names:
+        """Return what a kernel does beside batch norm."""
+        # Kept in 16 bits, the gradient at the argument would be rounded.
+        kept = form.reads > 0 and self.size > 2
+        return (
+            ("ACTIVATION", self.form.activation),
+            ("RESIDUAL", self.form.residual),
+            ("AGAIN", self.through and not kept),
         )

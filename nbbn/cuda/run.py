@@ -4,13 +4,13 @@ Nothing here waits for the GPU: the work, and the memory that it works in, are p
 caller's stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nbbn.arrays import ABSENT
 from nbbn.compiler import Step
 from nbbn.cuda import kernels, target
-from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
+from nbbn.cuda.call import Arrays, FusedArrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import THREADS, Form, Plan
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.problem import NOTHING, Extras, Problem
@@ -20,6 +20,7 @@ Where = tuple[int, int, int]  # a parameter: address, stride in bytes and code o
 
 
 ADDING: target.Names = (("ADDS", True),)
+CONSTANT: target.Names = (("CONSTANT", True),)
 
 
 class _Call:
@@ -34,7 +35,7 @@ class _Call:
 
     def arrays(
         self,
-        operands: tuple[Operand, Operand, Operand],
+        operands: Sequence[Operand],
         stats: int,
         weight: Where = ABSENT,
         bias: Where = ABSENT,
@@ -43,15 +44,21 @@ class _Call:
         training: bool = True,
         plan: Plan | None = None,
     ) -> Arrays:
-        """Return what the kernels of this call have to know of its arrays, by the run's plan or another."""
+        """Return what the kernels of this call have to know of its arrays, by the run's plan or another.
+
+        The operands are x, grad_out and the result.
+        """
         memory = self._memory.address
         if plan is None:
             plan = self._run.plan
         else:
             memory += self._run.plan.partials  # the barriers stay as they are
+        x, grad_out, out = operands
         parameters = Parameter(*weight), Parameter(*bias), Parameter(*mean), Parameter(*var)
         return Arrays(
-            *operands,
+            x,
+            grad_out,
+            out,
             stats,
             *parameters,
             partials=memory + plan.partials,
@@ -60,11 +67,19 @@ class _Call:
             training=int(training),
         )
 
+    def fused(self, arrays: Arrays, slope: float, *beside: Operand) -> Arrays | FusedArrays:
+        """Return the same with what goes along: the residual and, in a backward pass, its gradient."""
+        form = self._run.plan.form
+        if not (form.activation or form.residual):
+            return arrays
+        residual, grad_residual = (*beside, arrays.x, arrays.x)[:2]
+        return FusedArrays(*arrays, residual, grad_residual, float(slope))
+
     def add(
         self,
         kernel: Kernel,
         form: Form,
-        arrays: Arrays,
+        arrays: Arrays | FusedArrays,
         *numbers: Numbers,
         plan: Plan | None = None,
         names: target.Names = (),
@@ -74,8 +89,10 @@ class _Call:
         plan = plan or self._run.plan
         if plan.form.along and kernel in ELEMENTWISE:
             names += plan.affine_names(arrays.weight, arrays.bias)
-        together = arrays.x.address | arrays.grad_out.address | arrays.out.address
-        launcher = self._run.launcher(kernel, plan, form, together % plan.access == 0, names, arguments)
+        if isinstance(arrays, FusedArrays):
+            names += plan.fused_names(form)
+        aligned = arrays.together % plan.access == 0
+        launcher = self._run.launcher(kernel, plan, form, aligned, names, arguments)
         self._launches.append((launcher, form, arguments))
 
     def launch(self) -> None:
@@ -98,10 +115,7 @@ def _across(problem: Problem) -> Geometry:
 
 
 class Run:
-    """Runs the operations on one problem. All arrays are given by their addresses on the device.
-
-    `nbbn.dispatch` refuses problems with `Extras` here.
-    """
+    """Runs the operations on one problem, which has no mask. All arrays are given by their addresses."""
 
     def __init__(self, problem: Problem) -> None:
         self.device = int(problem.device.partition(":")[2] or 0)
@@ -140,7 +154,8 @@ class Run:
         plan = self.plan
         with target.current(self.device):
             call = _Call(self, stream)
-            arrays = call.arrays(plan.operands(x, x, x), stats)
+            (of_x,) = plan.operands(x)
+            arrays = call.arrays((of_x, of_x, of_x), stats)
             call.add(kernels.collect, plan.general, arrays)
             call.add(kernels.finish_stats, plan.finish, arrays, Numbers(0.0, 0.0, 0.0))
             call.launch()
@@ -169,13 +184,16 @@ class Run:
         numbers = Numbers(float(eps), float(momentum), float(correction))
         with target.current(self.device):
             call = _Call(self, stream)
-            arrays = call.arrays(plan.operands(x, x, out), stats, weight, bias, mean, var)
+            residual = [extras.residual] * plan.form.residual
+            of_x, *beside, of_out = plan.operands(x, *residual, out)
+            arrays = call.arrays((of_x, of_x, of_out), stats, weight, bias, mean, var)
+            fused = call.fused(arrays, extras.slope, *beside)
             if plan.resident is not None:
-                call.add(kernels.forward, plan.resident, arrays, numbers)
+                call.add(kernels.forward, plan.resident, fused, numbers)
             else:
                 call.add(kernels.collect, plan.general, arrays)
                 call.add(kernels.finish_stats, plan.finish, arrays, numbers)
-                call.add(kernels.normalize, plan.general, arrays)
+                call.add(kernels.normalize, plan.general, fused)
             call.launch()
         for step in then:
             step()
@@ -196,9 +214,11 @@ class Run:
         plan = self.plan
         with target.current(self.device):
             call = _Call(self, stream)
-            arrays = call.arrays(plan.operands(x, x, out), 0, weight, bias, mean, var)
+            residual = [extras.residual] * plan.form.residual
+            of_x, *beside, of_out = plan.operands(x, *residual, out)
+            arrays = call.arrays((of_x, of_x, of_out), 0, weight, bias, mean, var)
             call.add(kernels.use_running_stats, self._channels, arrays, Numbers(float(eps), 0.0, 0.0))
-            call.add(kernels.normalize, plan.general, arrays)
+            call.add(kernels.normalize, plan.general, call.fused(arrays, extras.slope, *beside))
             call.launch()
 
     def backward(
@@ -215,13 +235,19 @@ class Run:
         extras: Extras = NOTHING,
         stream: int = 0,
     ) -> None:
-        """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`."""
+        """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`.
+
+        With a residual, its gradient too.
+        """
         plan, across = self.plan, self.across
         names = ADDING if adds else ()
         with target.current(self.device):
             call = _Call(self, stream)
-            operands = plan.operands(x, grad_out, grad_x)
-            arrays = call.arrays(operands, gradients, weight, ABSENT, mean, invstd, training)
+            residual = [extras.residual, extras.grad_residual] * plan.form.residual
+            of_x, of_grad_out, *beside, of_grad_x = plan.operands(x, grad_out, *residual, grad_x)
+            operands = [of_x, of_grad_out, of_grad_x]
+            arrays = call.arrays(operands, gradients, weight, extras.bias, mean, invstd, training)
+            fused = call.fused(arrays, extras.slope, *beside)
             if across is not None:  # before grad_x is written, which may be where x or grad_out is
                 operands = across.operands(x, grad_out, grad_x)
                 rows = call.arrays(operands, gradients, mean=mean, var=invstd, plan=across)
@@ -233,14 +259,18 @@ class Run:
                     call.add(kernels.backward, plan.resident, arrays._replace(stats=call.sums))
                     call.add(kernels.sum_gradients, plan.gradients, summed, names=names)
                 else:
-                    call.add(kernels.backward, plan.resident, arrays, names=names)
+                    call.add(kernels.backward, plan.resident, fused, names=names)
             else:
-                call.add(kernels.reduce, plan.general, arrays)
+                call.add(kernels.reduce, plan.general, fused)
                 call.add(kernels.finish_backward, plan.finish, arrays, names=names)
                 if plan.shares:
                     call.add(kernels.sum_gradients, plan.gradients, arrays, names=names)
-                if training:
-                    call.add(kernels.apply, plan.general, arrays)
-                else:  # grad_x = scale · dy: dy takes the place of x
-                    call.add(kernels.normalize, plan.general, arrays._replace(x=arrays.grad_out))
+                # What the first pass has left of a residual takes the place of grad_out.
+                incoming = beside[-1] if beside else of_grad_out
+                if plan.through:
+                    call.add(kernels.apply, plan.general, fused, names=() if training else CONSTANT)
+                elif training:
+                    call.add(kernels.apply, plan.general, arrays._replace(grad_out=incoming))
+                else:  # grad_x = scale · g: g takes the place of x
+                    call.add(kernels.normalize, plan.general, arrays._replace(x=incoming))
             call.launch()

@@ -23,7 +23,6 @@ import tempfile
 import threading
 import types as python
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numba
@@ -328,13 +327,16 @@ def _fma(a: Any, b: Any, c: Any) -> Any:
     """A · b + c, rounded once."""
     single = type(a) is type(b) is type(c) is np.float32
     try:
-        exact = float(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)))
-        return np.float32(exact) if single else np.float64(exact)
+        (x, u), (y, v), (z, w) = (float(number).as_integer_ratio() for number in (a, b, c))
+        near = (x * y * w + z * u * v) / (u * v * w)  # the float64 that is nearest to the fraction
+        return np.float32(near) if single else np.float64(near)
     except (OverflowError, ValueError):  # infinite or NaN, which fractions are not
         return a * b + c
 
 
 def _two_to(z: Any) -> Any:
+    if z != z:
+        return z
     exponent = int(z - (MAGIC32 if type(z) is np.float32 else MAGIC64))
     return type(z)(2.0**exponent if exponent > (-127 if type(z) is np.float32 else -1023) else 0.0)
 
@@ -360,7 +362,7 @@ def _twins(scope: dict[str, Any]) -> dict[str, Any]:
     twin = dict(scope)
     for name, value in scope.items():
         if isinstance(value, Dispatcher):
-            function = _formulas()[name]
+            function = _formulas()[value.__name__]
         elif getattr(value, "is_part", False):
             function = python.FunctionType(value.__code__, twin, value.__name__, value.__defaults__)
         else:
@@ -388,7 +390,11 @@ def specialize(kernel: Callable[..., Any], names: Names) -> Callable[..., Any]:
 @functools.cache
 def _scope(module: str, names: Names) -> dict[str, Any]:
     simulated = _SIMULATED_NAMES if SIMULATED else {}
-    return _twins({**vars(sys.modules[module]), **simulated, **dict(names)})
+    scope = {**vars(sys.modules[module]), **simulated, **dict(names)}
+    if activation := scope["ACTIVATION"]:
+        scope["ACTIVATES"] = True
+        scope["activation"], scope["activation_gradient"], _ = formulas.ACTIVATIONS[activation]
+    return _twins(scope)
 
 
 # --- machine code ------------------------------------------------------------------------------------
