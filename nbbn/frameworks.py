@@ -285,6 +285,10 @@ class Framework:
         """Return an array in the memory of the host that `wrapper` takes, of x's shape and dtype."""
         return memory.empty_like(x)
 
+    def host(self, value: Any) -> np.ndarray:
+        """Return few numbers, of any type, in the memory of the host; those of a GPU are waited for."""
+        return np.asarray(value)
+
     def statistics(self, values: np.ndarray) -> np.ndarray:
         """Return float64 numbers in the type that this framework has them in."""
         return values
@@ -372,6 +376,9 @@ class Torch(Framework):
     def wrapper(self, x: Any) -> Any:  # noqa: D102
         return sys.modules["torch"].from_dlpack
 
+    def host(self, value: Any) -> np.ndarray:  # noqa: D102
+        return np.asarray(value.cpu())
+
     def empty(  # noqa: D102
         self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, index: int
     ) -> tuple[Any, int]:
@@ -397,6 +404,9 @@ class Cupy(Framework):
         cuda = sys.modules["cupy"].cuda
         with cuda.Device(index):
             return int(cuda.get_current_stream().ptr)
+
+    def host(self, value: Any) -> np.ndarray:  # noqa: D102
+        return np.asarray(value.get())
 
     def empty(  # noqa: D102
         self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, index: int
@@ -438,6 +448,9 @@ class NumbaCuda(Framework):
 
     def stream(self, x: Any, index: int) -> int:  # noqa: D102
         return 0 if self._simulated(x) else int(x.__cuda_array_interface__.get("stream") or 0)
+
+    def host(self, value: Any) -> np.ndarray:  # noqa: D102
+        return np.asarray(value.copy_to_host())
 
     def empty(  # noqa: D102
         self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype, index: int
@@ -572,6 +585,22 @@ def framework_of(name: str, value: Any) -> Framework:
         else:
             raise TypeError(f"{name} must be {SUPPORTED}, got {kind_of(value)}")
     return _known[kind]
+
+
+def on_host(name: str, value: Any, device: str) -> np.ndarray:
+    """Return few numbers, of any type, in the memory of the host; or raise.
+
+    They may be in anything that NumPy makes an array of, or in an array on x's device, which is copied.
+    """
+    framework = next((framework for framework in FRAMEWORKS if framework.owns(value)), None)
+    if framework is None:
+        return np.asarray(value)
+    where = framework.device(name, value)
+    if where not in (CPU, device):
+        raise DeviceError(
+            f"{name} must be in the memory of the host or on x's device, {device}, got an array on {where}"
+        )
+    return framework.host(value)
 
 
 # --- where a call is computed ----------------------------------------------------------------------

@@ -21,7 +21,6 @@ from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.columns import columns_on
 from nbbn.compiler import Step, pool
 from nbbn.dispatch import cpu, find
-from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
@@ -148,12 +147,21 @@ def with_x(fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place) 
     count = x.size // channels if x.size else 0
     if fused.where is None:
         return fused, count
-    if here.device != CPU:
-        raise DeviceError("mask and lengths are for arrays on the CPU only")
-    which = counted(fused.where, x, axis)
+    which = counted(fused.where, x, axis, here.device)
     if count:
         count = int(np.count_nonzero(which))
     return fused._replace(counted=which, values=count), count
+
+
+def _clear(array: np.ndarray | None, x: np.ndarray, axis: int, here: Place, fused: Fusion) -> None:
+    """Set a result to 0 of which no element counts; it may be x itself."""
+    if array is None or not array.size:
+        return
+    if here.device == CPU:
+        array[...] = 0
+    else:  # evaluation sets to 0 what does not count
+        run, extras = fused_forward(x, axis, array, here, Fusion(counted=fused.counted))
+        run.evaluate(address(x), address(array), ABSENT, ABSENT, ABSENT, ABSENT, 0.0, extras)
 
 
 def _enough(count: int, x: np.ndarray, axis: int, fused: Fusion) -> None:
@@ -323,8 +331,7 @@ def train(
             out, x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
         )
     if count == 0:
-        if fused.counted is not None:
-            out[...] = 0
+        _clear(out, x, axis, here, fused)
         stats = np.zeros((3, channels))
         with np.errstate(divide="ignore"):
             stats[2] = 1.0 / np.sqrt(np.float64(eps))
@@ -388,7 +395,8 @@ def batch_norm_forward(
         Added before the activation: of x's shape and dtype, any strides.
     mask : array of bool, optional
         True where positions count: of a shape that broadcasts to x's without the channel axis. What does not
-        count is left out of the statistics, and ``out`` is 0 there. For arrays on the CPU only.
+        count is left out of the statistics, and ``out`` is 0 there. In the memory of the host, or on x's
+        device; from a GPU it is copied to the host, which waits for it.
     lengths : array of int, optional
         Instead of a mask: how many positions of each sample count, its first ones, shape (N,). Samples are on
         the first axis that is not `axis`.
@@ -500,7 +508,8 @@ def batch_norm(
         Added before the activation: of x's shape and dtype, any strides.
     mask : array of bool, optional
         True where positions count: of a shape that broadcasts to x's without the channel axis. What does not
-        count is left out of the statistics, and ``out`` is 0 there. For arrays on the CPU only.
+        count is left out of the statistics, and ``out`` is 0 there. In the memory of the host, or on x's
+        device; from a GPU it is copied to the host, which waits for it.
     lengths : array of int, optional
         Instead of a mask: how many positions of each sample count, its first ones, shape (N,). Samples are on
         the first axis that is not `axis`.
@@ -793,8 +802,7 @@ def differentiate(
     if count == 0:
         gradients = here.put(np.zeros((2, channels)))
         for array in (out, grad_residual):
-            if array is not None and fused.counted is not None:
-                array[...] = 0
+            _clear(array, x, axis, here, fused)
     else:
         gradients = here.empty((2, channels))
         if fused is ALONE:

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn import arrays
+from nbbn.errors import DeviceError
+from nbbn.frameworks import on_host
 
 
 class Where(NamedTuple):
@@ -23,12 +25,17 @@ class Where(NamedTuple):
     lengths_axis: Any = None
 
 
-def counted(where: Where, x: np.ndarray, axis: int) -> np.ndarray:
-    """Return for each position of x, its elements without the channel axis, whether it counts."""
+def counted(where: Where, x: np.ndarray, axis: int, device: str) -> np.ndarray:
+    """Return for each position of x, its elements without the channel axis, whether it counts.
+
+    That is in the memory of the host, whatever the device that x is on.
+    """
     if where.mask is not None and where.lengths is not None:
         raise ValueError("mask and lengths must not both be given")
     shape = x.shape[:axis] + x.shape[axis + 1 :]
-    mask = _mask(where.mask, shape) if where.lengths is None else _from_lengths(where, x, axis)
+    mask = (
+        _mask(where.mask, shape, device) if where.lengths is None else _from_lengths(where, x, axis, device)
+    )
     # Its axes in the order in which x has them.
     found = np.empty_like(x[(slice(None),) * axis + (slice(0, 1),)], dtype=np.bool_, subok=False)
     found = found[(slice(None),) * axis + (0,)]
@@ -38,11 +45,17 @@ def counted(where: Where, x: np.ndarray, axis: int) -> np.ndarray:
     return found
 
 
-def _mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _given(name: str, value: Any, numbers: str, device: str) -> np.ndarray:
     try:
-        mask = np.asarray(value)
+        return on_host(name, value, device)
+    except DeviceError:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"mask must be an array of bools in the memory of the host: {error}") from None
+        raise TypeError(f"{name} must be an array of {numbers}: {error}") from None
+
+
+def _mask(value: Any, shape: tuple[int, ...], device: str) -> np.ndarray:
+    mask = _given("mask", value, "bools", device)
     if mask.dtype != np.bool_ or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"mask must be an array of bools, got {type(value).__name__} of {mask.dtype}")
     if mask.shape == shape:
@@ -55,7 +68,7 @@ def _mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
         ) from None
 
 
-def _from_lengths(where: Where, x: np.ndarray, axis: int) -> np.ndarray:
+def _from_lengths(where: Where, x: np.ndarray, axis: int, device: str) -> np.ndarray:
     """Return True for the first lengths[n] positions of sample n."""
     others = [d for d in range(x.ndim) if d != axis]
     samples = others[0]
@@ -68,10 +81,7 @@ def _from_lengths(where: Where, x: np.ndarray, axis: int) -> np.ndarray:
     if along in (axis, samples):
         what = "channel" if along == axis else "samples'"
         raise ValueError(f"lengths_axis must not be the {what} axis, got {along} for x of shape {x.shape}")
-    try:
-        lengths = np.asarray(where.lengths)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"lengths must be an array of ints in the memory of the host: {error}") from None
+    lengths = _given("lengths", where.lengths, "ints", device)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"lengths must be an array of ints, got {lengths.dtype}")
     if lengths.shape != x.shape[samples : samples + 1]:

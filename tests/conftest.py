@@ -1,5 +1,6 @@
 """Fresh random data for every run, which can be had again: --seed, or NBBN_TEST_SEED."""
 
+import ast
 import os
 import pathlib
 import subprocess
@@ -95,3 +96,20 @@ def _run_python(code, *, package=None, timeout=120, **environment):
 def python():
     """The function that runs code in a fresh interpreter."""
     return _run_python
+
+
+@pytest.fixture
+def simulate(request, python):
+    """Run a check of simulated_X.py, for test_cuda_X.py, and return what it does.
+
+    In the emulator, where a seed decides on the order of the blocks, or else in Numba's simulator.
+    """
+    module = request.module.__name__.replace("test_cuda", "simulated")
+
+    def run(check, seed=None):
+        pytest.importorskip("greenlet")
+        emulate = "" if seed is None else f"simulated.emulate({seed})"
+        code = f"import simulated, {module} as checks\n{emulate}\nprint(checks.{check})"
+        return ast.literal_eval(python(code, timeout=600, NUMBA_ENABLE_CUDASIM="1"))
+
+    return run

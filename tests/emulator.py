@@ -37,6 +37,7 @@ class Emulator:
         self.blockIdx = _Axis(lambda: here().block)
         self.blockDim = _Axis(lambda: self._threads)
         self.gridDim = _Axis(lambda: self._blocks)
+        self.popc = lambda word: int(word).bit_count()
         self.local = _Allocator(lambda size, dtype: np.full(size, np.nan, dtype))
         self.shared = _Allocator(self._shared_array)
         self.order = random.Random(0)

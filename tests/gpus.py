@@ -123,6 +123,7 @@ class Tensor(WithDlpack, Array):
         return types.SimpleNamespace(type="cuda", index=self.index)
 
     layout = "strided"
+    cpu = Array.get
 
     def is_neg(self):
         return False

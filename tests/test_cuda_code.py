@@ -5,12 +5,13 @@ import json
 import pathlib
 import re
 from importlib import metadata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from nbbn.cuda import kernels, target
-from nbbn.cuda.call import Arrays, Numbers, Operand, Parameter
+from nbbn.cuda.call import Arrays, FusedArrays, MaskedArrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import FINISHERS, Plan
 from nbbn.cuda.run import Run
 from nbbn.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, STORAGES
@@ -26,6 +27,8 @@ DEVICE = target.Properties((9, 0), 132, 232448, True)
 
 _operand, _parameter = Operand(0, 0, 0, 0, 0), Parameter(0, 0, 0)
 _arrays = Arrays(_operand, _operand, _operand, 0, *[_parameter] * 4, 0, 0, 0, 0)
+_masked = MaskedArrays(*_arrays, 0, 0, 0)
+_fused = FusedArrays(*_masked, _operand, _operand, 0.0)
 _numbers = Numbers(0.0, 0.0, 0.0)
 
 # Shapes that lead to every form: of whole vectors, and not; and whether channels are last.
@@ -105,6 +108,7 @@ SIXTEEN = {
     FLOAT16: {"rows", "columns", "rows in teams", "columns in teams", "tiny rows"},
     BFLOAT16: {"rows", "columns", "columns in teams"},
 }
+COUNTING = (kernels.collect, kernels.forward, kernels.finish_stats)
 FINISHING = (kernels.finish_stats, kernels.finish_backward)
 CASES = [
     pytest.param(Case(kernel, way, vectors, storage, which), loads, stores)
@@ -201,6 +205,56 @@ def test_machine_code_of_other_forms(monkeypatch, kernel, which, form, shape, st
         arrays = {kernels.forward: 1, kernels.backward: 2, kernels.apply: 2}[kernel]
         vectors = len(re.findall(r"ld\.global\.v\d", text))
         assert vectors > arrays * dict(names)["UNROLLED"]
+    for architecture in ARCHITECTURES:
+        machine = target.link(text, architecture)
+        assert machine.spills == 0 and machine.stack == 0 and machine.registers <= 128
+
+
+MASKED, GELU = Form(masked=True), Form(activation="gelu")
+RESIDUAL, ALL = Form(activation="relu", residual=True), Form(activation="silu", residual=True, masked=True)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form", "way", "storage"),
+    [
+        (kernels.collect, MASKED, "rows", FLOAT32),
+        (kernels.collect, MASKED, "columns", FLOAT16),
+        (kernels.reduce, ALL, "rows", FLOAT32),
+        (kernels.apply, GELU, "columns", FLOAT32),
+        (kernels.apply, ALL, "rows", BFLOAT16),
+        (kernels.normalize, ALL, "rows", FLOAT64),
+        (kernels.finish_stats, MASKED, "rows", FLOAT32),
+        (kernels.forward, MASKED, "rows in teams", FLOAT32),
+        (kernels.forward, GELU, "rows", FLOAT16),
+        (kernels.forward, ALL, "columns", FLOAT32),
+        (kernels.backward, MASKED, "columns", FLOAT32),
+        (kernels.backward, RESIDUAL, "rows in teams", FLOAT32),
+        (kernels.backward, ALL, "rows", FLOAT16),
+    ],
+)
+def test_machine_code_of_what_goes_along(monkeypatch, kernel, form, way, storage):
+    """One function, without a stack; what an activation or a bit needs is in registers."""
+    monkeypatch.setattr(target, "properties", lambda number: DEVICE)
+    monkeypatch.setattr(target, "current", contextlib.nullcontext)
+    monkeypatch.setattr(target, "upload", lambda array: SimpleNamespace(address=256))
+    shape, _, last = SHAPES[way]
+    order = [0, 2, 3, 1] if last else [0, 1, 2, 3]
+    laid_out = np.empty([shape[d] for d in order], storage.dtype).transpose(np.argsort(order))
+    backward = kernel in (kernels.reduce, kernels.apply, kernels.backward)
+    strides = [laid_out.strides] * ((3 if backward else 2) + (2 if backward else 1) * form.residual)
+    if form.masked:
+        of_mask = np.empty(shape[2:], np.bool_)
+        strides.append((of_mask.size, 0, *of_mask.strides))
+    plan = Run(Problem(shape, 1, tuple(strides), storage, 1, "cuda:0", form)).plan
+    which = "resident" if kernel in (kernels.forward, kernels.backward) else "general"
+    cut = plan.finish if kernel is kernels.finish_stats else getattr(plan, which)
+    names, arrays = plan.names(cut, True), _masked
+    if form.activation or form.residual:
+        names, arrays = names + plan.fused_names(cut), _fused
+    kinds = target.signature((arrays, cut.cut, *[_numbers] * (kernel in NUMBERED)))
+    text = target.ptx(target.specialize(kernel, names), kinds, ARCHITECTURES[0], cut.threads)
+    assert ".func" not in text and "call" not in text
+    assert ("popc" in text) == (form.masked and kernel in COUNTING)
     for architecture in ARCHITECTURES:
         machine = target.link(text, architecture)
         assert machine.spills == 0 and machine.stack == 0 and machine.registers <= 128

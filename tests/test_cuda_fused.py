@@ -1,22 +1,6 @@
 """Activations and residuals in the CUDA kernels, without a GPU."""
 
-import ast
-
 import pytest
-
-
-@pytest.fixture
-def simulate(python):
-    """Run a check of simulated_fused.py, in the emulator or in the simulator, and return what it does."""
-
-    def run(check, seed=None):
-        pytest.importorskip("greenlet")
-        emulate = "" if seed is None else f"simulated.emulate({seed})"
-        code = f"import simulated, simulated_fused as f\n{emulate}\nprint(f.{check})"
-        return ast.literal_eval(python(code, timeout=600, NUMBA_ENABLE_CUDASIM="1"))
-
-    return run
-
 
 # Bytes of shared memory: as usual; so few that channels are shared by teams, or kept nowhere. And of how many
 # types.

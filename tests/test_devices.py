@@ -119,6 +119,25 @@ def test_out(gpus, host, kind, operation):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+def test_masks_are_copied_to_the_host(gpus, host, kind):
+    """From x's device, on which the work is then done; from no other one."""
+    values = np.random.default_rng(0).random((DIMS[0], *DIMS[2:])) < 0.6
+    expected = nbbn.batch_stats(host["x"], mask=values)
+    for mask in (values, values.tolist(), gpus.array(kind, values, 1)):
+        found = nbbn.batch_stats(gpus.array(kind, host["x"], 1), mask=mask)
+        assert found.count == expected.count == values.sum()
+        assert_same_bits(found.mean.get(), expected.mean)
+    lengths = np.full(DIMS[0], 2)
+    found = nbbn.batch_stats(gpus.array(kind, host["x"], 1), lengths=gpus.array(kind, lengths, 1))
+    assert found.count == nbbn.batch_stats(host["x"], lengths=lengths).count
+    for x in (gpus.array(kind, host["x"], 1), host["x"]):
+        with pytest.raises(
+            nbbn.DeviceError, match=r"^mask must be .* or on x's device, c.*, got .* on cuda:0"
+        ):
+            nbbn.batch_stats(x, mask=gpus.array(kind, values, 0))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
 def test_in_place(gpus, host, kind):
     x = gpus.array(kind, host["x"])
     expected = nbbn.batch_norm_forward(host["x"]).out

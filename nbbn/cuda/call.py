@@ -1,7 +1,7 @@
 """What a kernel is told: named tuples of integers, which Numba passes as so many separate parameters."""
 
 from collections import namedtuple
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Operand(NamedTuple):
@@ -51,36 +51,62 @@ class Arrays(NamedTuple):
         return self.x.address | self.grad_out.address | self.out.address
 
 
-class FusedArrays(NamedTuple):
-    """`Arrays`, and what goes along with batch norm.
+def _with(base: Any, *fields: str) -> Any:
+    """Return a named tuple with more fields than another one."""
+    return namedtuple(f"_{base.__name__}", [*base._fields, *fields])
 
-    Apart from these, so that batch norm's kernels are told nothing that they do not use.
+
+class MaskedArrays(_with(Arrays, "mask", "counts", "counted")):  # type: ignore[misc]
+    """`Arrays`, of whose elements only some count, of all channels the same ones.
+
+    Elements are numbered in the order of the walk. Apart from Arrays, so that batch norm's kernels are told
+    nothing that they do not use.
+
+    Attributes
+    ----------
+    mask : int
+        Address of uint64[words]: a bit for each element, lowest first.
+    counts : int
+        Address of int64[words]: how many count before the first of each word.
+    counted : int
+        How many count.
     """
 
-    x: Operand
-    grad_out: Operand
-    out: Operand
-    stats: int
-    weight: Parameter
-    bias: Parameter
-    mean: Parameter
-    var: Parameter
-    partials: int
-    tables: int
-    barriers: int
-    training: int
-    residual: Operand  # x where there is none, as its gradient
-    grad_residual: Operand
-    slope: float  # of the activation
+    __slots__ = ()
+
+    def flat(self) -> tuple[int, ...]:
+        """As that of `Arrays`."""
+        return (*Arrays(*self[: len(Arrays._fields)]).flat(), self.mask, self.counts, self.counted)
+
+    together = Arrays.together
+
+
+class FusedArrays(_with(MaskedArrays, "residual", "grad_residual", "slope")):  # type: ignore[misc]
+    """The same, and what goes along with batch norm; without a mask nothing is asked about it.
+
+    Attributes
+    ----------
+    residual, grad_residual : Operand
+        x where there is none.
+    slope : float
+        Of the activation.
+    """
+
+    __slots__ = ()
 
     def flat(self) -> tuple[float, ...]:
-        """Return all the numbers, in the order in which a kernel takes them."""
-        return (*Arrays(*self[:-3]).flat(), *self.residual, *self.grad_residual, self.slope)
+        """As that of `Arrays`."""
+        return (*MaskedArrays(*self[:-3]).flat(), *self.residual, *self.grad_residual, self.slope)
 
     @property
     def together(self) -> int:
         """As that of `Arrays`."""
-        return Arrays(*self[:-3]).together | self.residual.address | self.grad_residual.address
+        beside: int = self.residual.address | self.grad_residual.address
+        return Arrays(*self[: len(Arrays._fields)]).together | beside
+
+
+# One of these three; mypy knows no fields of the latter two.
+AnyArrays = Any
 
 
 class Cut(NamedTuple):
@@ -99,10 +125,18 @@ class Cut(NamedTuple):
     teams: int
 
 
-# Of another normalization. So many channels share statistics; and there are so many parameters, of which
-# channel c has those with number c % period. Apart from Cut, so that batch norm's kernels are told nothing
-# that they do not use.
-FormCut = namedtuple("FormCut", [*Cut._fields, "pool", "period"])  # type: ignore[misc]
+class FormCut(_with(Cut, "pool", "period")):  # type: ignore[misc]
+    """`Cut`, of another normalization. Apart from it, as the arrays are.
+
+    Attributes
+    ----------
+    pool : int
+        So many channels share statistics.
+    period : int
+        There are so many parameters: channel c has those with number c % period.
+    """
+
+    __slots__ = ()
 
 
 class Numbers(NamedTuple):

@@ -96,6 +96,7 @@ of_parameters = np.float32  # what they are stored as
 PARAMETER_SIZE = 4  # bytes
 
 # What goes along with batch normalization, if anything.
+MASKED = False  # whether only some elements count, of all channels the same ones
 ACTIVATION = ""  # what is applied to the result: the formulas below are those of `ACTIVATIONS` by its name
 ACTIVATES = False  # whether there is one
 RESIDUAL = False  # whether an array is added before that
@@ -422,6 +423,63 @@ def elements_of(where, element, missing, numbers):
                 numbers[first + k] = vector[k]
 
 
+# --- which elements count ----------------------------------------------------------------------------
+
+
+@part
+def access_bits(arrays, element):
+    """Return whether the elements of the access that begins with `element` count: a bit each, lowest first.
+
+    The bits above these are of other elements.
+    """
+    return int64(load(arrays.mask + (element >> 3), np.uint8)) >> (element & 7)
+
+
+@part
+def bits_of(arrays, element, stop):
+    """Return a bit for each element of a channel that a thread has loaded: whether it counts."""
+    bits = int64(0)
+    if MASKED:
+        for u in range(UNROLLED):
+            if element < stop:
+                bits |= (access_bits(arrays, element) & ((1 << ALONG) - 1)) << (u * ALONG)
+            element += MEMBERS * ALONG
+    return bits
+
+
+@part
+def is_counted(bits, which):
+    """Return whether one of them does."""
+    if MASKED:
+        return (bits >> which) & 1 != 0
+    return True
+
+
+@part
+def blank(values, bits):
+    """Set the values to 0 that do not count, of what a thread has loaded."""
+    if MASKED:
+        for i in range(VALUES):
+            if not is_counted(bits, i // WIDTH * ALONG + i % ALONG):
+                values[i] = held(0)
+
+
+@part
+def counted_before(arrays, element):
+    """Return how many elements before this one count."""
+    place = element >> 6 << 3
+    below = load(arrays.mask + place, np.int64) & ((int64(1) << (element & 63)) - 1)
+    return load(arrays.counts + place, np.int64) + int64(cuda.popc(below))
+
+
+@part
+def count_of(arrays, first, stop):
+    """Return how many elements count from one of them to before another."""
+    if MASKED:
+        return counted_before(arrays, stop) - counted_before(arrays, first)
+    return stop - first
+
+
 # --- sums --------------------------------------------------------------------------------------------
 
 
@@ -524,18 +582,22 @@ def own_numbers(number, shared, numbers):
 
 
 @part
-def kept_squares(kept, first, stop, means, totals, losses):
+def kept_squares(arrays, kept, first, stop, means, totals, losses):
     """Set the sums of squared deviations from the means of what a thread has kept."""
     clear(totals)
     clear(losses)
     _, member = lane_of()
     place = kept_at(first, first)
     element = first + member * ALONG
+    bits = int64(0)
     while element < stop:
+        if MASKED:
+            bits = access_bits(arrays, element)
         for i in range(WIDTH):
             k = i // ALONG
-            square = squared_deviation(float64(widened(kept[place + i * THREADS], stored)), means[k])
-            totals[k], losses[k] = plus_some(totals[k], losses[k], square)
+            if is_counted(bits, i % ALONG):
+                square = squared_deviation(float64(widened(kept[place + i * THREADS], stored)), means[k])
+                totals[k], losses[k] = plus_some(totals[k], losses[k], square)
         place += WIDTH * THREADS
         element += chunk() // UNROLLED
 
@@ -551,14 +613,15 @@ def sum_of(values, k):
 
 
 @part
-def squares_of(values, k, mean, element, stop):
-    """Return the sum of squared deviations from the mean, and what it lost."""
+def squares_of(values, bits, k, mean, element, stop):
+    """Return the sum of squared deviations from the mean of what counts, and what it lost."""
     total = lost = float64(0)
     for u in range(UNROLLED):
         if element < stop:
             for j in range(ALONG):
-                square = squared_deviation(float64(values[u * WIDTH + k * ALONG + j]), mean)
-                total, lost = plus_some(total, lost, square)
+                if is_counted(bits, u * ALONG + j):
+                    square = squared_deviation(float64(values[u * WIDTH + k * ALONG + j]), mean)
+                    total, lost = plus_some(total, lost, square)
         element += MEMBERS * ALONG
     return total, lost
 
@@ -656,9 +719,10 @@ def notes(arrays, cut, turn, team):
 
 
 @part
-def part_count(cut, piece):
-    """Return how many values of a channel are in a part."""
-    return max(int64(0), min(cut.part, cut.outer * cut.inner - piece * cut.part))
+def part_count(arrays, cut, piece):
+    """Return how many values of a channel are in a part, of those that count."""
+    amount = cut.outer * cut.inner
+    return count_of(arrays, min(piece * cut.part, amount), min((piece + 1) * cut.part, amount))
 
 
 @part
@@ -691,7 +755,7 @@ def place_of(cut, piece, c):
 
 
 @part
-def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
+def pool_statistics(arrays, cut, address, pitch, c, parts, counts, means, rests, m2s):
     """Return mean, rest and m2 of all parts of a channel: each worker merges some, and then as a tree."""
     t = cuda.threadIdx.x
     _, index = worker()
@@ -702,7 +766,7 @@ def pool_statistics(cut, address, pitch, c, parts, counts, means, rests, m2s):
         place, its = piece, c
         if POOLED:
             place, its = place_of(cut, piece, c)
-        more = part_count(cut, place)
+        more = part_count(arrays, cut, place)
         more_mean, more_rest, more_m2, _ = get_four(address, place, pitch, its)
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
         piece += workers()
@@ -782,15 +846,17 @@ def collect(arrays, cut):
     start = first
     while start < last:
         element = start + lane_of()[1] * ALONG
-        more = min(chunk(), last - start)
+        more = count_of(arrays, start, min(start + chunk(), last))
         fetch(cut, arrays.x, c, step, inner, element, stop, values)
+        bits = bits_of(arrays, element, stop)
+        blank(values, bits)
         for k in range(OWN):
             totals[k], losses[k] = sum_of(values, k)
         total, lost = block_sum(totals, losses, high, low)
         its_mean, its_rest = mean_of(total, lost, float64(more))
         own_numbers(its_mean, known, means)
         for k in range(OWN):
-            totals[k], losses[k] = squares_of(values, k, means[k], element, stop)
+            totals[k], losses[k] = squares_of(values, bits, k, means[k], element, stop)
         total, lost = block_sum(totals, losses, high, low)
         its_m2 = about_mean(total + lost, its_rest, float64(more))
         count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, its_m2)
@@ -834,8 +900,10 @@ def to_normalize(affine, mean, rest, invstd, table):
 
 
 @part
-def value_count(cut):
+def value_count(arrays, cut):
     """Return how many values share statistics."""
+    if MASKED:
+        return float64(arrays.counted)
     if POOLED:
         return float64(cut.outer * cut.inner * cut.pool)
     return float64(cut.outer * cut.inner)
@@ -847,7 +915,7 @@ def finish_channel(arrays, cut, numbers, affine, c, mean, rest, m2, report, tabl
 
     To report it is to leave its statistics, and to update the running ones.
     """
-    count = value_count(cut)
+    count = value_count(arrays, cut)
     var = variance(m2, count)
     if not CENTERED:
         var = mean_square(var, mean)
@@ -885,7 +953,7 @@ def finish_stats(arrays, cut, numbers):
     channel, index = worker()
     c = int64(cuda.blockIdx.x) * TILE + channel
     mean, rest, m2 = pool_statistics(
-        cut, arrays.partials, cut.channels, c, pieces(cut), counts, means, rests, m2s
+        arrays, cut, arrays.partials, cut.channels, c, pieces(cut), counts, means, rests, m2s
     )
     if POOLED:
         its = int64(index)
@@ -992,6 +1060,7 @@ def normalize_part(arrays, cut, c, first, last, stop, kept, numbers, values):
                 if RESIDUAL:
                     its += real(residuals[i])
                 values[i] = activated(arrays, carried(its, stored))
+        blank(values, bits_of(arrays, element, stop))
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()
@@ -1045,6 +1114,7 @@ def forward(arrays, cut, numbers):
         while start < last:
             element = start + lane_of()[1] * ALONG
             fetch(cut, arrays.x, c, step, inner, element, stop, values)
+            blank(values, bits_of(arrays, element, stop))
             keep(kept, 0, kept_at(first, start), element, stop, values)
             for k in range(OWN):
                 total, lost = sum_of(values, k)
@@ -1052,18 +1122,21 @@ def forward(arrays, cut, numbers):
             step, inner = advance_all(cut, step, inner)
             start += chunk()
         total, lost = block_sum(totals, losses, high, low)
-        mean, rest = mean_of(total, lost, float64(last - first))
+        count = float64(count_of(arrays, first, last))
+        mean, rest = mean_of(total, lost, count)
         own_numbers(mean, known, means)
-        kept_squares(kept, first, stop, means, totals, losses)
+        kept_squares(arrays, kept, first, stop, means, totals, losses)
         affine = affine_of(arrays, cut, tile * TILE + channel)
         total, lost = block_sum(totals, losses, high, low)
-        m2 = about_mean(total + lost, rest, float64(last - first))
+        m2 = about_mean(total + lost, rest, count)
         if TEAMS:
             address = notes(arrays, cut, turn, team)
             if index == 0:
                 put_four(address, rank, TILE, channel, (mean, rest, m2, float64(0)))
             team_barrier(arrays, cut, team, rank)
-            mean, rest, m2 = pool_statistics(cut, address, TILE, channel, cut.team, counts, high, low, m2s)
+            mean, rest, m2 = pool_statistics(
+                arrays, cut, address, TILE, channel, cut.team, counts, high, low, m2s
+            )
         if index == 0 and tile * TILE + channel < cut.channels:
             its = tile * TILE + channel
             finish_channel(arrays, cut, numbers, affine, its, mean, rest, m2, rank == 0, table)
@@ -1168,6 +1241,10 @@ def reduce_part(
             keep(kept, 0, kept_at(first, start), element, stop, values)
         if ACTIVATES:
             pass_activation(arrays, cut, c, step, inner, element, stop, numbers, values, others)
+        if MASKED:
+            bits = bits_of(arrays, element, stop)
+            blank(values, bits)
+            blank(others, bits)
         if RESIDUAL:
             leave_residual(arrays, cut, c, step, inner, element, stop, values)
         if READS and not AGAIN:
@@ -1239,7 +1316,7 @@ def finish_gradients(arrays, cut, c, four, report, table):
         grad_weight,
         invstd,
         unit,
-        value_count(cut),
+        value_count(arrays, cut),
     )
     if arrays.training == 0:
         # The statistics are constants: grad_x = scale · dy, which is `normalize` of dy.
@@ -1353,6 +1430,7 @@ def apply_part(arrays, cut, c, first, last, stop, kept, numbers, values, others)
                 else:
                     its = gradient(real(values[i]), real(others[i]), mean, unit, scale, slope, offset)
                 values[i] = carried(its, stored)
+        blank(values, bits_of(arrays, element, stop))
         write(cut, arrays.out, c, step, inner, element, stop, values)
         step, inner = advance_all(cut, step, inner)
         start += chunk()

@@ -53,7 +53,7 @@ class Plan:
     Parameters
     ----------
     geometry : Geometry
-        Of the arrays that a problem has: see `nbbn.problem.Problem`.
+        Of the arrays that a problem has, without a mask: see `nbbn.problem.Problem`.
     storage : Storage
         Of the arrays' elements.
     device : int
@@ -161,7 +161,7 @@ class Plan:
             teams or tiles,
         )  # fmt: skip
         if self.form.alone != problem.BATCH or self._across:
-            cut = FormCut(*cut, self.form.pool, self.parameters)  # type: ignore[call-arg, assignment]
+            cut = FormCut(*cut, self.form.pool, self.parameters)
         shared = self._room(reads, threads) * -(-part // (threads // lanes * self.along))
         return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
 
@@ -281,7 +281,7 @@ class Plan:
         if self.width == 8:
             return 3 - form.reads
         if form.reads == 1:
-            return 3 if form.teams else 4
+            return 4 - (form.teams > 0) * (1 + self.form.masked)
         return 2 if self.width > 1 else 4
 
     def names(self, form: Form, aligned: bool) -> target.Names:
@@ -293,6 +293,7 @@ class Plan:
             ("CENTERED", self.form.centered),
             ("ELEMENTWISE", self.form.along),
             ("ACROSS", self._across),
+            ("MASKED", self.form.masked),
         )
         members, along = form.threads // form.lanes, self.width // form.own
         tile = form.lanes * form.own

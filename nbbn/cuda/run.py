@@ -4,14 +4,19 @@ Nothing here waits for the GPU: the work, and the memory that it works in, are p
 caller's stream.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from nbbn.arrays import ABSENT
 from nbbn.compiler import Step
 from nbbn.cuda import kernels, target
-from nbbn.cuda.call import Arrays, FusedArrays, Numbers, Operand, Parameter
+from nbbn.cuda.call import AnyArrays, Arrays, FusedArrays, MaskedArrays, Numbers, Operand, Parameter
 from nbbn.cuda.plan import THREADS, Form, Plan
+from nbbn.frameworks import view
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.problem import NOTHING, Extras, Problem
 
@@ -26,11 +31,18 @@ CONSTANT: target.Names = (("CONSTANT", True),)
 class _Call:
     """The launches of one operation, all of them compiled before the first is launched."""
 
-    def __init__(self, run: "Run", stream: int) -> None:
+    def __init__(self, run: "Run", stream: int, extras: Extras) -> None:
         self._run = run
         self._stream = stream
+        self._slope = float(extras.slope)
         self._memory = target.Memory(run.nbytes, run.plan.barriers, stream)
         self.sums = self._memory.address + run.plan.sums
+        self._mask = (0, 0, 0)
+        if run.mask is not None:
+            mask = run.mask.words(extras.mask)
+            at = self._memory.address + run.nbytes - mask.nbytes
+            target.write(at, mask, run.device, stream)
+            self._mask = at, at + mask.nbytes // 2, extras.counted
         self._launches: list[tuple[target.Launcher, Form, tuple[Any, ...]]] = []
 
     def arrays(
@@ -43,7 +55,7 @@ class _Call:
         var: Where = ABSENT,
         training: bool = True,
         plan: Plan | None = None,
-    ) -> Arrays:
+    ) -> AnyArrays:
         """Return what the kernels of this call have to know of its arrays, by the run's plan or another.
 
         The operands are x, grad_out and the result.
@@ -55,7 +67,7 @@ class _Call:
             memory += self._run.plan.partials  # the barriers stay as they are
         x, grad_out, out = operands
         parameters = Parameter(*weight), Parameter(*bias), Parameter(*mean), Parameter(*var)
-        return Arrays(
+        arrays = Arrays(
             x,
             grad_out,
             out,
@@ -66,20 +78,22 @@ class _Call:
             barriers=memory,
             training=int(training),
         )
+        return arrays if self._run.mask is None else MaskedArrays(*arrays, *self._mask)
 
-    def fused(self, arrays: Arrays, slope: float, *beside: Operand) -> Arrays | FusedArrays:
+    def fused(self, arrays: AnyArrays, *beside: Operand) -> AnyArrays:
         """Return the same with what goes along: the residual and, in a backward pass, its gradient."""
         form = self._run.plan.form
         if not (form.activation or form.residual):
             return arrays
-        residual, grad_residual = (*beside, arrays.x, arrays.x)[:2]
-        return FusedArrays(*arrays, residual, grad_residual, float(slope))
+        alone = Arrays(*arrays[: len(Arrays._fields)])
+        residual, grad_residual = (*beside, alone.x, alone.x)[:2]
+        return FusedArrays(*alone, *self._mask, residual, grad_residual, self._slope)
 
     def add(
         self,
         kernel: Kernel,
         form: Form,
-        arrays: Arrays | FusedArrays,
+        arrays: AnyArrays,
         *numbers: Numbers,
         plan: Plan | None = None,
         names: target.Names = (),
@@ -114,12 +128,50 @@ def _across(problem: Problem) -> Geometry:
     return Geometry((rows,), elements, 1, layouts)
 
 
+class _Mask:
+    """How a mask lies in the memory of the host, and what of it a kernel is given.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Of the walk over the elements of a channel: its outer dimensions and the inner one.
+    layout : Layout
+        Of the mask, a byte for each element.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], layout: Layout) -> None:
+        self._sizes = sizes
+        self._layout = layout
+        self._words = math.prod(sizes) // 64 + 1  # one more than are full: a count for each end of a part
+        self.nbytes = 16 * self._words
+
+    def words(self, address: int) -> np.ndarray:
+        """Return the bits of the mask at an address, and the counts before each word: int64[2, words]."""
+        layout = self._layout
+        steps = (*layout.outer, layout.inner)
+        counted = view(address + layout.offset, self._sizes, steps, np.dtype(np.bool_), None)
+        found = np.zeros((2, self._words), np.int64)
+        bits = np.zeros(64 * self._words, np.bool_)
+        bits[: counted.size] = counted.reshape(-1)
+        found[0].view(np.uint8)[:] = np.packbits(bits, bitorder="little")
+        np.cumsum(bits.reshape(-1, 64).sum(1)[:-1], out=found[1, 1:])
+        return found
+
+
 class Run:
-    """Runs the operations on one problem, which has no mask. All arrays are given by their addresses."""
+    """Runs the operations on one problem. All arrays are given by their addresses on the device.
+
+    Only a mask lies in the memory of the host, and goes along with each call.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.device = int(problem.device.partition(":")[2] or 0)
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
+        self.mask = None
+        if problem.form.masked:
+            *layouts, mask = geometry.layouts
+            geometry = replace(geometry, layouts=tuple(layouts))
+            self.mask = _Mask((*geometry.sizes, geometry.inner), mask)
         with target.current(self.device):
             self.plan = plan = Plan(geometry, problem.storage, self.device, problem.form)
             self.nbytes = plan.nbytes
@@ -127,6 +179,8 @@ class Run:
             if problem.form.along and len(problem.strides) == 3:
                 self.across = Plan(_across(problem), problem.storage, self.device, across=True)
                 self.nbytes = max(plan.nbytes, plan.partials + self.across.nbytes)
+        if self.mask is not None:
+            self.nbytes = -(-self.nbytes // 16) * 16 + self.mask.nbytes
         self._channels = plan.general._replace(threads=THREADS, blocks=-(-plan.channels // THREADS))
         self._launchers: dict[tuple[Any, ...], target.Launcher] = {}
 
@@ -149,11 +203,11 @@ class Run:
             self._launchers[key] = found
             return found
 
-    def stats(self, x: int, stats: int, stream: int = 0) -> None:
+    def stats(self, x: int, stats: int, extras: Extras = NOTHING, stream: int = 0) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         plan = self.plan
         with target.current(self.device):
-            call = _Call(self, stream)
+            call = _Call(self, stream, extras)
             (of_x,) = plan.operands(x)
             arrays = call.arrays((of_x, of_x, of_x), stats)
             call.add(kernels.collect, plan.general, arrays)
@@ -183,11 +237,11 @@ class Run:
         plan = self.plan
         numbers = Numbers(float(eps), float(momentum), float(correction))
         with target.current(self.device):
-            call = _Call(self, stream)
+            call = _Call(self, stream, extras)
             residual = [extras.residual] * plan.form.residual
             of_x, *beside, of_out = plan.operands(x, *residual, out)
             arrays = call.arrays((of_x, of_x, of_out), stats, weight, bias, mean, var)
-            fused = call.fused(arrays, extras.slope, *beside)
+            fused = call.fused(arrays, *beside)
             if plan.resident is not None:
                 call.add(kernels.forward, plan.resident, fused, numbers)
             else:
@@ -213,12 +267,12 @@ class Run:
         """Evaluation: normalize with the running statistics."""
         plan = self.plan
         with target.current(self.device):
-            call = _Call(self, stream)
+            call = _Call(self, stream, extras)
             residual = [extras.residual] * plan.form.residual
             of_x, *beside, of_out = plan.operands(x, *residual, out)
             arrays = call.arrays((of_x, of_x, of_out), 0, weight, bias, mean, var)
             call.add(kernels.use_running_stats, self._channels, arrays, Numbers(float(eps), 0.0, 0.0))
-            call.add(kernels.normalize, plan.general, call.fused(arrays, extras.slope, *beside))
+            call.add(kernels.normalize, plan.general, call.fused(arrays, *beside))
             call.launch()
 
     def backward(
@@ -242,12 +296,12 @@ class Run:
         plan, across = self.plan, self.across
         names = ADDING if adds else ()
         with target.current(self.device):
-            call = _Call(self, stream)
+            call = _Call(self, stream, extras)
             residual = [extras.residual, extras.grad_residual] * plan.form.residual
             of_x, of_grad_out, *beside, of_grad_x = plan.operands(x, grad_out, *residual, grad_x)
             operands = [of_x, of_grad_out, of_grad_x]
             arrays = call.arrays(operands, gradients, weight, extras.bias, mean, invstd, training)
-            fused = call.fused(arrays, extras.slope, *beside)
+            fused = call.fused(arrays, *beside)
             if across is not None:  # before grad_x is written, which may be where x or grad_out is
                 operands = across.operands(x, grad_out, grad_x)
                 rows = call.arrays(operands, gradients, mean=mean, var=invstd, plan=across)

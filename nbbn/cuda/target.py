@@ -52,6 +52,7 @@ if SIMULATED:
         np.int64: ctypes.c_int64,
         np.uint32: ctypes.c_uint32,
         np.uint16: ctypes.c_uint16,
+        np.uint8: ctypes.c_uint8,
     }
 
     def load(address: int, stored: Any) -> Any:
