@@ -347,7 +347,7 @@ def differentiate_rows(
         arrays.output(out, x, grad_out=grad_out, weight=weight, mean=mean, invstd=invstd)
     if x.size == 0:
         return _finish(here, out, given), here.put(np.zeros((2, *shape))), here
-    gradients = here.empty((2, *shape))
+    gradients = here.room((2, *shape), STATISTICS)  # they may be many
     walk = _by_row(x, (grad_out, out), len(shape), centered)
     if walk is None:
         near, dy = _near(here, x), _near(here, grad_out)

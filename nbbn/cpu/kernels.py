@@ -25,6 +25,7 @@ from nbbn.cpu.masks import (
 )
 from nbbn.cpu.parameters import (
     ROWS,
+    across,
     affine_of,
     index_of,
     mean_of_row,
@@ -625,6 +626,8 @@ def update_running_stats(first, last, address, stored):
 def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     """Σ dy and Σ dy · (x - mean) of one chunk of one tile into its place among the partials.
 
+    Or, where one chunk is all and they are the gradients of parameters, into those' place.
+
     Meanwhile `tile`, another one, is written.
     """
     real = wide(stored)
@@ -654,6 +657,13 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
+    if across(stored) and call.chunks == 1:  # nothing to be added to: as `pool_gradients` leaves them
+        gradients = after(pointer(call.channel_stats, np.float64), channel)
+        for g in range(0, group, LANES):
+            here = min(LANES, group - g)
+            store_first(gradients, g, load(products, g) + load(products_lost, g), here)
+            store_first(gradients, call.channels + g, load(sums, g) + load(lost, g), here)
+        return
     for g in range(0, group, LANES):
         here = min(LANES, group - g)
         store_first(partials, g, load(sums, g), here)

@@ -28,6 +28,7 @@ from nbbn.formulas import affine, affine_doubt
 
 CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
 ROWS = 16  # of all operands, that are read at a time at most;
+FLOAT32_BYTES = FLOAT32.dtype.itemsize
 NOTED = 5 * ROWS  # after their addresses come notes of what they are read beside
 
 
@@ -93,6 +94,16 @@ def _affine_of(call, channel, stored):
         return parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0)
 
     return (lambda call, channel, stored: (1.0, 0.0)) if way_of(stored).parameters else of_channel
+
+
+def across(stored):
+    """Whether the sums are those of columns, in rows that have statistics of their own."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(across)
+def _across(stored):
+    return (lambda stored: True) if way_of(stored).parameters == ACROSS else (lambda stored: False)
 
 
 def mean_of_row(call, channel, stored):
@@ -251,11 +262,27 @@ def column_of(call, row, j):
 
 
 @loop
+def spread(where, missing, table, first, last, inner):
+    """Set table[first : last] to the elements of a parameter; they begin again after `inner` of them."""
+    out_of_line()
+    j = first
+    while j < last:
+        i = j % inner
+        end = min(last, j + inner - i)
+        if where.address != 0 and where.code == CODE32 and where.stride == FLOAT32_BYTES:
+            source = pointer(where.address + FLOAT32_BYTES * (i - j), np.float32)
+            for k in range(j, end):  # a loop that the compiler makes vectors of
+                set_number(table, k, np.float64(source[k]))
+        else:
+            for k in range(j, end):
+                set_number(table, k, parameter(where, i + k - j, missing))
+        j = end
+
+
+@loop
 def spread_along(call, first, last, real):
-    """Set the elements first … last - 1 of the table of weights and biases; it begins again after a row."""
+    """Set the elements first … last - 1 of the table of weights and, but for gradients, of biases."""
     weights = pointer(call.along, real)
-    i = first % call.inner
-    for j in range(first, last):
-        weights[j] = real(parameter(call.weight, i, 1.0))
-        weights[call.along_room + j] = real(parameter(call.bias, i, 0.0))
-        i = 0 if i + 1 == call.inner else i + 1
+    spread(call.weight, 1.0, weights, first, last, call.inner)
+    if call.grad_out == 0:
+        spread(call.bias, 0.0, after(weights, call.along_room), first, last, call.inner)

@@ -12,8 +12,9 @@ from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.simd import LANES, stored_as
-from nbbn.dtypes import Storage
+from nbbn.dtypes import STATISTICS, Storage
 from nbbn.geometry import Geometry, Layout, canonical
+from nbbn.memory import empty_aligned
 from nbbn.problem import BATCH, NOTHING, Extras, Problem
 
 _ARGUMENTS = struct.Struct("8q12q5d3q")  # see nbbn.cpu.call.ARGUMENTS
@@ -63,7 +64,7 @@ class _Room:
 
     def __init__(self, words: int) -> None:
         self.words = words
-        self.memory = np.empty(words)
+        self.memory = empty_aligned((words,), STATISTICS)
         self.address = address(self.memory)
 
 
@@ -388,7 +389,8 @@ class Run:
             plan.count, 1, adds, 0,
         )  # fmt: skip
         call(kernels.backward_reduce, plan.chunks * plan.groups)
-        call(kernels.finish_across, -(-plan.channels // LANES))
+        if plan.chunks > 1:
+            call(kernels.finish_across, -(-plan.channels // LANES))
         if adds:
             call(kernels.sum_parameters, plan.parameters, 1)
         self._give_back(call)

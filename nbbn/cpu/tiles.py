@@ -26,6 +26,7 @@ from nbbn.cpu.fused import (
 )
 from nbbn.cpu.masks import advanced, both, lanes, note_bits, noted_bits, only, operands, row_bits
 from nbbn.cpu.parameters import (
+    FLOAT32_BYTES,
     NOTED,
     ROWS,
     deviation,
@@ -93,7 +94,7 @@ SHARED_COLUMNS = (
     512  # a row is at most this long, where several channels share it: their sums must stay in L1
 )
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
-FLOAT32_BYTES = 4
+
 SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
 HALF_SPAN = 4 * SPAN  # of 16 bits, which are not streamed meanwhile
 
@@ -341,6 +342,8 @@ def multiply_rows(rows, number, first, last, state, base, mask, stored):
 def to_channels(call, group, width, sums, lost, real):
     """Add up each channel's columns, in place: sums[channel] + lost[channel]."""
     out_of_line()
+    if width == 1 and call.fold == 1:
+        return
     if width == 1:
         for g in range(0, group, LANES):
             total = load(sums, g)
