@@ -162,6 +162,20 @@ def look_at(x, bits, guess, total, rest, square, one, real):
 
 
 @loop
+def look_at_two(row, its, j, guess, sums, one, ahead, real):
+    """Look at two vectors of a row, from column j on; each has a sum of squares of its own."""
+    total, rest, square, more = sums
+    prefetch(row, j, ahead)
+    if size_of(row) > 2:  # of 16 bits both are in one line
+        prefetch(row, j + LANES, ahead)
+    x, bits = load(row, j), lanes(its, j)
+    total, rest, square = look_at(x, bits, guess, total, rest, square, one, real)
+    x, bits = load(row, j + LANES), lanes(its, j + LANES)
+    total, rest, more = look_at(x, bits, guess, total, rest, more, one, real)
+    return total, rest, square, more
+
+
+@loop
 def look_at_rows(rows, number, first, last, state, base, mask, stored):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
@@ -184,27 +198,30 @@ def look_at_rows(rows, number, first, last, state, base, mask, stored):
         rest = splat(0.0)
         square = splat(real(0.0))
         more = splat(real(0.0))
-        two = mask == 0 and j + 2 * LANES <= last  # vectors at a time: they share their sums
+        # Two vectors at a time, or eight of one row: they share their sums.
+        width = 0
+        if mask == 0:
+            width = 2 * LANES * max(1, 4 // number)
+            if j + width > last:
+                width = 2 * LANES if j + 2 * LANES <= last else 0
         for k in range(number):
             row = pointer(rows[k], stored)
-            prefetch(row, j, ahead)
             its = noted_bits(rows, k, bits_mask, stored)
-            bits = lanes(its, j)
-            if two:
-                if size_of(row) > 2:  # of 16 bits both are in one line
-                    prefetch(row, j + LANES, ahead)
-                total, rest, square = look_at(load(row, j), bits, guess, total, rest, square, one, real)
-                x, bits = load(row, j + LANES), lanes(its, j + LANES)
-                total, rest, more = look_at(x, bits, guess, total, rest, more, one, real)
+            if width > 0:
+                found = look_at_two(row, its, j, guess, (total, rest, square, more), one, ahead, real)
+                for i in range(j + 2 * LANES, j + width, 2 * LANES):
+                    found = look_at_two(row, its, i, guess, found, one, ahead, real)
+                total, rest, square, more = found
             else:
-                x = some(row, j, last)
+                prefetch(row, j, ahead)
+                x, bits = some(row, j, last), lanes(its, j)
                 total, rest, square = look_at(x, bits, guess, total, rest, square, one, real)
         square = square + more
         if j + LANES > last:
             square = keep_first(square, last - j)
         sum_x = add_to(sum_x, total, rest)
         sum_squares = add_up(sum_squares, widen(square), splat(0.0), real)
-        j += 2 * LANES if two else LANES
+        j += max(width, LANES)
     store_sums(sums, c, sum_x, always)
     store_sums(squares, c, sum_squares, both)
 
