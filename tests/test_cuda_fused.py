@@ -37,4 +37,4 @@ def test_properties(simulate, seed, check):
 
 
 def test_functions(simulate, seed):
-    simulate(f"check_functions({seed})")
+    simulate(f"check_functions({seed})", seed)

@@ -12,4 +12,4 @@ def test_kernels(simulate, seed, check, shared):
 
 
 def test_functions(simulate, seed):
-    simulate(f"check_functions({seed})")
+    simulate(f"check_functions({seed})", seed)

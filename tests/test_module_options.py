@@ -739,11 +739,13 @@ def test_on_a_gpu(rng, monkeypatch, options, kind):
     find.cache_clear()
 
 
-def test_in_the_simulator(python):
-    """With the kernels that a GPU runs."""
+def test_on_a_gpu(python):
+    """With the kernels that a GPU runs, emulated."""
+    pytest.importorskip("greenlet")
     program = """
-import numpy as np, nbbn
+import simulated, numpy as np, nbbn
 from numba import cuda
+simulated.emulate(1)
 rng = np.random.default_rng(1)
 x, dy = rng.normal(size=(2, 5, 3, 2)).astype(np.float32)
 bad = x.copy()
