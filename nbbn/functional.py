@@ -21,6 +21,7 @@ from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.columns import columns_on
 from nbbn.compiler import Step, pool
 from nbbn.dispatch import cpu, find
+from nbbn.dtypes import FLOAT64
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
@@ -844,9 +845,26 @@ def _needed(name: str, value: Any, channels: int, x: np.ndarray) -> Parameter:
     return arrays.parameter(name, value, channels, x)
 
 
+# What `warmup` compiles.
+NORMS = ("batch", "layer", "rms", "group", "instance")
+
+
+def _norms(norms: Any) -> list[str]:
+    if isinstance(norms, str) or not isinstance(norms, Iterable):
+        raise TypeError(f"norms must be an iterable of str, got {norms!r}")
+    chosen = list(norms)
+    for norm in chosen:
+        if not isinstance(norm, str):
+            raise TypeError(f"norms must be an iterable of str, got one of {type(norm).__name__}")
+        if norm not in NORMS:
+            raise ValueError(f"norms must be among {', '.join(map(repr, NORMS))}, got {norm!r}")
+    return chosen
+
+
 def warmup(
     dtypes: Iterable[Any] = ("float32",),
     *,
+    norms: Iterable[str] = ("batch",),
     training: bool = True,
     evaluation: bool = True,
     backward: bool = True,
@@ -863,6 +881,10 @@ def warmup(
     ----------
     dtypes : iterable of str or numpy.dtype, default ("float32",)
         The types of the arrays to come.
+    norms : iterable of str, default ("batch",)
+        The normalizations to come: "batch", "layer", "rms", "group" and "instance"; on a GPU "batch" only.
+        What goes along, an activation, a residual or a mask, is compiled at its first use, and so is what
+        updates the running statistics of instance norm.
     training, evaluation, backward : bool, default True
         The operations to come.
     device : str, default "cpu"
@@ -871,7 +893,9 @@ def warmup(
     Raises
     ------
     TypeError
-        If a dtype is not one of float32, float64, float16 and bfloat16, or `device` not a str.
+        If a dtype is not one of float32, float64, float16 and bfloat16, or `device` or a norm not a str.
+    ValueError
+        If a norm is not one of these.
     nbbn.DeviceError
         If there is no such device, or it cannot be computed with; the message says why.
 
@@ -884,6 +908,7 @@ def warmup(
     ...     nbbn.warmup(device="cuda", training=False, backward=False)
     """
     storages = [arrays.storage(dtype) for dtype in dtypes]
+    chosen = _norms(norms)
     device = columns_on(device).device
     wanted = {
         "training": arrays.flag("training", training),
@@ -894,8 +919,11 @@ def warmup(
     if device != CPU:
         from nbbn.cuda.warmup import warm_up
 
-        warm_up(device, storages, operations)
+        if "batch" in chosen:
+            warm_up(device, storages, operations)
         return
     pool.threads()
     for storage in storages:
-        cpu().compile_for(storage, operations)
+        cpu().compile_for(storage, chosen, operations)
+    if storages and set(chosen) - {"batch"}:  # which copy statistics, where they are computed apart
+        cpu().compile_for(FLOAT64, ["batch"], ["evaluation"])

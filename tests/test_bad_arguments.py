@@ -639,15 +639,15 @@ def test_merge(data, seed, dtype, reverse):
 
 @given(st.data(), ANYTHING)
 def test_warmup_and_set_recycling(data, value):
-    name = data.draw(st.sampled_from(["dtypes", "training", "evaluation", "backward"]))
-    value = data.draw(st.sampled_from([value, [value]])) if name == "dtypes" else value
+    name = data.draw(st.sampled_from(["dtypes", "norms", "training", "evaluation", "backward"]))
+    value = data.draw(st.sampled_from([value, [value]])) if name in ("dtypes", "norms") else value
     arguments = {"dtypes": (), "training": False} | {name: value}
     try:
         assert nbbn.warmup(**arguments) is None
     except ERRORS:
         pass
     else:
-        assert name == "dtypes" or contract.is_bool(value)
+        assert name in ("dtypes", "norms") or contract.is_bool(value)
     bound = nbbn.set_recycling(1 << 20)
     try:
         with kept([value], ["max_bytes"]) as call:

@@ -213,6 +213,45 @@ assert kernels() > before, "this test does not see what is loaded"
     )
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms", "group", "instance"])
+def test_warmup_of_the_other_normalizations(python, norm):
+    """After it a normalization loads and compiles nothing, in any layout, of long rows and of short ones."""
+    python(
+        f"""
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+import numpy as np, nbbn
+
+def kernels():
+    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
+
+def work(x):
+    shape = x.shape[1:]
+    given = {{"layer": (shape,), "rms": (shape,), "group": (2,), "instance": ()}}[{norm!r}]
+    forward = getattr(nbbn, "{norm}_norm_forward")(x, *given)
+    found = {{"mean": forward.mean, "invstd": forward.invstd}}
+    if {norm!r} == "rms":
+        del found["mean"]
+    backward = getattr(nbbn, "{norm}_norm_backward")
+    arguments = (x, x, *given) if {norm!r} != "instance" else (x, x)
+    backward(*arguments, **found)
+
+nbbn.warmup(["float32"], norms=[{norm!r}])
+before = kernels()
+assert before
+for dims in ((3, 4, 5), (4, 8, 70, 80), (600, 4, 40), (2, 4, 200_000)):
+    x = np.random.default_rng(0).normal(size=dims).astype(np.float32)
+    work(x)
+    work(np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1))
+    work(x[:, :, ::2])
+assert kernels() == before, opened[-3:]
+nbbn.batch_norm_forward(x.astype(np.float16))
+assert kernels() > before, "this test does not see what is loaded"
+"""
+    )
+
+
 def test_killed_process_leaves_a_usable_cache(python, compiled, tmp_path):
     """Killed while it compiles or writes: the next one must not believe half a file."""
     package, _, expected = compiled

@@ -304,6 +304,20 @@ def test_merge():
     assert (bits(stats.mean), bits(stats.var)) == before
 
 
+@pytest.mark.parametrize(
+    ("norms", "error", "message"),
+    [
+        (["batch", "power"], ValueError, "norms must be among 'batch', 'layer', .* got 'power'"),
+        ("layer", TypeError, "norms must be an iterable of str, got 'layer'"),
+        ([1], TypeError, "norms must be an iterable of str, got one of int"),
+        (None, TypeError, "norms must be an iterable of str, got None"),
+    ],
+)
+def test_warmup_of_norms(norms, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        nbbn.warmup(norms=norms)
+
+
 @pytest.mark.parametrize("dtype", ["float8", "int32", "no such type", 3])
 def test_warmup(dtype):
     with pytest.raises((TypeError, ValueError), match="dtype"):

@@ -739,7 +739,7 @@ def test_on_a_gpu(rng, monkeypatch, options, kind):
     find.cache_clear()
 
 
-def test_on_a_gpu(python):
+def test_in_the_emulator(python):
     """With the kernels that a GPU runs, emulated."""
     pytest.importorskip("greenlet")
     program = """

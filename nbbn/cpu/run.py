@@ -1,7 +1,7 @@
 """The stages of each operation, in order, on the CPU: which kernels run, over how many tasks."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -11,7 +11,7 @@ from nbbn.compiler import Step, entry, pool
 from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan
-from nbbn.cpu.simd import LANES, stored_as
+from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
 from nbbn.dtypes import STATISTICS, Storage
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.memory import empty_aligned
@@ -52,11 +52,50 @@ _KERNELS = {
 }
 
 
-def compile_for(storage: Storage, operations: Iterable[str]) -> None:
-    """Compile all that the operations may run on arrays that are stored so."""
-    for operation in operations:
-        for name in _KERNELS[operation]:
-            entry(name, stored_as(storage.name))
+_ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
+    "forward": {
+        Way(ALONG): (
+            kernels.set_along,
+            kernels.forward,
+            kernels.collect_stats,
+            kernels.finish_stats,
+            kernels.normalize,
+        ),
+    },
+    "backward": {
+        Way(ALONG): (
+            kernels.set_along,
+            kernels.backward,
+            kernels.backward_reduce,
+            kernels.finish_backward,
+            kernels.backward_apply,
+        ),
+        Way(ACROSS): (kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters),
+    },
+}
+
+
+def _kernels_of(norm: str, operations: Collection[str]) -> Iterator[tuple[Way, tuple[str, ...]]]:
+    """Yield what the operations of a normalization may run."""
+    if norm == "batch":
+        for operation in operations:
+            yield Way(), _KERNELS[operation]
+        return
+    of_rows = norm in ("layer", "rms")
+    if "training" in operations or "evaluation" in operations:  # there is no difference
+        yield Way(), _KERNELS["evaluation"]  # copies what is too scattered
+        yield from _ROW_KERNELS["forward"].items() if of_rows else ((Way(), _KERNELS["training"]),)
+    if "backward" in operations:
+        plain = Way(), (*_KERNELS["backward"], kernels.sum_parameters)
+        yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
+
+
+def compile_for(storage: Storage, norms: Iterable[str], operations: Collection[str]) -> None:
+    """Compile all that the operations of these normalizations may run on arrays that are stored so."""
+    for norm in norms:
+        for way, names in _kernels_of(norm, operations):
+            for name in names:
+                entry(name, stored_as(storage.name, way))
 
 
 class _Room:
