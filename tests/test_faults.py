@@ -17,6 +17,7 @@ from checks import bits
 # calls, and the arrays it may change.
 CALLS = """
 import os, signal, sys, threading, time
+from functools import partial
 import nbbn, numpy as np
 from checks import bits
 from nbbn import functional, memory
@@ -287,13 +288,24 @@ def unlimited():
 
 def calls():
     # Those that return a new array, and what they may change.
-    state, columns = statistics(), statistics()
+    state, columns, more, most = (statistics() for _ in range(4))
+    rows, bn = np.ones(len(x)), nbbn.InstanceNorm(C, track_running_stats=True)
+    instances = partial(bn, x)
     return {
         "training": (lambda: nbbn.batch_norm(x, *state, training=True), state),
         "module": module(),
         "evaluation": (lambda: nbbn.batch_norm(x, *columns), columns),
         "forward": (lambda: nbbn.batch_norm_forward(x).out, []),
         "backward": (lambda: nbbn.batch_norm_backward(dy, x, mean=columns[0], invstd=columns[1]).x, []),
+        "fused": (lambda: nbbn.batch_norm(x, *more, training=True, activation="silu", residual=dy), more),
+        "masked": (lambda: nbbn.batch_norm(x, *most, training=True, lengths=np.full(len(x), 3)), most),
+        "instance": (instances, [bn.running_mean, bn.running_var, bn.num_batches_tracked]),
+        "group": (lambda: nbbn.group_norm(x, 4), []),
+        "layer": (lambda: nbbn.layer_norm(x, x.shape[1:]), []),
+        "gradients of layer": (
+            lambda: nbbn.layer_norm_backward(dy, x, x.shape[1:], mean=rows, invstd=rows).x,
+            [],
+        ),
     }
 
 make((4, 16, 4, 5))

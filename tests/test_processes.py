@@ -11,7 +11,7 @@ LAYERS = ["tbb", "omp", "workqueue"]
 WORK = """
 import os, signal, sys, threading, time
 import nbbn, numpy as np
-from workload import arrays, batch, work
+from workload import arrays, batch, work, work_of_others
 """
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -149,6 +149,12 @@ def test_threads_at_once(python, layer):
     python(THREADS + CHECK_LAYER.format(layer=layer), NUMBA_THREADING_LAYER=layer)
 
 
+def test_threads_at_once_of_others(python, layer):
+    """The other normalizations, an activation with a residual, and a mask."""
+    code = THREADS.replace("inputs =", "work = work_of_others\ninputs =")
+    python(code + CHECK_LAYER.format(layer=layer), NUMBA_THREADING_LAYER=layer)
+
+
 def test_first_calls_at_once(python, layer):
     """Four threads that all find nothing compiled and no pool started; then the main thread."""
     python(FIRST_CALLS + CHECK_LAYER.format(layer=layer), NUMBA_THREADING_LAYER=layer)
@@ -262,6 +268,13 @@ assert work(*arrays()) != work(*arrays(1))
     "code", [AFTER_USE, BEFORE_USE, OTHERS], ids=["after_use", "before_use", "of_others"]
 )
 def test_fork(python, layer, code):
+    code += CHECK_LAYER.format(layer=layer)
+    python(code, NUMBA_THREADING_LAYER=layer, PYTHONWARNINGS="ignore::DeprecationWarning")
+
+
+@forks
+def test_fork_of_others(python, layer):
+    code = AFTER_USE.replace("expected =", "work = work_of_others\nexpected =", 1)
     code += CHECK_LAYER.format(layer=layer)
     python(code, NUMBA_THREADING_LAYER=layer, PYTHONWARNINGS="ignore::DeprecationWarning")
 
