@@ -473,11 +473,11 @@ def counted_before(arrays, element):
 
 
 @part
-def count_of(arrays, first, stop):
-    """Return how many elements count from one of them to before another."""
-    if MASKED:
-        return counted_before(arrays, stop) - counted_before(arrays, first)
-    return stop - first
+def count_of(arrays, first, number):
+    """Return how many count of so many elements, from the first one on."""
+    if MASKED and number > 0:
+        return counted_before(arrays, first + number) - counted_before(arrays, first)
+    return number
 
 
 # --- sums --------------------------------------------------------------------------------------------
@@ -721,8 +721,8 @@ def notes(arrays, cut, turn, team):
 @part
 def part_count(arrays, cut, piece):
     """Return how many values of a channel are in a part, of those that count."""
-    amount = cut.outer * cut.inner
-    return count_of(arrays, min(piece * cut.part, amount), min((piece + 1) * cut.part, amount))
+    first = piece * cut.part
+    return count_of(arrays, first, max(int64(0), min(cut.part, cut.outer * cut.inner - first)))
 
 
 @part
@@ -846,7 +846,7 @@ def collect(arrays, cut):
     start = first
     while start < last:
         element = start + lane_of()[1] * ALONG
-        more = count_of(arrays, start, min(start + chunk(), last))
+        more = count_of(arrays, start, min(chunk(), last - start))
         fetch(cut, arrays.x, c, step, inner, element, stop, values)
         bits = bits_of(arrays, element, stop)
         blank(values, bits)
@@ -1122,7 +1122,7 @@ def forward(arrays, cut, numbers):
             step, inner = advance_all(cut, step, inner)
             start += chunk()
         total, lost = block_sum(totals, losses, high, low)
-        count = float64(count_of(arrays, first, last))
+        count = float64(count_of(arrays, first, last - first))
         mean, rest = mean_of(total, lost, count)
         own_numbers(mean, known, means)
         kept_squares(arrays, kept, first, stop, means, totals, losses)
