@@ -174,7 +174,7 @@ def integer(name: str, value: Any) -> int:
 
 def number(name: str, value: Any, low: float, high: float) -> float:
     """Return `value` as a float in [low, high], or raise."""
-    if type(value) is float and low <= value <= high and value != math.inf:
+    if type(value) is float and low <= value <= high and abs(value) != math.inf:
         return value
     if type(value) is not float:
         if not _has_value(value):
@@ -186,6 +186,8 @@ def number(name: str, value: Any, low: float, high: float) -> float:
         except (TypeError, ValueError, RuntimeError):  # the last one from PyTorch
             raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
     if not (low <= value <= high) or math.isinf(value):
+        if math.isinf(low):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
         bound = f"at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be {bound} and finite, got {value!r}")
     return float(value)

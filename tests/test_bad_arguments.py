@@ -433,6 +433,64 @@ def test_module_options(data, names):
         assert column is None or column.tolist() == [1.0] * int(features)
 
 
+WORDS = {
+    "activation": ("relu", "leaky_relu", "silu", "gelu", "gelu_tanh"),
+    "single_value": ("error", "running"),
+    "nonfinite": ("propagate", "skip", "raise"),
+}
+NEWER_RULES = {
+    "activation": lambda v: v is None or (isinstance(v, str) and v in WORDS["activation"]),
+    "negative_slope": lambda v: contract.is_number(v, -np.inf, np.inf),
+    "renorm": lambda v: isinstance(v, bool),
+    "virtual_batch_size": lambda v: v is None or (contract.is_int(v) and int(v) >= 1),
+    "single_value": lambda v: isinstance(v, str) and v in WORDS["single_value"],
+    "nonfinite": lambda v: isinstance(v, str) and v in WORDS["nonfinite"],
+}
+WORD = st.sampled_from(sorted({word for words in WORDS.values() for word in words}))
+
+
+@examples(2)
+@given(st.data(), st.sampled_from(sorted(NEWER_RULES)), SEEDS)
+def test_newer_module_options(data, name, seed):
+    """Each is refused, or does what it says in a step of training and one of evaluation."""
+    value = data.draw(st.one_of(ANYTHING, WORD))
+    with kept([value], [name]) as call:
+        bn = nbbn.BatchNorm(5, **{name: value})
+    assert (call.error is None) == bool(NEWER_RULES[name](value)), call.error
+    if call.error is None:
+        x = np.random.default_rng(seed).normal(size=(4, 5, 2)).astype(np.float32)
+        for mode in (True, False):
+            assert np.isfinite(bn.train(mode)(x)).all()
+            assert np.isfinite(bn.backward(x)).all()
+        assert bn.num_batches_tracked >= 1
+
+
+@examples(2)
+@given(st.data(), SEEDS, st.sampled_from(["activation", "negative_slope", "residual", "mask", "lengths"]))
+def test_what_goes_along(data, seed, name):
+    """It is refused by name, and nothing is written; or what does not count is 0, and all else finite."""
+    x = np.random.default_rng(seed).normal(size=(4, 5, 3)).astype(np.float32)
+    mean, var = np.zeros(5), np.ones(5)
+    made = {
+        "residual": x.copy(),
+        "mask": np.random.default_rng(seed).random((4, 3)) < 0.7,
+        "lengths": np.array([3, 0, 2, 1]),
+    }
+    value = data.draw(spoiled(made, name) if name in made else st.one_of(ANYTHING, WORD))
+    with kept([x, mean, var, value], ["x", *made, name]) as call:
+        out = nbbn.batch_norm(x, mean, var, training=True, **{name: value})
+    event(f"{name}: {'refused' if call.error else 'computed'}")
+    if name in NEWER_RULES:
+        assert (call.error is None) == bool(NEWER_RULES[name](value)), call.error
+    if call.error is None:
+        assert out.shape == x.shape and out.dtype == x.dtype
+        if name == "mask" and value is not None:
+            which = np.broadcast_to(np.asarray(value), (4, 3))
+            assert not out.transpose(0, 2, 1)[~which].any()
+        elif name == "lengths" and value is not None:
+            assert not any(out[k, :, int(length) :].any() for k, length in enumerate(np.asarray(value)))
+
+
 def trained(seed, options):
     """A module after a step, with an x and a grad_out like that step's."""
     arguments = good(seed, np.float32, np.float32)

@@ -476,6 +476,7 @@ ERRORS = [
     ),
     ({"activation": "relu", "negative_slope": "a"}, TypeError, "negative_slope must be a number, got str"),
     ({"negative_slope": np.inf}, ValueError, "negative_slope must be .* finite, got inf"),
+    ({"negative_slope": -np.inf}, ValueError, "negative_slope must be a finite number, got -inf"),
     ({"negative_slope": np.nan}, ValueError, "negative_slope must be"),
     ({"residual": [1.0]}, TypeError, "residual must be"),
     ({"residual": X[:3]}, ValueError, r"residual must have x's shape \(4, 3\), got \(3, 3\)"),
