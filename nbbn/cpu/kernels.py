@@ -69,6 +69,8 @@ from nbbn.cpu.simd import (
 )
 from nbbn.cpu.tiles import (
     TABLES,
+    Look,
+    LookAtBoth,
     add_to,
     exact,
     line_from,
@@ -278,7 +280,9 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
         fill(lost, span, 0.0)
         fill(squares_lost, span, 0.0)
         column_guesses = to_columns(call, group, width, guess_of, guesses)
-        state = column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead, call.bits_mask
+        state = Look(
+            column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead, call.bits_mask
+        )
         look_down(call, first, last, channel, group, buffer, state, mask, tile, stored)
         if count == 0.0:
             continue
@@ -652,8 +656,17 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     tables, spread = scratch(NUMBERS_ROOM, real), scratch(NUMBERS_ROOM, real)
     before = before_activation(call, channel, group, width, tables, spread, stored)
     numbers = scratch(ROWS, np.float64)
-    those = call.one, call.ahead, call.bits_mask, before, real(call.slope), numbers
-    state = (means, (sums, lost), (products, products_lost)) + those
+    state = LookAtBoth(
+        means,
+        (sums, lost),
+        (products, products_lost),
+        call.one,
+        call.ahead,
+        call.bits_mask,
+        before,
+        real(call.slope),
+        numbers,
+    )
     look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)

@@ -6,6 +6,7 @@ places: eight long streams keep the memory busier than one.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba.core import types
@@ -49,7 +50,6 @@ from nbbn.cpu.rows import (
     scatter,
     some,
     to_columns,
-    up,
 )
 from nbbn.cpu.simd import (
     LANES,
@@ -59,6 +59,7 @@ from nbbn.cpu.simd import (
     after,
     ask_to_write,
     below,
+    choose,
     fold,
     keep_first,
     line_of,
@@ -95,8 +96,88 @@ SHARED_COLUMNS = (
 )
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 
-SPAN = 8 * LANES  # columns that are looked at before as many of another tile are written
-HALF_SPAN = 4 * SPAN  # of 16 bits, which are not streamed meanwhile
+PART = 8 * LANES  # columns that are looked at before as many of another tile are written
+SPAN = 2 * PART  # columns that are summed up before they are added to the rest
+
+
+class Look(NamedTuple):
+    """What columns of x are looked at with, and where their sums are.
+
+    Attributes
+    ----------
+    guesses : real[columns]
+        At the means.
+    sums, squares : pair of float64[columns]
+        Of x and of (x - guess)², and what they lost.
+    one : float64
+        1.0, which the compiler does not know: see `plus`.
+    ahead : int
+        How many bytes ahead memory is asked for.
+    bits_mask : int
+        What the index of a column is masked with for that of its bit.
+    """
+
+    guesses: Any
+    sums: Any
+    squares: Any
+    one: Any
+    ahead: Any
+    bits_mask: Any
+
+
+class LookAtBoth(NamedTuple):
+    """What columns of dy and x are looked at with, and where their sums are.
+
+    Attributes
+    ----------
+    means : float64[columns]
+        Of x.
+    sums, products : pair of float64[columns]
+        Of dy and of dy · (x - mean), and what they lost.
+    one, ahead, bits_mask
+        As in `Look`.
+    before : real[3, ROOM]
+        What the columns were normalized with, where dy goes through an activation.
+    slope : real
+        Of that.
+    numbers : float64[ROWS]
+        What rows have of their own, see `nbbn.cpu.parameters.deviation`.
+    """
+
+    means: Any
+    sums: Any
+    products: Any
+    one: Any
+    ahead: Any
+    bits_mask: Any
+    before: Any
+    slope: Any
+    numbers: Any
+
+
+class Work(NamedTuple):
+    """What is written meanwhile: lines of some rows of another tile.
+
+    Attributes
+    ----------
+    call, tile
+        That of which they are, see `tile_of`.
+    rows : int64[ROWS]
+        Which ones.
+    outs, xs, seconds : int64[ROWS]
+        The addresses of their columns, in each array.
+    begins, ends : int64[ROWS]
+        The column that the first whole line begins at, and that after the last one.
+    """
+
+    call: Any
+    tile: Any
+    rows: Any
+    outs: Any
+    xs: Any
+    seconds: Any
+    begins: Any
+    ends: Any
 
 
 def exact(real):
@@ -155,6 +236,15 @@ def add_up(total, x, rest, real):
 
 
 @loop
+def plus_sum(total, lost, other, others, real):
+    """Return the sum of two sums; of float32, nothing that a few rows can lose."""
+    if exact(real):
+        total, more = two_sum(total, other)
+        return total, lost + (others + more)
+    return total + other, lost
+
+
+@loop
 def look_at(x, bits, guess, total, rest, square, one, real):
     """Return the sums with those of x and of (x - guess)² added that count."""
     total, rest = plus(total, rest, only(bits, x, like(x, 0.0)), one, real)
@@ -162,68 +252,95 @@ def look_at(x, bits, guess, total, rest, square, one, real):
 
 
 @loop
-def look_at_two(row, its, j, guess, sums, one, ahead, real):
-    """Look at two vectors of a row, from column j on; each has a sum of squares of its own."""
-    total, rest, square, more = sums
-    prefetch(row, j, ahead)
+def look_at_two(row, its, j, guess, sums, state, real):
+    """Look at two vectors of a row, from column j on; each has sums of its own, which need not wait."""
+    in_line()
+    total, rest, square, other, others, more = sums
+    prefetch(row, j, state.ahead)
     if size_of(row) > 2:  # of 16 bits both are in one line
-        prefetch(row, j + LANES, ahead)
+        prefetch(row, j + LANES, state.ahead)
     x, bits = load(row, j), lanes(its, j)
-    total, rest, square = look_at(x, bits, guess, total, rest, square, one, real)
+    total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
     x, bits = load(row, j + LANES), lanes(its, j + LANES)
-    total, rest, more = look_at(x, bits, guess, total, rest, more, one, real)
-    return total, rest, square, more
+    other, others, more = look_at(x, bits, guess, other, others, more, state.one, real)
+    return total, rest, square, other, others, more
 
 
 @loop
-def look_at_rows(rows, number, first, last, state, base, mask, stored):
+def look_at_part(row, its, first, last, guess, sums, state, real):
+    """Look at the columns first … last - 1 of a row, PART of them at most."""
+    in_line()
+    j = first
+    if last - first == PART:
+        for k in range(0, PART, 2 * LANES):
+            sums = look_at_two(row, its, first + k, guess, sums, state, real)
+        return sums
+    while j + 2 * LANES <= last:
+        sums = look_at_two(row, its, j, guess, sums, state, real)
+        j += 2 * LANES
+    total, rest, square, other, others, more = sums
+    while j < last:
+        prefetch(row, j, state.ahead)
+        x, bits = some(row, j, last), lanes(its, j)
+        before = square
+        total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
+        if j + LANES > last:
+            square = choose((1 << (last - j)) - 1, square, before)
+        j += LANES
+    return total, rest, square, other, others, more
+
+
+@loop
+def look_at_channel(rows, number, first, last, state, base, work, stored):
+    """The same of `number` rows of one channel, one after the other, with one column of sums, at `base`."""
+    sums, squares, real = state.sums, state.squares, wide(stored)
+    both, always = plain(exact(real)), plain(True)
+    guess = load(state.guesses, base)
+    sum_x, sum_squares = load_sums(sums, base, always), load_sums(squares, base, both)
+    for k in range(number):
+        row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+        for j in range(first, last, SPAN):
+            found = splat(0.0), splat(0.0), splat(real(0.0)), splat(0.0), splat(0.0), splat(real(0.0))
+            end = min(last, j + SPAN)
+            for i in range(j, end, PART):
+                until = min(end, i + PART)
+                found = look_at_part(row, its, i, until, guess, found, state, real)
+                write_normalized_lines(work, rows, k, i, until, stored)
+            total, rest, square, other, others, more = found
+            total, rest = plus_sum(total, rest, other, others, real)
+            sum_x = add_to(sum_x, total, rest)
+            sum_squares = add_up(sum_squares, widen(square + more), splat(0.0), real)
+    store_sums(sums, base, sum_x, always)
+    store_sums(squares, base, sum_squares, both)
+
+
+@loop
+def look_at_rows(rows, number, first, last, state, base, mask, work, stored):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
-    The sums of column j are at base + (j & mask), and stay in registers for as long as that does.
+    The sums of column j are at base + (j & mask). Meanwhile write what there is to be, see `_write_lines`.
     """
-    guesses, sums, squares, one, ahead, bits_mask = state
-    real = wide(stored)
+    if mask == 0:
+        look_at_channel(rows, number, first, last, state, base, work, stored)
+        return
+    sums, squares, real = state.sums, state.squares, wide(stored)
     both, always = plain(exact(real)), plain(True)
-    c = base + (first & mask)
-    guess, sum_x, sum_squares = load(guesses, c), load_sums(sums, c, always), load_sums(squares, c, both)
-    j = first
-    while j < last:
-        if c != base + (j & mask):
-            store_sums(sums, c, sum_x, always)
-            store_sums(squares, c, sum_squares, both)
-            c = base + (j & mask)
-            guess, sum_x = load(guesses, c), load_sums(sums, c, always)
-            sum_squares = load_sums(squares, c, both)
+    for j in range(first, last, LANES):
         total = splat(0.0)
         rest = splat(0.0)
         square = splat(real(0.0))
-        more = splat(real(0.0))
-        # Two vectors at a time, or eight of one row: they share their sums.
-        width = 0
-        if mask == 0:
-            width = 2 * LANES * max(1, 4 // number)
-            if j + width > last:
-                width = 2 * LANES if j + 2 * LANES <= last else 0
+        guess = load(state.guesses, base + j)
         for k in range(number):
             row = pointer(rows[k], stored)
-            its = noted_bits(rows, k, bits_mask, stored)
-            if width > 0:
-                found = look_at_two(row, its, j, guess, (total, rest, square, more), one, ahead, real)
-                for i in range(j + 2 * LANES, j + width, 2 * LANES):
-                    found = look_at_two(row, its, i, guess, found, one, ahead, real)
-                total, rest, square, more = found
-            else:
-                prefetch(row, j, ahead)
-                x, bits = some(row, j, last), lanes(its, j)
-                total, rest, square = look_at(x, bits, guess, total, rest, square, one, real)
-        square = square + more
+            prefetch(row, j, state.ahead)
+            x, bits = some(row, j, last), lanes(noted_bits(rows, k, state.bits_mask, stored), j)
+            total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
+            write_normalized_lines(work, rows, k, j, j + LANES, stored)
         if j + LANES > last:
             square = keep_first(square, last - j)
-        sum_x = add_to(sum_x, total, rest)
-        sum_squares = add_up(sum_squares, widen(square), splat(0.0), real)
-        j += max(width, LANES)
-    store_sums(sums, c, sum_x, always)
-    store_sums(squares, c, sum_squares, both)
+        store_sums(sums, base + j, add_to(load_sums(sums, base + j, always), total, rest), always)
+        sum_squares = add_up(load_sums(squares, base + j, both), widen(square), splat(0.0), real)
+        store_sums(squares, base + j, sum_squares, both)
 
 
 @loop
@@ -292,64 +409,78 @@ def counting(bits, vector):
 
 
 @loop
-def multiply_rows(rows, number, first, last, state, base, mask, stored):
+def multiply_at(rows, k, j, last, mean, those, here, state, stored):
+    """Add dy and dy · (x - mean) of the columns j … of row k, of dy and x in turn, to sums."""
+    in_line()
+    row = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
+    bits = lanes(noted_bits(rows, 2 * k, state.bits_mask, stored), j)
+    dy, x = counting(bits, some(row[0], j, last)), counting(bits, some(row[1], j, last))
+    dy = incoming(rows, 2 * k, j, last, dy, x, bits, those, state.slope, stored)
+    dy = weighted(rows, 2 * k, j, dy, stored)
+    off = deviation(x, mean, state.numbers, 2 * k, stored)
+    total, rest, product, product_rest = here
+    if j + LANES > last:  # dy is 0 there, but a mean may be infinite
+        off = keep_first(off, last - j)
+    return multiply(dy, off, total, rest, product, product_rest, state.one, wide(stored))
+
+
+@loop
+def ask_for_both(rows, k, j, last, ahead, stored):
+    """Ask for what follows the columns j … last - 1 of row k, of dy and x in turn."""
+    in_line()
+    for i in range(j, last, line_of(pointer(rows[0], stored))):
+        prefetch(pointer(rows[2 * k], stored), i, ahead)
+        prefetch(pointer(rows[2 * k + 1], stored), i, ahead)
+
+
+@loop
+def multiply_channel(rows, number, first, last, state, base, work, stored):
+    """The same of `number` rows of one channel, one after the other, with one column of sums, at `base`."""
+    sums, products, real = state.sums, state.products, wide(stored)
+    both = plain(exact(real))
+    mean, those = load(state.means, base), normalizing(state.before, base, stored)
+    sum_dy, sum_products = load_sums(sums, base, both), load_sums(products, base, both)
+    for k in range(number):
+        for j in range(first, last, SPAN):
+            here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+            end = min(last, j + SPAN)
+            for part in range(j, end, PART):
+                until = min(end, part + PART)
+                for i in range(part, until, LANES):
+                    ask_for_both(rows, k, i, i + LANES, state.ahead, stored)
+                    here = multiply_at(rows, k, i, last, mean, those, here, state, stored)
+                write_gradient_lines(work, rows, k, part, until, stored)
+            total, rest, product, product_rest = here
+            sum_dy = add_up(sum_dy, total, rest, real)
+            sum_products = add_up(sum_products, product, product_rest, real)
+    store_sums(sums, base, sum_dy, both)
+    store_sums(products, base, sum_products, both)
+
+
+@loop
+def multiply_rows(rows, number, first, last, state, base, mask, work, stored):
     """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
 
-    That is the dy before what follows the normalization. The sums of column j are at base + (j & mask), and
-    stay in registers for as long as that does.
+    That is the dy before what follows the normalization. The sums of column j are at base + (j & mask).
+    Meanwhile write what there is to be, see `_write_lines`.
     """
-    means, sums, products, one, ahead, bits_mask, before, slope, numbers = state
-    real = wide(stored)
+    if mask == 0:
+        multiply_channel(rows, number, first, last, state, base, work, stored)
+        return
+    sums, products, real = state.sums, state.products, wide(stored)
     both = plain(exact(real))
-    c = base + (first & mask)
-    mean, sum_dy, sum_products = load(means, c), load_sums(sums, c, both), load_sums(products, c, both)
-    those = normalizing(before, c, stored)
-    j = first
-    while j < last:
-        if c != base + (j & mask):
-            store_sums(sums, c, sum_dy, both)
-            store_sums(products, c, sum_products, both)
-            c = base + (j & mask)
-            mean, sum_dy = load(means, c), load_sums(sums, c, both)
-            sum_products = load_sums(products, c, both)
-            those = normalizing(before, c, stored)
+    for j in range(first, last, LANES):
         here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        two = mask == 0 and j + 2 * LANES <= last  # vectors at a time: they share their sums
-        for k in range(0, 2 * number, 2):
-            row = pointer(rows[k], stored), pointer(rows[k + 1], stored)
-            its = noted_bits(rows, k, bits_mask, stored)
-            prefetch(row[0], j, ahead)
-            prefetch(row[1], j, ahead)
-            if two:
-                if size_of(row[0]) > 2:
-                    prefetch(row[0], j + LANES, ahead)
-                    prefetch(row[1], j + LANES, ahead)
-                bits = lanes(its, j)
-                dy, x = counting(bits, load(row[0], j)), counting(bits, load(row[1], j))
-                dy = incoming(rows, k, j, last, dy, x, bits, those, slope, stored)
-                dy = weighted(rows, k, j, dy, stored)
-                off = deviation(x, mean, numbers, k, stored)
-                here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
-                bits = lanes(its, j + LANES)
-                dy, x = counting(bits, load(row[0], j + LANES)), counting(bits, load(row[1], j + LANES))
-                dy = incoming(rows, k, j + LANES, last, dy, x, bits, those, slope, stored)
-                dy = weighted(rows, k, j + LANES, dy, stored)
-            else:
-                bits = lanes(its, j)
-                dy, x = counting(bits, some(row[0], j, last)), counting(bits, some(row[1], j, last))
-                dy = incoming(rows, k, j, last, dy, x, bits, those, slope, stored)
-                dy = weighted(rows, k, j, dy, stored)
-            off = deviation(x, mean, numbers, k, stored)
-            here = multiply(dy, off, here[0], here[1], here[2], here[3], one, real)
+        mean, those = load(state.means, base + j), normalizing(state.before, base + j, stored)
+        for k in range(number):
+            ask_for_both(rows, k, j, j + LANES, state.ahead, stored)
+            here = multiply_at(rows, k, j, last, mean, those, here, state, stored)
+            write_gradient_lines(work, rows, k, j, j + LANES, stored)
         total, rest, product, product_rest = here
-        if j + LANES > last:
-            product = keep_first(product, last - j)
-            product_rest = keep_first(product_rest, last - j)
-        sum_dy = add_up(sum_dy, total, rest, real)
-        sum_products = add_up(sum_products, product, product_rest, real)
-        j += 2 * LANES if two else LANES
-    store_sums(sums, c, sum_dy, both)
-    store_sums(products, c, sum_products, both)
+        sum_dy = add_up(load_sums(sums, base + j, both), total, rest, real)
+        sum_products = add_up(load_sums(products, base + j, both), product, product_rest, real)
+        store_sums(sums, base + j, sum_dy, both)
+        store_sums(products, base + j, sum_products, both)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -601,6 +732,21 @@ def line_from(out, j):
     return j + -(address(out) + j * size_of(out)) % STREAM_BYTES // size_of(out)
 
 
+@loop
+def whole_lines(out, count, streaming):
+    """Return where the first and after the last line of a row of `count` columns that can be written whole.
+
+    Where it is not streamed, a line may begin anywhere.
+    """
+    line = line_of(out)
+    begin = 0
+    if streaming:
+        if address(out) % size_of(out) != 0:
+            return 0, 0
+        begin = min(line_from(out, 0), count)
+    return begin, begin + (count - begin) // line * line
+
+
 def _write_part(name, numbers_at, value, write_line):
     """Return a loop that writes a part of a row with what value(…, row, column, end, numbers) returns."""
 
@@ -647,6 +793,42 @@ def _write_part(name, numbers_at, value, write_line):
             j += LANES
 
     return write_part
+
+
+@loop
+def operands_of(work, rows, reads, k, stored):
+    """Return what the results of a row are computed from; `rows` has the same rows of the tile looked at."""
+    bits = noted_bits(rows, reads * k, work.call.bits_mask, stored)
+    x, second = pointer(work.xs[k], stored), pointer(work.seconds[k], stored)
+    return operands(work.call, second, x, bits, work.rows[k], stored)
+
+
+def _write_lines(name, reads, numbers_at, write_line):
+    """Return a loop that writes some of the whole lines of a row: the work of whoever looks at another tile.
+
+    A few lines are written after a few that are looked at, so that the memory is read and written at once,
+    as a copy does.
+    """
+
+    @variant(name)
+    def write_lines(work, rows, k, first, last, stored):
+        """Write the lines that begin at the columns first … last - 1 of a row, from its first line on."""
+        in_line()
+        call, begin, out = work.call, work.begins[k], pointer(work.outs[k], stored)
+        channel, group, tables, room, mask = work.tile
+        line = line_of(out)
+        j = begin + -(-first // line) * line
+        end = min(work.ends[k], begin + -(-last // line) * line)
+        if j < end:
+            place = channel, group, min(call.width, call.inner)
+            read = operands_of(work, rows, reads, k, stored)
+            while j < end:
+                numbers = numbers_at(read, tables, j & mask, room)
+                then = numbers_at(read, tables, (j + LANES) & mask, room)
+                write_line(call, place, out, read, j, numbers, then, call.stream == 1)
+                j += line
+
+    return write_lines
 
 
 def _write_run(name, numbers_at, value, write_line):
@@ -735,28 +917,30 @@ def _down(name, reads, look, write_part, write_rows):
 
     @variant(name)
     def down(call, first, last, channel, group, buffer, state, mask, tile, stored):
-        """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels.
-
-        A few columns of some rows of the one, then of the other: so memory is read and written at
-        once, as a copy does.
-        """
+        """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels."""
         rows = scratch(NOTED, np.int64)
+        numbers = scratch(ROWS, np.int64)
         outs = scratch(ROWS, np.int64)
+        xs = scratch(ROWS, np.int64)
         seconds = scratch(ROWS, np.int64)
         widths = scratch(ROWS, np.int64)
+        begins = scratch(ROWS, np.int64)
+        ends = scratch(ROWS, np.int64)
+        none = scratch(ROWS, np.int64)
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
         direct = writing and gathers == 0
-        span = COLUMNS
-        if direct:
-            span = HALF_SPAN if size_of(pointer(call.x, stored)) == 2 else SPAN
+        streaming = call.stream == 1
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
-        if apiece:
-            span = call.inner
+        span = call.inner if apiece else COLUMNS
+        for k in range(ROWS):
+            begins[k] = ends[k] = none[k] = 0
+        work = Work(call, tile, numbers, outs, xs, seconds, begins, ends)
+        no_work = Work(call, tile, numbers, outs, xs, seconds, none, none)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
         at_once = most_at_once if reads == 1 or mask != 0 else most_at_once // 2
-        far = apart(call, first, last, at_once)
+        far = 0 if mask == 0 else apart(call, first, last, at_once)
         row = first
         while row < last:
             many = row < first + far
@@ -765,7 +949,8 @@ def _down(name, reads, look, write_part, write_rows):
             shared = COLUMNS
             longest = 0
             for k in range(number):
-                step, piece = locate(call, row + k * pitch)
+                numbers[k] = row + k * pitch
+                step, piece = locate(call, numbers[k])
                 steps, count = extent(call, step, piece)
                 width = steps * count
                 shared = min(shared, width * group)
@@ -774,52 +959,45 @@ def _down(name, reads, look, write_part, write_rows):
                 room = after(buffer, reads * k * ROOM)
                 x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
                 rows[reads * k + reads - 1] = address(x)
-                note_bits(call, rows, reads * k, row + k * pitch, stored)
+                note_bits(call, rows, reads * k, numbers[k], stored)
                 if reads > 1:
                     room = after(room, ROOM)
                     dy = row_of(
                         call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
                     )
                     rows[reads * k] = address(dy)
-                    note_beside(call, rows, state[-1], reads * k, row + k * pitch, stored)
+                    note_beside(call, rows, state[-1], reads * k, numbers[k], stored)
                     note_residual(call, rows, reads * k, step, piece, channel, group, buffer, stored)
-                seconds[k] = rows[reads * k]
                 if direct:
+                    xs[k] = rows[reads * k + reads - 1] + to_x
+                    seconds[k] = rows[reads * k] + to_second
                     if with_residual(stored):
-                        seconds[k] = row_address(call, call.second, call.at_second, step, piece, channel)
+                        seconds[k] = row_address(call, call.second, call.at_second, step, piece, tile[0])
                     outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
-                    if call.stream == 1:
+                    begins[k], ends[k] = whole_lines(pointer(outs[k], stored), width * tile[1], streaming)
+                    if streaming:
                         ask_for_ends(outs[k], width * tile[1] * size_of(x))
-            columns = max(shared, longest * tile[1]) if direct else shared
-            parts = -(-columns // span)
-            ragged = number if longest * group > shared else 0
-            for part in range(parts + ragged):
+            parts = -(-shared // span)
+            for part in range(parts):
                 begin = part * span
                 end = min(begin + span, shared)
-                at = rows
-                here = number
-                if part >= parts:  # a row that is longer than all
-                    k = part - parts
-                    at = after(rows, reads * k)
-                    here = 1
-                    begin = shared
-                    end = widths[k] * group
-                look(at, here, begin, end, state, part * LANES if apiece else 0, mask, stored)
-                start, stop = up(begin), up(begin + span)
-                for k in range(number if direct and part < parts else 0):
-                    out = pointer(outs[k], stored)
-                    x = pointer(rows[reads * k + reads - 1] + to_x, stored)
-                    second = pointer(seconds[k] + to_second, stored)
-                    count = widths[k] * tile[1]
-                    bits = noted_bits(rows, reads * k, call.bits_mask, stored)
-                    read = operands(call, second, x, bits, row + k * pitch, stored)
-                    write_part(call, out, read, start, stop, count, call.stream == 1, tile)
+                look(rows, number, begin, end, state, part * LANES if apiece else 0, mask, work, stored)
+            for k in range(number if longest * group > shared else 0):  # rows that are longer than all
+                look(after(rows, reads * k), 1, shared, widths[k] * group, state, 0, mask, no_work, stored)
+            for k in range(number if direct else 0):
+                out, count = pointer(outs[k], stored), widths[k] * tile[1]
+                read = operands_of(work, rows, reads, k, stored)
+                written = min(ends[k], begins[k] + -(-shared // line_of(out)) * line_of(out))
+                if begins[k] > 0:
+                    write_part(call, out, read, 0, begins[k], count, streaming, tile)
+                if written < count:
+                    write_part(call, out, read, max(begins[k], written), count, count, streaming, tile)
             for k in range(number if reads > 1 and with_residual(stored) else 0):
-                step, piece = locate(call, row + k * pitch)
+                step, piece = locate(call, numbers[k])
                 keep_residual(call, rows, reads * k, step, piece, channel, group, stored)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             for k in range(number if writing and not direct else 0):
-                write_rows(call, row + k * pitch, row + k * pitch + 1, tile, buffer, stored)
+                write_rows(call, numbers[k], numbers[k] + 1, tile, buffer, stored)
             row += 1 if many else number
             if many and row == first + far:
                 row = first + at_once * far
@@ -839,5 +1017,7 @@ write_constant_rows = _write_rows("constant", 2, _write_constant_part)
 write_normalized_run = _write_run("normalized", tables_of_x, normalized_at, write_normalized)
 write_gradient_run = _write_run("gradient", tables_of_gradient, _gradient_at, _write_gradient)
 write_constant_run = _write_run("constant", tables_of_x, _constant_at, _write_constant)
+write_normalized_lines = _write_lines("normalized", 1, tables_of_x, write_normalized)
+write_gradient_lines = _write_lines("gradient", 2, tables_of_gradient, _write_gradient)
 look_down = _down("forward", 1, look_at_rows, _write_normalized_part, write_normalized_rows)
 look_down_both = _down("backward", 2, multiply_rows, _write_gradient_part, write_gradient_rows)
