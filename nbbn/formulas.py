@@ -42,6 +42,13 @@ def squared_deviation(x, mean):
 
 
 @formula
+def add_squared_deviation(total, x, mean):
+    """total + (x - mean)², rounded once: which product is fused must not be the compiler's choice"""
+    deviation = x - mean
+    return fma(deviation, deviation, total)
+
+
+@formula
 def about_mean(squares, rest, count):
     """Σ (x - mean - rest)² = Σ (x - mean)² - count · rest²
 

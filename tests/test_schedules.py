@@ -31,6 +31,13 @@ SCHEDULES = {
     "no_streaming": {"plan.STREAM_BYTES": 1 << 62, "plan.STREAM_PLANES_BYTES": 1 << 62},
     "no_cache": {"functional.SERIAL_ELEMENTS": 0, "plan.L2_BYTES": 0, "plan.L3_BYTES": 0},
     "endless_cache": {"functional.SERIAL_ELEMENTS": 0, "plan.L2_BYTES": 1 << 62, "plan.L3_BYTES": 1 << 62},
+    "phases": {"functional.SERIAL_ELEMENTS": 0, "plan.SMALL_BYTES": 0},
+    "narrow": {
+        "functional.SERIAL_ELEMENTS": 0,
+        "plan.SMALL_BYTES": 0,
+        "plan.SHORTEST_COLUMNS": 1,
+        "plan.TASKS": 1000,
+    },
     "short_slabs": {"functional.SERIAL_ELEMENTS": 0, "plan.SLAB_ROWS": 1},
     "streaming_without_cache": {
         "functional.SERIAL_ELEMENTS": 0,

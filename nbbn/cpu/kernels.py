@@ -591,15 +591,27 @@ def normalize_planes(first, last, address, stored):
 
 @loop
 def repeated_tables(call, number, repeated, real):
-    """Return tables that begin again after call.period columns, ROOM apart, a vector more to read beyond."""
+    """Return tables that begin again after call.period columns, a vector more to read beyond; how far apart.
+
+    They are made in `repeated`, or are those of the channels where all vectors are of different ones.
+    """
     out_of_line()
     tables = pointer(call.tables, real)
+    if call.period == call.channels:
+        return tables, call.room
     for k in range(number):
         c = 0
         for column in range(call.period + LANES):
             repeated[k * ROOM + column] = tables[k * call.room + c]
             c = 0 if c + 1 == call.channels else c + 1
-    return repeated
+    return repeated, ROOM
+
+
+@loop
+def run_of(call, step, stored):
+    """Return what the results of a run from `step` on are computed from."""
+    x, second = pointer(call.x, stored), pointer(call.second, stored)
+    return operands(call, second, x, run_bits(call, step, stored), 0, stored)
 
 
 @kernel
@@ -608,9 +620,8 @@ def normalize_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
-    bits = run_bits(call, first, stored)
-    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), bits, 0, stored)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
+    row = run_of(call, first, stored)
     begin, end = first * call.channels, last * call.channels
     write_normalized_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
     if streaming:
@@ -868,9 +879,8 @@ def apply_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, gradient_tables(stored), scratch(TABLES_ROOM, real), real)
-    bits = run_bits(call, first, stored)
-    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), bits, 0, stored)
     streaming = call.stream == 1
+    row = run_of(call, first, stored)
     begin, end = first * call.channels, last * call.channels
     write_gradient_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
     if streaming:
@@ -900,9 +910,8 @@ def apply_constant_columns(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
-    bits = run_bits(call, first, stored)
-    row = operands(call, pointer(call.second, stored), pointer(call.x, stored), bits, 0, stored)
     streaming = call.stream == 1
+    row = run_of(call, first, stored)
     begin, end = first * call.channels, last * call.channels
     write_constant_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
     if streaming:

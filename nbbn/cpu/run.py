@@ -19,7 +19,7 @@ from nbbn.problem import BATCH, NOTHING, Extras, Problem
 
 _ARGUMENTS = struct.Struct("8q12q5d3q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("5q")
-SERIAL_PARTIALS = 1 << 15  # numbers to merge, below which one thread is as fast as several
+SERIAL_PARTIALS = 1 << 13  # numbers to merge, below which one thread is as fast as several
 SERIAL_MASK = 1 << 12  # positions that one thread looks at as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 17  # what a larger one worked in is kept for others up to here

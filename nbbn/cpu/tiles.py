@@ -83,6 +83,7 @@ from nbbn.cpu.simd import (
     widen,
 )
 from nbbn.formulas import (
+    add_squared_deviation,
     gradient,
     gradient_doubt,
     normalized,
@@ -97,6 +98,7 @@ SHARED_COLUMNS = (
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 
 PART = 8 * LANES  # columns that are looked at before as many of another tile are written
+AT_ONCE = ROWS // 2  # rows that are looked at together, where each column has sums of its own
 SPAN = 2 * PART  # columns that are summed up before they are added to the rest
 
 
@@ -248,7 +250,7 @@ def plus_sum(total, lost, other, others, real):
 def look_at(x, bits, guess, total, rest, square, one, real):
     """Return the sums with those of x and of (x - guess)² added that count."""
     total, rest = plus(total, rest, only(bits, x, like(x, 0.0)), one, real)
-    return total, rest, square + squared_deviation(only(bits, x, guess), guess)
+    return total, rest, add_squared_deviation(square, only(bits, x, guess), guess)
 
 
 @loop
@@ -315,6 +317,15 @@ def look_at_channel(rows, number, first, last, state, base, work, stored):
 
 
 @loop
+def add_columns(state, c, total, rest, square, real):
+    """Add sums of a few rows to those of the columns c …."""
+    both, always = plain(exact(real)), plain(True)
+    store_sums(state.sums, c, add_to(load_sums(state.sums, c, always), total, rest), always)
+    squares = add_up(load_sums(state.squares, c, both), widen(square), splat(0.0), real)
+    store_sums(state.squares, c, squares, both)
+
+
+@loop
 def look_at_rows(rows, number, first, last, state, base, mask, work, stored):
     """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
 
@@ -323,24 +334,37 @@ def look_at_rows(rows, number, first, last, state, base, mask, work, stored):
     if mask == 0:
         look_at_channel(rows, number, first, last, state, base, work, stored)
         return
-    sums, squares, real = state.sums, state.squares, wide(stored)
-    both, always = plain(exact(real)), plain(True)
-    for j in range(first, last, LANES):
-        total = splat(0.0)
-        rest = splat(0.0)
-        square = splat(real(0.0))
-        guess = load(state.guesses, base + j)
-        for k in range(number):
-            row = pointer(rows[k], stored)
-            prefetch(row, j, state.ahead)
-            x, bits = some(row, j, last), lanes(noted_bits(rows, k, state.bits_mask, stored), j)
-            total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
-            write_normalized_lines(work, rows, k, j, j + LANES, stored)
-        if j + LANES > last:
-            square = keep_first(square, last - j)
-        store_sums(sums, base + j, add_to(load_sums(sums, base + j, always), total, rest), always)
-        sum_squares = add_up(load_sums(squares, base + j, both), widen(square), splat(0.0), real)
-        store_sums(squares, base + j, sum_squares, both)
+    real = wide(stored)
+    j = first
+    while j < last:
+        c = base + j
+        guess, total, rest, square = load(state.guesses, c), splat(0.0), splat(0.0), splat(real(0.0))
+        if number == AT_ONCE and j + 2 * LANES <= last:
+            then, other, others, more = load(state.guesses, c + LANES), total, rest, square
+            for k in range(AT_ONCE):
+                row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+                prefetch(row, j, state.ahead)
+                if size_of(row) > 2:
+                    prefetch(row, j + LANES, state.ahead)
+                x, bits = load(row, j), lanes(its, j)
+                total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
+                x, bits = load(row, j + LANES), lanes(its, j + LANES)
+                other, others, more = look_at(x, bits, then, other, others, more, state.one, real)
+            add_columns(state, c + LANES, other, others, more, real)
+            width = 2 * LANES
+        else:
+            for k in range(number):
+                row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+                prefetch(row, j, state.ahead)
+                x, bits = some(row, j, last), lanes(its, j)
+                total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
+            if j + LANES > last:
+                square = keep_first(square, last - j)
+            width = LANES
+        add_columns(state, c, total, rest, square, real)
+        for k in range(number if work.tile[1] > 0 else 0):
+            write_normalized_lines(work, rows, k, j, j + width, stored)
+        j += width
 
 
 @loop
@@ -409,35 +433,34 @@ def counting(bits, vector):
 
 
 @loop
-def multiply_at(rows, k, j, last, mean, those, here, state, stored):
-    """Add dy and dy · (x - mean) of the columns j … of row k, of dy and x in turn, to sums."""
+def multiply_at(rows, k, j, last, whole, mean, those, here, state, stored):
+    """Add dy and dy · (x - mean) of the columns j … of row k, of dy and x in turn, to sums.
+
+    They are a `whole` vector, or what there is before column `last`.
+    """
     in_line()
     row = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
     bits = lanes(noted_bits(rows, 2 * k, state.bits_mask, stored), j)
-    dy, x = counting(bits, some(row[0], j, last)), counting(bits, some(row[1], j, last))
+    prefetch(row[0], j, state.ahead)
+    prefetch(row[1], j, state.ahead)
+    if whole:
+        dy, x = counting(bits, load(row[0], j)), counting(bits, load(row[1], j))
+    else:
+        dy, x = counting(bits, some(row[0], j, last)), counting(bits, some(row[1], j, last))
     dy = incoming(rows, 2 * k, j, last, dy, x, bits, those, state.slope, stored)
     dy = weighted(rows, 2 * k, j, dy, stored)
     off = deviation(x, mean, state.numbers, 2 * k, stored)
+    if not whole:
+        off = keep_first(off, last - j)  # dy is 0 beyond, but a mean may be infinite
     total, rest, product, product_rest = here
-    if j + LANES > last:  # dy is 0 there, but a mean may be infinite
-        off = keep_first(off, last - j)
     return multiply(dy, off, total, rest, product, product_rest, state.one, wide(stored))
-
-
-@loop
-def ask_for_both(rows, k, j, last, ahead, stored):
-    """Ask for what follows the columns j … last - 1 of row k, of dy and x in turn."""
-    in_line()
-    for i in range(j, last, line_of(pointer(rows[0], stored))):
-        prefetch(pointer(rows[2 * k], stored), i, ahead)
-        prefetch(pointer(rows[2 * k + 1], stored), i, ahead)
 
 
 @loop
 def multiply_channel(rows, number, first, last, state, base, work, stored):
     """The same of `number` rows of one channel, one after the other, with one column of sums, at `base`."""
     sums, products, real = state.sums, state.products, wide(stored)
-    both = plain(exact(real))
+    both, whole = plain(exact(real)), plain(True)
     mean, those = load(state.means, base), normalizing(state.before, base, stored)
     sum_dy, sum_products = load_sums(sums, base, both), load_sums(products, base, both)
     for k in range(number):
@@ -446,9 +469,11 @@ def multiply_channel(rows, number, first, last, state, base, work, stored):
             end = min(last, j + SPAN)
             for part in range(j, end, PART):
                 until = min(end, part + PART)
-                for i in range(part, until, LANES):
-                    ask_for_both(rows, k, i, i + LANES, state.ahead, stored)
-                    here = multiply_at(rows, k, i, last, mean, those, here, state, stored)
+                for i in range(part, until - LANES + 1, LANES):
+                    here = multiply_at(rows, k, i, last, whole, mean, those, here, state, stored)
+                if until % LANES != part % LANES:
+                    i = until - (until - part) % LANES
+                    here = multiply_at(rows, k, i, last, not whole, mean, those, here, state, stored)
                 write_gradient_lines(work, rows, k, part, until, stored)
             total, rest, product, product_rest = here
             sum_dy = add_up(sum_dy, total, rest, real)
@@ -468,19 +493,23 @@ def multiply_rows(rows, number, first, last, state, base, mask, work, stored):
         multiply_channel(rows, number, first, last, state, base, work, stored)
         return
     sums, products, real = state.sums, state.products, wide(stored)
-    both = plain(exact(real))
+    both, whole = plain(exact(real)), plain(True)
     for j in range(first, last, LANES):
         here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        mean, those = load(state.means, base + j), normalizing(state.before, base + j, stored)
-        for k in range(number):
-            ask_for_both(rows, k, j, j + LANES, state.ahead, stored)
-            here = multiply_at(rows, k, j, last, mean, those, here, state, stored)
-            write_gradient_lines(work, rows, k, j, j + LANES, stored)
+        c = base + j
+        mean, those = load(state.means, c), normalizing(state.before, c, stored)
+        if number == AT_ONCE and j + LANES <= last:
+            for k in range(AT_ONCE):
+                here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
+        else:
+            for k in range(number):
+                here = multiply_at(rows, k, j, last, not whole, mean, those, here, state, stored)
         total, rest, product, product_rest = here
-        sum_dy = add_up(load_sums(sums, base + j, both), total, rest, real)
-        sum_products = add_up(load_sums(products, base + j, both), product, product_rest, real)
-        store_sums(sums, base + j, sum_dy, both)
-        store_sums(products, base + j, sum_products, both)
+        store_sums(sums, c, add_up(load_sums(sums, c, both), total, rest, real), both)
+        more = add_up(load_sums(products, c, both), product, product_rest, real)
+        store_sums(products, c, more, both)
+        for k in range(number if work.tile[1] > 0 else 0):
+            write_gradient_lines(work, rows, k, j, j + LANES, stored)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -743,7 +772,7 @@ def whole_lines(out, count, streaming):
     if streaming:
         if address(out) % size_of(out) != 0:
             return 0, 0
-        begin = min(line_from(out, 0), count)
+        begin = min(line_from(out, plain(0)), count)
     return begin, begin + (count - begin) // line * line
 
 
@@ -836,7 +865,11 @@ def _write_run(name, numbers_at, value, write_line):
 
     @variant(name)
     def write_run(call, out, row, first, last, tables, streaming):
-        """Write the columns first … last - 1 of all; the tables begin again after call.period of them."""
+        """Write the columns first … last - 1 of all; the tables begin again after call.period of them.
+
+        They are those and how far apart they lie.
+        """
+        tables, room = tables
         place = plain(0), call.channels, plain(1)
         period = call.period
         line = line_of(out)
@@ -846,10 +879,10 @@ def _write_run(name, numbers_at, value, write_line):
         begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
         while j < last:
             row = advanced(row, j)
-            numbers = numbers_at(row, tables, c, ROOM)
+            numbers = numbers_at(row, tables, c, room)
             end = begin if j < begin else last
             if j + line <= end:
-                then = numbers_at(row, tables, c + LANES - period if c + LANES >= period else c + LANES, ROOM)
+                then = numbers_at(row, tables, c + LANES - period if c + LANES >= period else c + LANES, room)
                 write_line(call, place, out, row, j, numbers, then, streaming)
                 here = line
             elif j + LANES <= end:
@@ -913,7 +946,6 @@ def ask_for_ends(at, size):
 
 def _down(name, reads, look, write_part, write_rows):
     """Return a loop over the rows of a tile that looks at them, and writes those of another one."""
-    most_at_once = ROWS // 2
 
     @variant(name)
     def down(call, first, last, channel, group, buffer, state, mask, tile, stored):
@@ -939,15 +971,15 @@ def _down(name, reads, look, write_part, write_rows):
         no_work = Work(call, tile, numbers, outs, xs, seconds, none, none)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
-        at_once = most_at_once if reads == 1 or mask != 0 else most_at_once // 2
+        at_once = AT_ONCE
         far = 0 if mask == 0 else apart(call, first, last, at_once)
         row = first
         while row < last:
             many = row < first + far
             number = at_once if many else min(at_once, last - row)
             pitch = far if many else 1
-            shared = COLUMNS
-            longest = 0
+            shared = plain(COLUMNS)
+            longest = plain(0)
             for k in range(number):
                 numbers[k] = row + k * pitch
                 step, piece = locate(call, numbers[k])
@@ -983,13 +1015,14 @@ def _down(name, reads, look, write_part, write_rows):
                 end = min(begin + span, shared)
                 look(rows, number, begin, end, state, part * LANES if apiece else 0, mask, work, stored)
             for k in range(number if longest * group > shared else 0):  # rows that are longer than all
-                look(after(rows, reads * k), 1, shared, widths[k] * group, state, 0, mask, no_work, stored)
+                here = after(rows, reads * k)
+                look(here, plain(1), shared, widths[k] * group, state, plain(0), mask, no_work, stored)
             for k in range(number if direct else 0):
                 out, count = pointer(outs[k], stored), widths[k] * tile[1]
                 read = operands_of(work, rows, reads, k, stored)
                 written = min(ends[k], begins[k] + -(-shared // line_of(out)) * line_of(out))
                 if begins[k] > 0:
-                    write_part(call, out, read, 0, begins[k], count, streaming, tile)
+                    write_part(call, out, read, plain(0), begins[k], count, streaming, tile)
                 if written < count:
                     write_part(call, out, read, max(begins[k], written), count, count, streaming, tile)
             for k in range(number if reads > 1 and with_residual(stored) else 0):
