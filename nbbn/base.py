@@ -145,11 +145,14 @@ class Module:
             raise RuntimeError(f"backward needs a call of this {type(self).__name__} before it")
         return self._saved
 
-    def _keep_gradients(self, gradients: np.ndarray, here: Place) -> None:
-        """Set those of the parameters that there are, from float64[2, …]."""
-        for row, name in enumerate(PARAMETERS):
-            if getattr(self, name) is not None:
-                setattr(self, f"grad_{name}", self._columns.rounded(gradients, row, self.dtype, here))
+    def _keep_gradients(self, gradients: np.ndarray, here: Place, **others: Any) -> None:
+        """Set those of the parameters that there are, from float64[2, …], and others; all of them or none."""
+        kept = {
+            f"grad_{name}": self._columns.rounded(gradients, row, self.dtype, here)
+            for row, name in enumerate(PARAMETERS)
+            if getattr(self, name) is not None
+        }
+        vars(self).update(others | kept)
 
     def _state_names(self) -> tuple[str, ...]:
         """Return the names of what there is, in the order of PyTorch's."""

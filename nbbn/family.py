@@ -13,12 +13,14 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import ABSENT, Parameter, address
+from nbbn.compiler import Step, in_one
 from nbbn.dispatch import find
 from nbbn.dtypes import STATISTICS, storage_of
 from nbbn.frameworks import CPU, HOST, Array, Place, place
@@ -1113,18 +1115,22 @@ def normalize_instances(
     axis: Any,
     out: Any = None,
     features: int | None = None,
+    then: tuple[Step, ...] = (),
 ) -> tuple[Any, np.ndarray, int, Place]:
-    """Check, normalize each channel of each sample, and update the running statistics.
+    """Check, normalize each channel of each sample, update the running statistics, and take further steps.
 
-    Return as `normalize_rows`.
+    In this order; the steps if x is not empty. On the CPU the running statistics and what the steps write
+    are written by all of this or none, also where a signal's handler raises. Return as `normalize_rows`.
     """
-    update = None
+    running: list[Any] = [None, None]
     if running_mean is not None or running_var is not None:
-        update = _checked_running(x, running_mean, running_var, weight, bias, axis, out, features)
+        running = _checked_running(x, running_mean, running_var, weight, bias, axis, out, features)
     result = normalize_channels(x, None, weight, bias, eps, axis, out, features)
     _, stats, count, here = result
-    if update is not None and count and momentum != 0.0:
-        _update_running(here, stats, count, momentum, *update)
+    if count:
+        if momentum != 0.0:
+            then = (*_update_running(here, stats, count, momentum, running), *then)
+        in_one(*then)
     return result
 
 
@@ -1137,8 +1143,8 @@ def _checked_running(
     axis: Any,
     out: Any,
     features: int | None,
-) -> tuple[Parameter, Parameter, list[Any]]:
-    """Check running statistics that will be updated, and return how to find them, and what holds them."""
+) -> list[Any]:
+    """Check running statistics that will be updated, and return them as the place of the call has them."""
     here, (view, mean, var, gamma, beta, result) = place(
         x,
         {
@@ -1152,10 +1158,8 @@ def _checked_running(
     )
     view = arrays.checked("x", view)
     channels = view.shape[_grouped(view, None, axis, features)[0]]
-    found = [
+    for name, value in (("running_mean", mean), ("running_var", var)):
         arrays.parameter(name, value, channels, view, updated=True)
-        for name, value in (("running_mean", mean), ("running_var", var))
-    ]
     if mean is not None and var is not None and arrays.overlap(mean, var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
     for name, value in (("running_mean", mean), ("running_var", var)):
@@ -1163,38 +1167,40 @@ def _checked_running(
             raise ValueError(f"out must not overlap {name}, unless it is x itself")
     if here.device != CPU:
         arrays.apart({"running_mean": mean, "running_var": var}, x=view, weight=gamma, bias=beta)
-    return found[0], found[1], [mean, var]
+    return [mean, var]
 
 
 def _update_running(
-    here: Place,
-    stats: np.ndarray,
-    count: int,
-    momentum: float,
-    running_mean: Parameter,
-    running_var: Parameter,
-    held: list[Any],
-) -> None:
-    """Update the running statistics: those of a batch of means, and of a batch of unbiased variances."""
+    here: Place, stats: np.ndarray, count: int, momentum: float, running: list[Any]
+) -> list[Step]:
+    """Update the running statistics: those of a batch of means, and of a batch of unbiased variances.
+
+    On the CPU copies of them are updated; return the steps that take these over.
+    """
     mean, var = stats[0], stats[1]
     run = runner(here, mean.shape, 1, (mean.strides, mean.strides), STATISTICS)
     room = here.room(mean.shape, STATISTICS)
     unused = here.room((3, mean.shape[1]), STATISTICS)
-    factor = count / (count - 1)
-
-    def update(values: np.ndarray, running: Parameter) -> None:
-        run.forward(
-            address(values), address(room), address(unused), ABSENT, ABSENT, running, ABSENT, 0.0, momentum,
-            0.0, (),
-        )  # fmt: skip
-
     unbiased = here.room(mean.shape, STATISTICS)
+    factor = count / (count - 1)
     # Normalized with a variance of 1 and this eps, a number is multiplied with the factor.
     run.evaluate(address(var), address(unbiased), ABSENT, ABSENT, ABSENT, ABSENT, factor**-2 - 1.0)
-    if running_mean is not ABSENT:
-        update(mean, running_mean)
-    if running_var is not ABSENT:
-        update(unbiased, running_var)
+    steps: list[Step] = []
+    for values, column in zip((mean, unbiased), running, strict=True):
+        if column is None:
+            continue
+        storage = storage_of(column.dtype)
+        assert storage is not None
+        updated = column
+        if here.device == CPU:
+            updated = column.copy()
+            steps.append(partial(column.__setitem__, ..., updated))
+        found = address(updated), updated.strides[0], storage.code
+        run.forward(
+            address(values), address(room), address(unused), ABSENT, ABSENT, found, ABSENT, 0.0, momentum,
+            0.0, (),
+        )  # fmt: skip
+    return steps
 
 
 def instance_norm_backward(

@@ -650,8 +650,7 @@ class BatchNorm(Module):
             grad_x, gradients, grad_residual, here = step.differentiate(
                 grad_out, x, self.weight, self.bias, mean, invstd, self.axis, fused
             )
-        self.grad_residual = grad_residual
-        self._keep_gradients(gradients, here)
+        self._keep_gradients(gradients, here, grad_residual=grad_residual)
         return grad_x
 
     def state_dict(self, *, convention: str = "torch") -> dict[str, Any]:

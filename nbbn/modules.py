@@ -1,12 +1,14 @@
 """class LayerNorm, RMSNorm, GroupNorm and InstanceNorm, with the arguments and states of PyTorch's."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbbn import arrays
 from nbbn.base import MOST_ELEMENTS, Module
+from nbbn.compiler import Step
 from nbbn.family import (
     differentiate_channels,
     differentiate_rows,
@@ -498,10 +500,6 @@ class InstanceNorm(Module):
         self.reset_running_stats()
         self._fill((self.num_features,), self.affine, self.affine)
 
-    def _momentum(self) -> float:
-        assert self.num_batches_tracked is not None
-        return 1.0 / (int(self.num_batches_tracked) + 1) if self.momentum is None else self.momentum
-
     def __call__(self, x: Any) -> Any:
         """Normalize x.
 
@@ -534,12 +532,25 @@ class InstanceNorm(Module):
             self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
             return out
         with self._lock:
-            momentum = 0.0 if mean is None else self._momentum()
-            out, stats, count, here = normalize_instances(
-                x, mean, var, self.weight, self.bias, momentum, self.eps, self.axis, None, self.num_features
+            momentum = 0.0
+            then: tuple[Step, ...] = ()
+            if self.num_batches_tracked is not None:
+                tracked = int(self.num_batches_tracked) + 1
+                momentum = 1.0 / tracked if self.momentum is None else self.momentum
+                then = (partial(self.num_batches_tracked.fill, tracked),)
+            out, stats, _, here = normalize_instances(
+                x,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                momentum,
+                self.eps,
+                self.axis,
+                None,
+                self.num_features,
+                then,
             )
-            if count and self.num_batches_tracked is not None:
-                self.num_batches_tracked += 1
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2])
         return out

@@ -29,6 +29,7 @@ def make(shape):
     x, dy = np.random.default_rng(0).normal(3, 2, (2, *shape)).astype(np.float32)
     C = x.shape[1]
     CALLS = [module, backward_of_module, with_out, evaluation, backward]
+    CALLS += [instance_norm, module_of_instances, backward_of_group_norm, backward_with_residual]
 
 def module():
     bn = nbbn.BatchNorm(C)
@@ -40,6 +41,26 @@ def backward_of_module():
     bn.grad_weight = bn.grad_bias = np.zeros(C)
     state = Attributes(bn, "grad_weight", "grad_bias")
     return lambda: bn.backward(dy), state
+
+def instance_norm():
+    state = statistics()
+    return lambda: nbbn.instance_norm(x, *state), state
+
+def module_of_instances():
+    norm = nbbn.InstanceNorm(C, track_running_stats=True)
+    return lambda: norm(x), [norm.running_mean, norm.running_var, norm.num_batches_tracked]
+
+def backward_of_group_norm():
+    norm = nbbn.GroupNorm(2, C)
+    norm(x)
+    norm.grad_weight = norm.grad_bias = np.zeros(C)
+    return lambda: norm.backward(dy), Attributes(norm, "grad_weight", "grad_bias")
+
+def backward_with_residual():
+    bn = nbbn.BatchNorm(C, activation="relu")
+    bn(x, residual=dy)
+    bn.grad_weight = bn.grad_bias = bn.grad_residual = np.zeros(C)
+    return lambda: bn.backward(dy), Attributes(bn, "grad_weight", "grad_bias", "grad_residual")
 
 class Attributes:
     def __init__(self, owner, *names):
