@@ -290,6 +290,25 @@ def two_to(typingctx, z):
 
 
 @intrinsic
+def power_above(typingctx, z):
+    """Return the least power of two that is more than z, a normal number that is positive."""
+
+    def codegen(context, builder, signature, args):
+        kind = args[0].type
+        double = _element(kind) == ir.DoubleType()
+        word = ir.IntType(64 if double else 32)
+        bits, ones = (52, 0x7FF) if double else (23, 0xFF)
+        exponent, step = ir.Constant(word, ones << bits), ir.Constant(word, 1 << bits)
+        if isinstance(kind, ir.VectorType):
+            word = ir.VectorType(word, kind.count)
+            exponent, step = (ir.Constant(word, [value.constant] * kind.count) for value in (exponent, step))
+        below = builder.and_(builder.bitcast(args[0], word), exponent)
+        return builder.bitcast(builder.add(below, step), kind)
+
+    return z(z), codegen
+
+
+@intrinsic
 def out_of_line(typingctx):
     """As a helper's first statement: compile it once, small, and call it, rather than inline it."""
 

@@ -16,7 +16,7 @@ rounding; `m2` is the sum of squared deviations from it.
 import math
 from typing import Any, NamedTuple
 
-from nbbn.compiler import MAGIC32, MAGIC64, at_most_zero, fma, formula, is_double, like, two_to
+from nbbn.compiler import MAGIC32, MAGIC64, at_most_zero, fma, formula, is_double, like, power_above, two_to
 
 
 @formula
@@ -134,9 +134,8 @@ def shift_of(bias, lost, scale):
     No x of that type lies nearer to the mean than its rounding does, so |lost| <= |x - mean| and
     the correction costs no accuracy: at x == mean exactly, lost == 0 and out == bias.
     """
-    if lost == 0.0:
-        return bias  # also where scale is infinite
-    return bias - lost * scale
+    # Also where scale is infinite.
+    return at_most_zero(math.fabs(lost), bias, bias - lost * scale)
 
 
 @formula
@@ -156,9 +155,9 @@ def unbiased(var, count, correction):
 @formula
 def power_of_two(invstd):
     """Return a power of two near invstd: x - mean is scaled with it into range, without rounding."""
-    if not 2.0**-120 < invstd < 2.0**120:
-        return 1.0
-    return math.ldexp(1.0, math.frexp(invstd)[1])
+    one = like(invstd, 1.0)
+    near = at_most_zero(invstd - like(invstd, 2.0**120), power_above(invstd), one)
+    return at_most_zero(like(invstd, 2.0**-120) - invstd, near, one)
 
 
 @formula

@@ -6,6 +6,7 @@ the sums leave that gradient behind, which is the gradient of the residual, and 
 """
 
 import numpy as np
+from numba.core import types
 
 from nbbn.compiler import by_type, like, loop, out_of_line
 from nbbn.cpu.masks import only
@@ -15,14 +16,19 @@ from nbbn.cpu.simd import (
     LANES,
     address,
     after,
+    at_most,
+    choose,
     load,
+    narrow,
     number,
     pointer,
     prefetch,
+    splat,
     store,
     store_first,
     way_of,
     wide,
+    widen,
 )
 from nbbn.formulas import ACTIVATIONS, normalized, normalized_doubt, shift_of
 
@@ -30,17 +36,38 @@ from nbbn.formulas import ACTIVATIONS, normalized, normalized_doubt, shift_of
 AT_RESIDUAL, AT_GRAD_RESIDUAL = 2 * ROWS, 3 * ROWS
 
 
-@loop
 def quieted(value, real):
-    """Return a value as type `real`; of NaN the one whose lower half is zero, as vectors must have it."""
-    return real(value) if value == value else real(np.nan)
+    """Return a float64 as type `real`, a vector or a number; of NaN the one whose lower half is zero.
+
+    As vectors of 16 bits must have it.
+    """
+    raise NotImplementedError("exists in compiled code only")
+
+
+def doubled(value):
+    """Return a vector or a number as float64."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(quieted)
+def _quieted(value, real):
+    if isinstance(value, types.Float):
+        return lambda value, real: real(value) if value == value else real(np.nan)
+    return lambda value, real: choose(at_most(value, value), narrow(value, real), splat(real(np.nan)))
+
+
+@by_type(doubled)
+def _doubled(value):
+    if isinstance(value, types.Float):
+        return lambda value: np.float64(value)
+    return lambda value: widen(value)
 
 
 @loop
 def normalization(mean, rest, scale, bias, real):
-    """Return what x is normalized with, in its type: mean, scale and shift."""
+    """Return what x is normalized with, in its type: mean, scale and shift; of a channel, or of some."""
     rounded = quieted(mean, real)
-    lost = (mean - np.float64(rounded)) + rest
+    lost = (mean - doubled(rounded)) + rest
     return rounded, quieted(scale, real), quieted(shift_of(bias, lost, scale), real)
 
 

@@ -27,11 +27,12 @@ from nbbn.cpu.parameters import (
     ROWS,
     across,
     affine_of,
-    index_of,
+    affines_of,
     mean_of_row,
     parameter,
     set_of,
     set_parameter,
+    several,
     spread_along,
 )
 from nbbn.cpu.rows import (
@@ -392,20 +393,24 @@ def pool_sets(call, first, last):
 
 
 @loop
-def set_tables(call, c, what, known, stored):
-    """Set what channel c is written with, as what(call, tables, c, known, real) has it."""
+def set_tables(call, c, here, what, known, stored):
+    """Set what the channels from c on, `here` of them, are written with.
+
+    That is what(call, tables, c, here, known, real), of vectors of what is known of them.
+    """
     in_line()
-    what(call, pointer(call.tables, wide(stored)), c, known, wide(stored))
-    set_precise_tables(call, c, what, known, stored)
+    what(call, pointer(call.tables, wide(stored)), c, here, known, wide(stored))
+    set_precise_tables(call, c, here, what, known, stored)
 
 
 @loop
-def for_normalize(call, tables, c, known, real):
-    """What `normalize` needs of channel c."""
+def for_normalize(call, tables, c, here, known, real):
+    """What `normalize` needs of some channels."""
     mean, rest, invstd, weight, bias = known
-    pad = call.room
-    numbers = normalization(mean, rest, weight * invstd, bias, real)
-    tables[c], tables[pad + c], tables[2 * pad + c] = numbers
+    mean, scale, shift = normalization(mean, rest, weight * invstd, bias, real)
+    store_first(tables, c, mean, here)
+    store_first(tables, c + call.room, scale, here)
+    store_first(tables, c + 2 * call.room, shift, here)
 
 
 @loop
@@ -415,18 +420,40 @@ def finish_channels(call, first, last, stored):
     if call.pool > 1:
         pool_sets(call, first // call.pool, last // call.pool)
     stats = pointer(call.stats, np.float64)
-    sets = call.channels if call.pool == 1 else call.channels // call.pool
-    for s in range(set_of(call, first), set_of(call, last)):
+    sets = call.channels // call.pool
+    begin, end = first // call.pool, last // call.pool
+    for s in range(begin, end, LANES):
+        here = min(LANES, end - s)
+        mean, var = load_first(stats, s, here), load_first(stats, sets + s, here)
+        rest = load_first(stats, 2 * sets + s, here)
         if call.centered == 0:
-            stats[sets + s] = mean_square(stats[sets + s], stats[s])
-            stats[s] = 0.0
-            stats[2 * sets + s] = 0.0
-        rest = stats[2 * sets + s]
-        invstd = inverse_deviation(stats[sets + s], call.eps)
-        stats[2 * sets + s] = invstd
-        for c in range(s * call.pool, (s + 1) * call.pool):
-            weight, bias = affine_of(call, c, stored)
-            set_tables(call, c, for_normalize, (stats[s], rest, invstd, weight, bias), stored)
+            var = mean_square(var, mean)
+            mean = rest = splat(0.0)
+            store_first(stats, s, mean, here)
+            store_first(stats, sets + s, var, here)
+        invstd = inverse_deviation(var, call.eps)
+        store_first(stats, 2 * sets + s, invstd, here)
+        if call.pool == 1:
+            weight, bias = affines_of(call, s, here, stored)
+            set_tables(call, s, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
+        else:
+            rests = scratch(LANES, np.float64)
+            store(rests, 0, rest)
+            for k in range(here):
+                normalize_set(call, s + k, rests[k], stored)
+
+
+@loop
+def normalize_set(call, s, rest, stored):
+    """Set the tables of normalization of the channels of a set."""
+    out_of_line()
+    stats = pointer(call.stats, np.float64)
+    sets = call.channels // call.pool
+    mean, rest, invstd = splat(stats[s]), splat(rest), splat(stats[2 * sets + s])
+    for c in range(s * call.pool, (s + 1) * call.pool, LANES):
+        here = min(LANES, (s + 1) * call.pool - c)
+        weight, bias = affines_of(call, c, here, stored)
+        set_tables(call, c, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
 
 
 @loop
@@ -495,11 +522,12 @@ def finish_stats(first, last, address, stored):
 def use_running_stats(first, last, address, stored):
     """The tables from the running statistics, for evaluation. Tasks: blocks of LANES channels."""
     call = read(address)
-    for c in range(first * LANES, min(last * LANES, call.channels)):
-        invstd = inverse_deviation(parameter(call.var, c, 1.0), call.eps)
-        weight, bias = affine_of(call, c, stored)
-        known = parameter(call.mean, c, 0.0), 0.0, invstd, weight, bias
-        set_tables(call, c, for_normalize, known, stored)
+    for c in range(first * LANES, min(last * LANES, call.channels), LANES):
+        here = min(LANES, call.channels - c)
+        invstd = inverse_deviation(several(call.var, c, here, call.channels, 1.0), call.eps)
+        mean = several(call.mean, c, here, call.channels, 0.0)
+        weight, bias = affines_of(call, c, here, stored)
+        set_tables(call, c, here, for_normalize, (mean, splat(0.0), invstd, weight, bias), stored)
 
 
 @kernel
@@ -722,54 +750,76 @@ def finish_gradients(call, first, last, stored):
     """From partials to the gradients of each channel's parameters, and the tables of grad_x."""
     pool_gradients(call, first, last)
     gradients = pointer(call.channel_stats, np.float64)
-    count = call.count * call.pool
-    for s in range(set_of(call, first), set_of(call, last)):
-        mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
-        total = 0.0
-        product = 0.0
-        factor = invstd
-        for c in range(s * call.pool, (s + 1) * call.pool):
-            gradients[c] *= invstd
-            weight, _ = affine_of(call, c, stored)
-            if call.pool == 1:
-                factor, product, total = weight * invstd, gradients[c], gradients[call.channels + c]
-            else:
-                product += weight * gradients[c]
-                total += weight * gradients[call.channels + c]
+    if call.pool > 1:
+        for s in range(set_of(call, first), set_of(call, last)):
+            finish_set_gradients(call, s, stored)
+        return
+    for c in range(first, last, LANES):
+        here = min(LANES, last - c)
+        mean = several(call.mean, c, here, call.channels, 0.0)
+        invstd = several(call.var, c, here, call.channels, 1.0)
+        product, total = (
+            load_first(gradients, c, here) * invstd,
+            load_first(gradients, call.channels + c, here),
+        )
+        store_first(gradients, c, product, here)
         if call.centered == 0:
-            total = 0.0
-        for c in range(s * call.pool, (s + 1) * call.pool):
-            weight, _ = affine_of(call, c, stored)
-            known = mean, invstd, weight * invstd, factor, product, total, count
-            set_tables(call, c, for_apply, known, stored)
+            total = splat(0.0)
+        weight, _ = affines_of(call, c, here, stored)
+        scale = weight * invstd
+        known = mean, invstd, scale, scale, product, total, call.count
+        set_tables(call, c, here, for_apply, known, stored)
 
 
 @loop
-def for_apply(call, tables, c, known, real):
-    """What `backward_apply` needs of channel c.
+def finish_set_gradients(call, s, stored):
+    """The same of a set of several channels: their weights are in the sums that they have in common."""
+    out_of_line()
+    gradients = pointer(call.channel_stats, np.float64)
+    mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
+    total = 0.0
+    product = 0.0
+    begin, end = s * call.pool, (s + 1) * call.pool
+    for c in range(begin, end):
+        gradients[c] *= invstd
+        weight, _ = affine_of(call, c, stored)
+        product += weight * gradients[c]
+        if call.centered == 1:
+            total += weight * gradients[call.channels + c]
+    mean, factor, product, total = splat(mean), splat(invstd), splat(product), splat(total)
+    for c in range(begin, end, LANES):
+        here = min(LANES, end - c)
+        weight, _ = affines_of(call, c, here, stored)
+        known = mean, factor, weight * factor, factor, product, total, call.count * call.pool
+        set_tables(call, c, here, for_apply, known, stored)
+
+
+@loop
+def for_apply(call, tables, c, here, known, real):
+    """What `backward_apply` needs of some channels.
 
     Or, where the statistics are constants, `apply_constant`; or `normalize` of dy, as grad_x = scale · dy.
     """
     mean, invstd, scale, factor, grad_weight, grad_bias, count = known
     pad = call.room
     rounded = quieted(mean, real)
-    lost = mean - np.float64(rounded)
+    lost = mean - widen(rounded)
     unit = power_of_two(invstd)
     slope, offset = gradient_parameters(factor, lost, grad_bias, grad_weight, invstd, unit, count)
     third = quieted(slope, real)
     if call.activates == 1:
-        bias = parameter(call.bias, index_of(call, c), 0.0)
+        bias = several(call.bias, c, here, call.parameters, 0.0)
         shift = quieted(shift_of(bias, lost, scale), real)
-        tables[5 * pad + c] = shift
+        store_first(tables, 5 * pad + c, shift, here)
         if call.training == 0:
             third = shift
     elif call.training == 0:
-        rounded = third = real(0.0)
-    tables[c] = rounded
-    tables[pad + c] = quieted(scale, real)
-    tables[2 * pad + c] = third
-    tables[3 * pad + c] = quieted(offset, real)
-    tables[4 * pad + c] = real(unit)
+        rounded = third = splat(real(0.0))
+    store_first(tables, c, rounded, here)
+    store_first(tables, pad + c, quieted(scale, real), here)
+    store_first(tables, 2 * pad + c, third, here)
+    store_first(tables, 3 * pad + c, quieted(offset, real), here)
+    store_first(tables, 4 * pad + c, narrow(unit, real), here)
 
 
 @kernel

@@ -10,15 +10,20 @@ from nbbn.compiler import by_type, loop, out_of_line
 from nbbn.cpu.simd import (
     ACROSS,
     ALONG,
+    LANES,
     address,
     after,
     bfloat16,
     float16,
     load,
+    load_first,
     number,
+    plain,
     pointer,
+    scratch,
     set_number,
     size_of,
+    splat,
     way_of,
     wide,
     widen,
@@ -43,6 +48,25 @@ def parameter(where, index, missing):
     if where.code == CODE32:
         return np.float64(number(pointer(at, np.float32), 0))
     return half_parameter(at, where.code)
+
+
+@loop
+def several(where, first, here, period, missing):
+    """Return the elements first % period … of a parameter, `here` of them, as a vector; or `missing`."""
+    out_of_line()
+    if where.address == 0:
+        return splat(missing)
+    index = first % period
+    if index + here <= period:
+        at = where.address + index * where.stride
+        if where.code == CODE32 and where.stride == FLOAT32_BYTES:
+            return widen(load_first(pointer(at, np.float32), plain(0), here))
+        if where.code == CODE64 and where.stride == 2 * FLOAT32_BYTES:
+            return load_first(pointer(at, np.float64), plain(0), here)
+    values = scratch(LANES, np.float64)
+    for i in range(here):
+        values[i] = parameter(where, (first + i) % period, missing)
+    return load_first(values, plain(0), here)
 
 
 @loop
@@ -94,6 +118,22 @@ def _affine_of(call, channel, stored):
         return parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0)
 
     return (lambda call, channel, stored: (1.0, 0.0)) if way_of(stored).parameters else of_channel
+
+
+def affines_of(call, channel, here, stored):
+    """Return the same of the channels from this one on, `here` of them, as vectors."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(affines_of)
+def _affines_of(call, channel, here, stored):
+    def of_channels(call, channel, here, stored):
+        weight = several(call.weight, channel, here, call.parameters, 1.0)
+        return weight, several(call.bias, channel, here, call.parameters, 0.0)
+
+    if way_of(stored).parameters:
+        return lambda call, channel, here, stored: (splat(1.0), splat(0.0))
+    return of_channels
 
 
 def across(stored):

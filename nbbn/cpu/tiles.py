@@ -630,19 +630,19 @@ def precise_tables(call):
     return pointer(call.tables + TABLES * call.room * FLOAT32_BYTES, np.float64)
 
 
-def set_precise_tables(call, c, what, known, stored):
+def set_precise_tables(call, c, here, what, known, stored):
     """Set them for channel c, where elements are of 16 bits."""
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(set_precise_tables)
-def _set_precise_tables(call, c, what, known, stored):
+def _set_precise_tables(call, c, here, what, known, stored):
     if not isinstance(stored.dtype, Half):
-        return lambda call, c, what, known, stored: None
+        return lambda call, c, here, what, known, stored: None
 
-    def set_them(call, c, what, known, stored):
+    def set_them(call, c, here, what, known, stored):
         in_line()
-        what(call, precise_tables(call), c, known, np.float64)
+        what(call, precise_tables(call), c, here, known, np.float64)
 
     return set_them
 

@@ -349,6 +349,7 @@ _SIMULATED_NAMES = {
     "like": lambda z, value: type(z)(value),
     "is_double": lambda z: type(z) is not np.float32,
     "two_to": _two_to,
+    "power_above": lambda z: np.ldexp(type(z)(1.0), np.frexp(z)[1]),
     "int32": int,  # NumPy's would stay one in a sum with an address
     "math": python.SimpleNamespace(sqrt=np.sqrt, ldexp=np.ldexp, frexp=np.frexp, fabs=np.abs),
 }
