@@ -762,10 +762,11 @@ def line_from(out, j):
 
 
 @loop
-def whole_lines(out, count, streaming):
+def whole_lines(out, count, goes_on, streaming):
     """Return where the first and after the last line of a row of `count` columns that can be written whole.
 
-    Where it is not streamed, a line may begin anywhere.
+    Where it is not streamed, a line may begin anywhere. Where the row goes on in the next one, the last line
+    is the one that both have a part of.
     """
     line = line_of(out)
     begin = 0
@@ -773,6 +774,8 @@ def whole_lines(out, count, streaming):
         if address(out) % size_of(out) != 0:
             return 0, 0
         begin = min(line_from(out, plain(0)), count)
+        if goes_on:
+            return begin, begin - (begin - count) // line * line
     return begin, begin + (count - begin) // line * line
 
 
@@ -933,14 +936,14 @@ def _write_rows(name, reads, write_part):
 
 
 @loop
-def ask_for_ends(at, size):
-    """Ask for the lines that a row of `size` bytes begins and ends in the middle of.
+def ask_for_ends(at, size, begins, ends):
+    """Ask for the line that a row of `size` bytes begins in the middle of, and for that it ends in.
 
     They are stored to, not streamed, and what is streamed after them would wait until they are there.
     """
-    if at % STREAM_BYTES != 0:
+    if begins:
         ask_to_write(at)
-    if (at + size) % STREAM_BYTES != 0:
+    if ends and (at + size) % STREAM_BYTES != 0:
         ask_to_write(at + size)
 
 
@@ -958,6 +961,7 @@ def _down(name, reads, look, write_part, write_rows):
         widths = scratch(ROWS, np.int64)
         begins = scratch(ROWS, np.int64)
         ends = scratch(ROWS, np.int64)
+        befores = scratch(ROWS, np.int64)
         none = scratch(ROWS, np.int64)
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
@@ -1006,9 +1010,12 @@ def _down(name, reads, look, write_part, write_rows):
                     if with_residual(stored):
                         seconds[k] = row_address(call, call.second, call.at_second, step, piece, tile[0])
                     outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
-                    begins[k], ends[k] = whole_lines(pointer(outs[k], stored), width * tile[1], streaming)
+                    out, count = pointer(outs[k], stored), width * tile[1]
+                    goes_on = piece + 1 < call.pieces
+                    begins[k], ends[k] = whole_lines(out, count, goes_on, streaming)
+                    befores[k] = begins[k] if piece == 0 else 0  # otherwise the row before has written it
                     if streaming:
-                        ask_for_ends(outs[k], width * tile[1] * size_of(x))
+                        ask_for_ends(outs[k], count * size_of(x), befores[k] > 0, not goes_on)
             parts = -(-shared // span)
             for part in range(parts):
                 begin = part * span
@@ -1018,10 +1025,10 @@ def _down(name, reads, look, write_part, write_rows):
                 here = after(rows, reads * k)
                 look(here, plain(1), shared, widths[k] * group, state, plain(0), mask, no_work, stored)
             for k in range(number if direct else 0):
-                out, count = pointer(outs[k], stored), widths[k] * tile[1]
+                out, count = pointer(outs[k], stored), max(widths[k] * tile[1], ends[k])
                 read = operands_of(work, rows, reads, k, stored)
                 written = min(ends[k], begins[k] + -(-shared // line_of(out)) * line_of(out))
-                if begins[k] > 0:
+                if befores[k] > 0:
                     write_part(call, out, read, plain(0), begins[k], count, streaming, tile)
                 if written < count:
                     write_part(call, out, read, max(begins[k], written), count, count, streaming, tile)
