@@ -167,3 +167,27 @@ def test_constants(schedule, name):
             result = nbbn.batch_norm_forward(x, bias=values, axis=shape.axis)
             assert not result.var.any()
             assert_same_bits(result.out, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("channels", [16, 1040])
+def test_lines_of_the_last_and_the_first_channel(rng, schedule, channels, dtype):
+    """A line of memory may begin anywhere in a row, and go on in the next one."""
+    x, grad_out = (activations(rng, Shape((5, channels)), dtype) for _ in range(2))
+    results = []
+    for name in ("no_streaming", "streaming"):
+        schedule(SCHEDULES[name])
+        for first in range(0, 32, 5):
+            for operation in ("training", "evaluation", "backward"):
+                out = np.full(x.size + 32, np.nan, dtype)[first : first + x.size].reshape(x.shape)
+                if operation == "training":
+                    result = nbbn.batch_norm_forward(x, out=out)
+                elif operation == "evaluation":
+                    nbbn.batch_norm(x, result.mean, result.var, out=out)
+                else:
+                    nbbn.batch_norm_backward(grad_out, x, mean=result.mean, invstd=result.invstd, out=out)
+                results.append((operation, out))
+    for operation in ("training", "evaluation", "backward"):
+        outs = [out for name, out in results if name == operation]
+        for out in outs[1:]:
+            assert_same_bits(out, outs[0])

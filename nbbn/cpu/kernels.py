@@ -404,13 +404,22 @@ def set_tables(call, c, here, what, known, stored):
 
 
 @loop
+def set_table(call, tables, number, c, value, here):
+    """Set one table of some channels; the first ones stand behind the last again, for a vector of both."""
+    at = number * call.room
+    store_first(tables, at + c, value, here)
+    if c == 0:
+        store_first(tables, at + call.channels, value, here)
+
+
+@loop
 def for_normalize(call, tables, c, here, known, real):
     """What `normalize` needs of some channels."""
     mean, rest, invstd, weight, bias = known
     mean, scale, shift = normalization(mean, rest, weight * invstd, bias, real)
-    store_first(tables, c, mean, here)
-    store_first(tables, c + call.room, scale, here)
-    store_first(tables, c + 2 * call.room, shift, here)
+    set_table(call, tables, plain(0), c, mean, here)
+    set_table(call, tables, plain(1), c, scale, here)
+    set_table(call, tables, plain(2), c, shift, here)
 
 
 @loop
@@ -801,7 +810,6 @@ def for_apply(call, tables, c, here, known, real):
     Or, where the statistics are constants, `apply_constant`; or `normalize` of dy, as grad_x = scale · dy.
     """
     mean, invstd, scale, factor, grad_weight, grad_bias, count = known
-    pad = call.room
     rounded = quieted(mean, real)
     lost = mean - widen(rounded)
     unit = power_of_two(invstd)
@@ -810,16 +818,16 @@ def for_apply(call, tables, c, here, known, real):
     if call.activates == 1:
         bias = several(call.bias, c, here, call.parameters, 0.0)
         shift = quieted(shift_of(bias, lost, scale), real)
-        store_first(tables, 5 * pad + c, shift, here)
+        set_table(call, tables, plain(5), c, shift, here)
         if call.training == 0:
             third = shift
     elif call.training == 0:
         rounded = third = splat(real(0.0))
-    store_first(tables, c, rounded, here)
-    store_first(tables, pad + c, quieted(scale, real), here)
-    store_first(tables, 2 * pad + c, third, here)
-    store_first(tables, 3 * pad + c, quieted(offset, real), here)
-    store_first(tables, 4 * pad + c, narrow(unit, real), here)
+    set_table(call, tables, plain(0), c, rounded, here)
+    set_table(call, tables, plain(1), c, quieted(scale, real), here)
+    set_table(call, tables, plain(2), c, third, here)
+    set_table(call, tables, plain(3), c, quieted(offset, real), here)
+    set_table(call, tables, plain(4), c, narrow(unit, real), here)
 
 
 @kernel
