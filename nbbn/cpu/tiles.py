@@ -1,8 +1,8 @@
 """The loops over the rows and columns of a tile.
 
 Sums run downwards, a column at a time, so a row needs no particular length or alignment; the columns
-of a channel are added up at the end of a block. Eight rows are read at a time, from eight far-apart
-places: eight long streams keep the memory busier than one.
+of a channel are added up at the end of a block. Rows of one long channel are read one after the other;
+where each column has sums of its own, eight are read together, from eight far-apart places.
 """
 
 import math
