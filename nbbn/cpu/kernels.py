@@ -73,6 +73,7 @@ from nbbn.cpu.tiles import (
     Look,
     LookAtBoth,
     add_to,
+    ask_for_x,
     exact,
     line_from,
     look_down,
@@ -600,6 +601,7 @@ def normalize_run(call, channel, last, row, out, real):
             j += here
         else:
             while j + line <= border:
+                ask_for_x(row, j)
                 write_normalized(call, place, out, row, j, numbers, numbers, streaming)
                 j += line
 

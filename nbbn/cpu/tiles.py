@@ -97,9 +97,8 @@ SHARED_COLUMNS = (
 )
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 
-PART = 8 * LANES  # columns that are looked at before as many of another tile are written
 AT_ONCE = ROWS // 2  # rows that are looked at together, where each column has sums of its own
-SPAN = 2 * PART  # columns that are summed up before they are added to the rest
+SPAN = 16 * LANES  # columns whose squares are summed up in x's type before they are added to the rest
 
 
 class Look(NamedTuple):
@@ -157,6 +156,25 @@ class LookAtBoth(NamedTuple):
     numbers: Any
 
 
+class Lines(NamedTuple):
+    """Some of the whole lines of a row of another tile.
+
+    Attributes
+    ----------
+    out : pointer
+        The row that they are of.
+    end : int
+        The column after the last one.
+    read, numbers
+        What the results are computed from, and what with, where all are of one channel.
+    """
+
+    out: Any
+    end: Any
+    read: Any
+    numbers: Any
+
+
 class Work(NamedTuple):
     """What is written meanwhile: lines of some rows of another tile.
 
@@ -170,6 +188,8 @@ class Work(NamedTuple):
         The addresses of their columns, in each array.
     begins, ends : int64[ROWS]
         The column that the first whole line begins at, and that after the last one.
+    written : int64[ROWS]
+        Up to where, from there on, they have been written.
     """
 
     call: Any
@@ -180,6 +200,7 @@ class Work(NamedTuple):
     seconds: Any
     begins: Any
     ends: Any
+    written: Any
 
 
 def exact(real):
@@ -254,8 +275,8 @@ def look_at(x, bits, guess, total, rest, square, one, real):
 
 
 @loop
-def look_at_two(row, its, j, guess, sums, state, real):
-    """Look at two vectors of a row, from column j on; each has sums of its own, which need not wait."""
+def look_at_two(row, its, j, guess, then, sums, state, real):
+    """Look at two vectors of a row, from column j on, which have guesses and sums of their own."""
     in_line()
     total, rest, square, other, others, more = sums
     prefetch(row, j, state.ahead)
@@ -264,55 +285,43 @@ def look_at_two(row, its, j, guess, sums, state, real):
     x, bits = load(row, j), lanes(its, j)
     total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
     x, bits = load(row, j + LANES), lanes(its, j + LANES)
-    other, others, more = look_at(x, bits, guess, other, others, more, state.one, real)
-    return total, rest, square, other, others, more
-
-
-@loop
-def look_at_part(row, its, first, last, guess, sums, state, real):
-    """Look at the columns first … last - 1 of a row, PART of them at most."""
-    in_line()
-    j = first
-    if last - first == PART:
-        for k in range(0, PART, 2 * LANES):
-            sums = look_at_two(row, its, first + k, guess, sums, state, real)
-        return sums
-    while j + 2 * LANES <= last:
-        sums = look_at_two(row, its, j, guess, sums, state, real)
-        j += 2 * LANES
-    total, rest, square, other, others, more = sums
-    while j < last:
-        prefetch(row, j, state.ahead)
-        x, bits = some(row, j, last), lanes(its, j)
-        before = square
-        total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
-        if j + LANES > last:
-            square = choose((1 << (last - j)) - 1, square, before)
-        j += LANES
+    other, others, more = look_at(x, bits, then, other, others, more, state.one, real)
     return total, rest, square, other, others, more
 
 
 @loop
 def look_at_channel(rows, number, first, last, state, base, work, stored):
-    """The same of `number` rows of one channel, one after the other, with one column of sums, at `base`."""
+    """Look at `number` rows of one channel, one after the other, with one vector of sums, at `base`."""
     sums, squares, real = state.sums, state.squares, wide(stored)
     both, always = plain(exact(real)), plain(True)
-    guess = load(state.guesses, base)
-    sum_x, sum_squares = load_sums(sums, base, always), load_sums(squares, base, both)
+    guess, none = load(state.guesses, base), splat(real(0.0))
+    total, rest, other, others = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    sum_squares = load_sums(squares, base, both)
     for k in range(number):
         row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-        for j in range(first, last, SPAN):
-            found = splat(0.0), splat(0.0), splat(real(0.0)), splat(0.0), splat(0.0), splat(real(0.0))
+        lines = normalized_lines(work, rows, k, last, stored)
+        at = work.written[k]
+        j = first
+        while j < last:
             end = min(last, j + SPAN)
-            for i in range(j, end, PART):
-                until = min(end, i + PART)
-                found = look_at_part(row, its, i, until, guess, found, state, real)
-                write_normalized_lines(work, rows, k, i, until, stored)
+            found = total, rest, none, other, others, none
+            while j + 2 * LANES <= end:
+                found = look_at_two(row, its, j, guess, guess, found, state, real)
+                at = write_normalized_lines(work, lines, at, at + 2 * LANES, stored)
+                j += 2 * LANES
             total, rest, square, other, others, more = found
-            total, rest = plus_sum(total, rest, other, others, real)
-            sum_x = add_to(sum_x, total, rest)
+            while j < end:
+                prefetch(row, j, state.ahead)
+                before = square
+                x, bits = some(row, j, end), lanes(its, j)
+                total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
+                if j + LANES > end:
+                    square = choose((1 << (end - j)) - 1, square, before)
+                j += LANES
             sum_squares = add_up(sum_squares, widen(square + more), splat(0.0), real)
-    store_sums(sums, base, sum_x, always)
+        work.written[k] = write_normalized_lines(work, lines, at, lines.end, stored)
+    total, rest = plus_sum(total, rest, other, others, real)
+    store_sums(sums, base, add_to(load_sums(sums, base, always), total, rest), always)
     store_sums(squares, base, sum_squares, both)
 
 
@@ -326,45 +335,34 @@ def add_columns(state, c, total, rest, square, real):
 
 
 @loop
-def look_at_rows(rows, number, first, last, state, base, mask, work, stored):
-    """Add up x of `number` rows, in float64, and (x - guess)², those of the rows in x's type first.
+def look_at_columns(rows, number, j, last, state, base, stored):
+    """Look at the next columns of `number` rows, from column j on, each with sums of its own at base + j.
 
-    The sums of column j are at base + (j & mask). Meanwhile write what there is to be, see `_write_lines`.
+    x is added up in float64, and (x - guess)², of the rows in x's type first. Return the column after them.
     """
-    if mask == 0:
-        look_at_channel(rows, number, first, last, state, base, work, stored)
-        return
+    in_line()
     real = wide(stored)
-    j = first
-    while j < last:
-        c = base + j
-        guess, total, rest, square = load(state.guesses, c), splat(0.0), splat(0.0), splat(real(0.0))
-        if number == AT_ONCE and j + 2 * LANES <= last:
-            then, other, others, more = load(state.guesses, c + LANES), total, rest, square
-            for k in range(AT_ONCE):
-                row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-                prefetch(row, j, state.ahead)
-                if size_of(row) > 2:
-                    prefetch(row, j + LANES, state.ahead)
-                x, bits = load(row, j), lanes(its, j)
-                total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
-                x, bits = load(row, j + LANES), lanes(its, j + LANES)
-                other, others, more = look_at(x, bits, then, other, others, more, state.one, real)
-            add_columns(state, c + LANES, other, others, more, real)
-            width = 2 * LANES
-        else:
-            for k in range(number):
-                row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-                prefetch(row, j, state.ahead)
-                x, bits = some(row, j, last), lanes(its, j)
-                total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
-            if j + LANES > last:
-                square = keep_first(square, last - j)
-            width = LANES
+    c, zero, none = base + j, splat(0.0), splat(real(0.0))
+    guess = load(state.guesses, c)
+    if number == AT_ONCE and j + 2 * LANES <= last:
+        then, found = load(state.guesses, c + LANES), (zero, zero, none, zero, zero, none)
+        for k in range(AT_ONCE):
+            row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+            found = look_at_two(row, its, j, guess, then, found, state, real)
+        total, rest, square, other, others, more = found
         add_columns(state, c, total, rest, square, real)
-        for k in range(number if work.tile[1] > 0 else 0):
-            write_normalized_lines(work, rows, k, j, j + width, stored)
-        j += width
+        add_columns(state, c + LANES, other, others, more, real)
+        return j + 2 * LANES
+    total, rest, square = zero, zero, none
+    for k in range(number):
+        row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+        prefetch(row, j, state.ahead)
+        x, bits = some(row, j, last), lanes(its, j)
+        total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
+    if j + LANES > last:
+        square = keep_first(square, last - j)
+    add_columns(state, c, total, rest, square, real)
+    return min(last, j + LANES)
 
 
 @loop
@@ -458,58 +456,54 @@ def multiply_at(rows, k, j, last, whole, mean, those, here, state, stored):
 
 @loop
 def multiply_channel(rows, number, first, last, state, base, work, stored):
-    """The same of `number` rows of one channel, one after the other, with one column of sums, at `base`."""
+    """The same of `number` rows of one channel, one after the other, with one vector of sums, at `base`."""
     sums, products, real = state.sums, state.products, wide(stored)
     both, whole = plain(exact(real)), plain(True)
     mean, those = load(state.means, base), normalizing(state.before, base, stored)
-    sum_dy, sum_products = load_sums(sums, base, both), load_sums(products, base, both)
+    here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(number):
-        for j in range(first, last, SPAN):
-            here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-            end = min(last, j + SPAN)
-            for part in range(j, end, PART):
-                until = min(end, part + PART)
-                for i in range(part, until - LANES + 1, LANES):
-                    here = multiply_at(rows, k, i, last, whole, mean, those, here, state, stored)
-                if until % LANES != part % LANES:
-                    i = until - (until - part) % LANES
-                    here = multiply_at(rows, k, i, last, not whole, mean, those, here, state, stored)
-                write_gradient_lines(work, rows, k, part, until, stored)
-            total, rest, product, product_rest = here
-            sum_dy = add_up(sum_dy, total, rest, real)
-            sum_products = add_up(sum_products, product, product_rest, real)
-    store_sums(sums, base, sum_dy, both)
-    store_sums(products, base, sum_products, both)
+        lines = gradient_lines(work, rows, k, last, stored)
+        at = work.written[k]
+        j = first
+        while j + 2 * LANES <= last:
+            here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
+            here = multiply_at(rows, k, j + LANES, last, whole, mean, those, here, state, stored)
+            at = write_gradient_lines(work, lines, at, at + 2 * LANES, stored)
+            j += 2 * LANES
+        while j < last:
+            here = multiply_at(rows, k, j, last, not whole, mean, those, here, state, stored)
+            j += LANES
+        work.written[k] = write_gradient_lines(work, lines, at, lines.end, stored)
+    total, rest, product, product_rest = here
+    sum_dy, sum_products = load_sums(sums, base, both), load_sums(products, base, both)
+    store_sums(sums, base, add_up(sum_dy, total, rest, real), both)
+    store_sums(products, base, add_up(sum_products, product, product_rest, real), both)
 
 
 @loop
-def multiply_rows(rows, number, first, last, state, base, mask, work, stored):
-    """Add up dy and dy · (x - mean), in float64, of `number` rows of dy and x in turn.
+def multiply_columns(rows, number, j, last, state, base, stored):
+    """Add up dy and dy · (x - mean) of the next columns of `number` rows of dy and x in turn, from j on.
 
-    That is the dy before what follows the normalization. The sums of column j are at base + (j & mask).
-    Meanwhile write what there is to be, see `_write_lines`.
+    That is the dy before what follows the normalization. The sums of column j are at base + j, in float64.
+    Return the column after them.
     """
-    if mask == 0:
-        multiply_channel(rows, number, first, last, state, base, work, stored)
-        return
+    in_line()
     sums, products, real = state.sums, state.products, wide(stored)
     both, whole = plain(exact(real)), plain(True)
-    for j in range(first, last, LANES):
-        here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-        c = base + j
-        mean, those = load(state.means, c), normalizing(state.before, c, stored)
-        if number == AT_ONCE and j + LANES <= last:
-            for k in range(AT_ONCE):
-                here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
-        else:
-            for k in range(number):
-                here = multiply_at(rows, k, j, last, not whole, mean, those, here, state, stored)
-        total, rest, product, product_rest = here
-        store_sums(sums, c, add_up(load_sums(sums, c, both), total, rest, real), both)
-        more = add_up(load_sums(products, c, both), product, product_rest, real)
-        store_sums(products, c, more, both)
-        for k in range(number if work.tile[1] > 0 else 0):
-            write_gradient_lines(work, rows, k, j, j + LANES, stored)
+    here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    c = base + j
+    mean, those = load(state.means, c), normalizing(state.before, c, stored)
+    if number == AT_ONCE and j + LANES <= last:
+        for k in range(AT_ONCE):
+            here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
+    else:
+        for k in range(number):
+            here = multiply_at(rows, k, j, last, not whole, mean, those, here, state, stored)
+    total, rest, product, product_rest = here
+    store_sums(sums, c, add_up(load_sums(sums, c, both), total, rest, real), both)
+    more = add_up(load_sums(products, c, both), product, product_rest, real)
+    store_sums(products, c, more, both)
+    return min(last, j + LANES)
 
 
 # --- between columns and channels ------------------------------------------------------------------
@@ -586,7 +580,6 @@ def tables_of_x(row, tables, c, room):
 def normalized_columns(row, j, end, numbers):
     """The normalized columns j … of a row of x, which has `end`, and what they are in doubt below."""
     mean, scale, shift = numbers
-    prefetch(row[1], j, AHEAD)
     value = normalized(some(row[1], j, end), mean, scale, shift)
     value, doubt = finished(row, j, value, normalized_doubt(shift))
     return joined(row, j, end, value, doubt)
@@ -607,8 +600,6 @@ def tables_of_gradient(row, tables, c, room):
 def gradient_columns(row, j, end, numbers):
     """The columns j … of grad_x, and what they are in doubt below."""
     mean, scale, slope, offset, unit = numbers[:5]
-    prefetch(row[0], j, AHEAD)
-    prefetch(row[1], j, AHEAD)
     x = some(row[1], j, end)
     dy, scale = passed(row, some(row[0], j, end), x, numbers), scaled(row, j, scale)
     grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
@@ -618,8 +609,6 @@ def gradient_columns(row, j, end, numbers):
 @loop
 def constant_columns(row, j, end, numbers):
     """The columns j … of grad_x through an activation where the statistics are constants; never in doubt."""
-    prefetch(row[0], j, AHEAD)
-    prefetch(row[1], j, AHEAD)
     dy = passed(row, some(row[0], j, end), some(row[1], j, end), numbers)
     return dy * numbers[1], like(dy, 0.0)
 
@@ -779,7 +768,20 @@ def whole_lines(out, count, goes_on, streaming):
     return begin, begin + (count - begin) // line * line
 
 
-def _write_part(name, numbers_at, value, write_line):
+@loop
+def ask_for_x(row, j):
+    """Ask for what lies ahead of column j of what the results of a row are computed from."""
+    prefetch(row[1], j, AHEAD)
+
+
+@loop
+def ask_for_both(row, j):
+    """The same of x and of what is read beside it."""
+    prefetch(row[0], j, AHEAD)
+    prefetch(row[1], j, AHEAD)
+
+
+def _write_part(name, ask, numbers_at, value, write_line):
     """Return a loop that writes a part of a row with what value(…, row, column, end, numbers) returns."""
 
     @variant(name)
@@ -807,9 +809,11 @@ def _write_part(name, numbers_at, value, write_line):
                 end = min(line_from(out, last), count)
         if mask == 0:
             while j + line <= end:
+                ask(row, j)
                 write_line(call, place, out, row, j, numbers, numbers, streaming)
                 j += line
         while j < end:
+            ask(row, j)
             if c != j & mask:
                 c = j & mask
                 numbers = numbers_at(row, tables, c, room)
@@ -836,34 +840,68 @@ def operands_of(work, rows, reads, k, stored):
 
 
 def _write_lines(name, reads, numbers_at, write_line):
-    """Return a loop that writes some of the whole lines of a row: the work of whoever looks at another tile.
+    """Return what has whole lines of a row, and what writes them: the work of who looks at another tile.
 
     A few lines are written after a few that are looked at, so that the memory is read and written at once,
     as a copy does.
     """
 
     @variant(name)
-    def write_lines(work, rows, k, first, last, stored):
-        """Write the lines that begin at the columns first … last - 1 of a row, from its first line on."""
+    def lines_of(work, rows, k, last, stored):
+        """Return the lines that begin before column `last` of a row, counted from its first line."""
         in_line()
-        call, begin, out = work.call, work.begins[k], pointer(work.outs[k], stored)
-        channel, group, tables, room, mask = work.tile
+        out, begin = pointer(work.outs[k], stored), work.begins[k]
         line = line_of(out)
-        j = begin + -(-first // line) * line
         end = min(work.ends[k], begin + -(-last // line) * line)
-        if j < end:
-            place = channel, group, min(call.width, call.inner)
-            read = operands_of(work, rows, reads, k, stored)
-            while j < end:
-                numbers = numbers_at(read, tables, j & mask, room)
-                then = numbers_at(read, tables, (j + LANES) & mask, room)
-                write_line(call, place, out, read, j, numbers, then, call.stream == 1)
-                j += line
+        read = operands_of(work, rows, reads, k, stored)
+        return Lines(out, end, read, numbers_at(read, work.tile[2], plain(0), work.tile[3]))
 
-    return write_lines
+    @variant(name)
+    def write_lines(work, lines, j, end, stored):
+        """Write those from column j on that begin before column `end`; return where the next one begins."""
+        in_line()
+        call = work.call
+        channel, group, tables, room, mask = work.tile
+        place = channel, group, min(call.width, call.inner)
+        end = min(end, lines.end)
+        while j < end:
+            numbers, then = lines.numbers, lines.numbers
+            if mask != 0:
+                numbers = numbers_at(lines.read, tables, j, room)
+                then = numbers_at(lines.read, tables, j + LANES, room)
+            write_line(call, place, lines.out, lines.read, j, numbers, then, call.stream == 1)
+            j += line_of(lines.out)
+        return j
+
+    return lines_of, write_lines
 
 
-def _write_run(name, numbers_at, value, write_line):
+def _look(name, look_at_channel, look_at_columns, lines_of, write_lines):
+    """Return a loop over some columns of a few rows, which writes what there is to be meanwhile."""
+
+    @variant(name)
+    def look(rows, number, first, last, state, base, mask, work, stored):
+        """Look at the columns first … last - 1 of `number` rows.
+
+        The sums of column j are at base + (j & mask). Where each column has its own, the rows take turns at
+        being written, many lines at a time.
+        """
+        if mask == 0:
+            look_at_channel(rows, number, first, last, state, base, work, stored)
+            return
+        k = 0
+        j = first
+        while j < last:
+            j = look_at_columns(rows, number, j, last, state, base, stored)
+            if work.tile[1] > 0:
+                lines = lines_of(work, rows, k, j, stored)
+                work.written[k] = write_lines(work, lines, work.written[k], lines.end, stored)
+                k = 0 if k + 1 == number else k + 1
+
+    return look
+
+
+def _write_run(name, ask, numbers_at, value, write_line):
     """Return a loop that writes many rows that follow each other in memory, as one."""
 
     @variant(name)
@@ -882,6 +920,7 @@ def _write_run(name, numbers_at, value, write_line):
         begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
         while j < last:
             row = advanced(row, j)
+            ask(row, j)
             numbers = numbers_at(row, tables, c, room)
             end = begin if j < begin else last
             if j + line <= end:
@@ -961,6 +1000,7 @@ def _down(name, reads, look, write_part, write_rows):
         widths = scratch(ROWS, np.int64)
         begins = scratch(ROWS, np.int64)
         ends = scratch(ROWS, np.int64)
+        written = scratch(ROWS, np.int64)
         befores = scratch(ROWS, np.int64)
         none = scratch(ROWS, np.int64)
         writing = tile[1] > 0
@@ -970,9 +1010,9 @@ def _down(name, reads, look, write_part, write_rows):
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
         span = call.inner if apiece else COLUMNS
         for k in range(ROWS):
-            begins[k] = ends[k] = none[k] = 0
-        work = Work(call, tile, numbers, outs, xs, seconds, begins, ends)
-        no_work = Work(call, tile, numbers, outs, xs, seconds, none, none)
+            begins[k] = ends[k] = written[k] = none[k] = 0
+        work = Work(call, tile, numbers, outs, xs, seconds, begins, ends, written)
+        no_work = Work(call, tile, numbers, outs, xs, seconds, none, none, none)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
         at_once = AT_ONCE
@@ -1013,6 +1053,7 @@ def _down(name, reads, look, write_part, write_rows):
                     out, count = pointer(outs[k], stored), width * tile[1]
                     goes_on = piece + 1 < call.pieces
                     begins[k], ends[k] = whole_lines(out, count, goes_on, streaming)
+                    written[k] = begins[k]
                     befores[k] = begins[k] if piece == 0 else 0  # otherwise the row before has written it
                     if streaming:
                         ask_for_ends(outs[k], count * size_of(x), befores[k] > 0, not goes_on)
@@ -1027,11 +1068,10 @@ def _down(name, reads, look, write_part, write_rows):
             for k in range(number if direct else 0):
                 out, count = pointer(outs[k], stored), max(widths[k] * tile[1], ends[k])
                 read = operands_of(work, rows, reads, k, stored)
-                written = min(ends[k], begins[k] + -(-shared // line_of(out)) * line_of(out))
                 if befores[k] > 0:
                     write_part(call, out, read, plain(0), begins[k], count, streaming, tile)
-                if written < count:
-                    write_part(call, out, read, max(begins[k], written), count, count, streaming, tile)
+                if written[k] < count:
+                    write_part(call, out, read, written[k], count, count, streaming, tile)
             for k in range(number if reads > 1 and with_residual(stored) else 0):
                 step, piece = locate(call, numbers[k])
                 keep_residual(call, rows, reads * k, step, piece, channel, group, stored)
@@ -1048,16 +1088,20 @@ def _down(name, reads, look, write_part, write_rows):
 normalized_at, write_normalized = _results(normalized_columns, precise_normalized, activated, activated_aside)
 _gradient_at, _write_gradient = _results(gradient_columns, precise_gradient, concluded, concluded)
 _constant_at, _write_constant = _results(constant_columns, precise_gradient, concluded, concluded)
-_write_normalized_part = _write_part("normalized", tables_of_x, normalized_at, write_normalized)
-_write_gradient_part = _write_part("gradient", tables_of_gradient, _gradient_at, _write_gradient)
-_write_constant_part = _write_part("constant", tables_of_x, _constant_at, _write_constant)
+_write_normalized_part = _write_part("normalized", ask_for_x, tables_of_x, normalized_at, write_normalized)
+_write_gradient_part = _write_part(
+    "gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient
+)
+_write_constant_part = _write_part("constant", ask_for_both, tables_of_x, _constant_at, _write_constant)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized_part)
 write_gradient_rows = _write_rows("gradient", 2, _write_gradient_part)
 write_constant_rows = _write_rows("constant", 2, _write_constant_part)
-write_normalized_run = _write_run("normalized", tables_of_x, normalized_at, write_normalized)
-write_gradient_run = _write_run("gradient", tables_of_gradient, _gradient_at, _write_gradient)
-write_constant_run = _write_run("constant", tables_of_x, _constant_at, _write_constant)
-write_normalized_lines = _write_lines("normalized", 1, tables_of_x, write_normalized)
-write_gradient_lines = _write_lines("gradient", 2, tables_of_gradient, _write_gradient)
-look_down = _down("forward", 1, look_at_rows, _write_normalized_part, write_normalized_rows)
-look_down_both = _down("backward", 2, multiply_rows, _write_gradient_part, write_gradient_rows)
+write_normalized_run = _write_run("normalized", ask_for_x, tables_of_x, normalized_at, write_normalized)
+write_gradient_run = _write_run("gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient)
+write_constant_run = _write_run("constant", ask_for_both, tables_of_x, _constant_at, _write_constant)
+normalized_lines, write_normalized_lines = _write_lines("normalized", 1, tables_of_x, write_normalized)
+gradient_lines, write_gradient_lines = _write_lines("gradient", 2, tables_of_gradient, _write_gradient)
+_look_at_rows = _look("forward", look_at_channel, look_at_columns, normalized_lines, write_normalized_lines)
+_multiply_rows = _look("backward", multiply_channel, multiply_columns, gradient_lines, write_gradient_lines)
+look_down = _down("forward", 1, _look_at_rows, _write_normalized_part, write_normalized_rows)
+look_down_both = _down("backward", 2, _multiply_rows, _write_gradient_part, write_gradient_rows)
