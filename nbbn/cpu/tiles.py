@@ -97,7 +97,7 @@ SHARED_COLUMNS = (
 )
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 
-AT_ONCE = ROWS // 2  # rows that are looked at together, where each column has sums of its own
+AT_ONCE = ROWS // 2  # rows that are looked at together, or twice as many, where each column has its own sums
 SPAN = 16 * LANES  # columns whose squares are summed up in x's type before they are added to the rest
 
 
@@ -296,8 +296,15 @@ def look_at_channel(rows, number, first, last, state, base, work, stored):
     both, always = plain(exact(real)), plain(True)
     guess, none = load(state.guesses, base), splat(real(0.0))
     total, rest, other, others = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
-    sum_squares = load_sums(squares, base, both)
+    sum_x, sum_squares = load_sums(sums, base, always), load_sums(squares, base, both)
+    summed = 0  # columns
     for k in range(number):
+        if summed + (last - first) > COLUMNS:
+            total, rest = plus_sum(total, rest, other, others, real)
+            sum_x = add_to(sum_x, total, rest)
+            total, rest, other, others = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+            summed = 0
+        summed += last - first
         row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
         lines = normalized_lines(work, rows, k, last, stored)
         at = work.written[k]
@@ -321,7 +328,7 @@ def look_at_channel(rows, number, first, last, state, base, work, stored):
             sum_squares = add_up(sum_squares, widen(square + more), splat(0.0), real)
         work.written[k] = write_normalized_lines(work, lines, at, lines.end, stored)
     total, rest = plus_sum(total, rest, other, others, real)
-    store_sums(sums, base, add_to(load_sums(sums, base, always), total, rest), always)
+    store_sums(sums, base, add_to(sum_x, total, rest), always)
     store_sums(squares, base, sum_squares, both)
 
 
@@ -344,11 +351,13 @@ def look_at_columns(rows, number, j, last, state, base, stored):
     real = wide(stored)
     c, zero, none = base + j, splat(0.0), splat(real(0.0))
     guess = load(state.guesses, c)
-    if number == AT_ONCE and j + 2 * LANES <= last:
+    if number % AT_ONCE == 0 and j + 2 * LANES <= last:
         then, found = load(state.guesses, c + LANES), (zero, zero, none, zero, zero, none)
-        for k in range(AT_ONCE):
-            row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-            found = look_at_two(row, its, j, guess, then, found, state, real)
+        for first in range(0, number, AT_ONCE):
+            for i in range(AT_ONCE):
+                k = first + i
+                row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+                found = look_at_two(row, its, j, guess, then, found, state, real)
         total, rest, square, other, others, more = found
         add_columns(state, c, total, rest, square, real)
         add_columns(state, c + LANES, other, others, more, real)
@@ -1015,7 +1024,8 @@ def _down(name, reads, look, write_part, write_rows):
         no_work = Work(call, tile, numbers, outs, xs, seconds, none, none, none)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
-        at_once = AT_ONCE
+        # Whole rows of memory that lie far apart are better read as fewer streams.
+        at_once = ROWS if reads == 1 and call.inner > 1 else AT_ONCE
         far = 0 if mask == 0 else apart(call, first, last, at_once)
         row = first
         while row < last:
