@@ -98,6 +98,7 @@ from nbbn.formulas import (
     mean_of,
     mean_square,
     merge,
+    normalized_doubt,
     power_of_two,
     running,
     shift_of,
@@ -559,8 +560,9 @@ def normalize(first, last, address, stored):
 
 @loop
 def splat_tables(tables, channel, room):
-    """What one channel is normalized with, in every lane."""
-    return splat(tables[channel]), splat(tables[room + channel]), splat(tables[2 * room + channel])
+    """What one channel is normalized with, in every lane, as `nbbn.cpu.tiles.tables_of_x` has it."""
+    shift = splat(tables[2 * room + channel])
+    return splat(tables[channel]), splat(tables[room + channel]), shift, normalized_doubt(shift)
 
 
 @loop

@@ -260,10 +260,6 @@ class Plan:
             and _joined(out, geometry, size)
             and _joined(second, geometry, size)
         )
-        if size == 2 and not backward and self.by_planes and large:
-            # Computing takes about as long as memory does. To read x again, in order, and to write past the
-            # caches is no more traffic than to read the lines that are written, where they are not streamed.
-            self.resident = False
         row = self.channels * size
         period = self.channels * (LANES // math.gcd(LANES, self.channels))
         self.by_columns = (
@@ -312,7 +308,7 @@ class Plan:
             slab,
             self.slabs,
             self._ahead(geometry, size),
-            int(large and (size > 2 or not self.resident)),  # of 16 bits, streams would wait between looks
+            int(large),
             int(out_bytes >= STREAM_PLANES_BYTES),
             period,
         ]

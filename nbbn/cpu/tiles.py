@@ -167,12 +167,18 @@ class Lines(NamedTuple):
         The column after the last one.
     read, numbers
         What the results are computed from, and what with, where all are of one channel.
+    place
+        The channels, see `precise_normalized`.
+    streaming : bool
+        Whether they are written past the caches.
     """
 
     out: Any
     end: Any
     read: Any
     numbers: Any
+    place: Any
+    streaming: Any
 
 
 class Work(NamedTuple):
@@ -581,16 +587,17 @@ def tile_of(call, channel, group, number, spread, real):
 
 @loop
 def tables_of_x(row, tables, c, room):
-    """What the columns c … are normalized with: mean, scale and shift."""
-    return load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
+    """What the columns c … are normalized with: mean, scale, shift, and what results are in doubt below."""
+    shift = load(tables, c + 2 * room)
+    return load(tables, c), load(tables, c + room), shift, normalized_doubt(shift)
 
 
 @loop
 def normalized_columns(row, j, end, numbers):
     """The normalized columns j … of a row of x, which has `end`, and what they are in doubt below."""
-    mean, scale, shift = numbers
+    mean, scale, shift, doubt = numbers
     value = normalized(some(row[1], j, end), mean, scale, shift)
-    value, doubt = finished(row, j, value, normalized_doubt(shift))
+    value, doubt = finished(row, j, value, doubt)
     return joined(row, j, end, value, doubt)
 
 
@@ -600,7 +607,7 @@ def tables_of_gradient(row, tables, c, room):
 
     And, where it is computed through an activation, the shift that x was normalized with.
     """
-    mean, scale, slope = tables_of_x(row, tables, c, room)
+    mean, scale, slope = load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
     offset, unit = load(tables, c + 3 * room), load(tables, c + 4 * room)
     return (mean, scale, slope, offset, unit) + shift_beside(row, tables, c + 5 * room)
 
@@ -859,26 +866,27 @@ def _write_lines(name, reads, numbers_at, write_line):
     def lines_of(work, rows, k, last, stored):
         """Return the lines that begin before column `last` of a row, counted from its first line."""
         in_line()
-        out, begin = pointer(work.outs[k], stored), work.begins[k]
+        call, out, begin = work.call, pointer(work.outs[k], stored), work.begins[k]
+        channel, group, tables, room, _ = work.tile
         line = line_of(out)
         end = min(work.ends[k], begin + -(-last // line) * line)
         read = operands_of(work, rows, reads, k, stored)
-        return Lines(out, end, read, numbers_at(read, work.tile[2], plain(0), work.tile[3]))
+        numbers = numbers_at(read, tables, plain(0), room)
+        place = channel, group, min(call.width, call.inner)
+        return Lines(out, end, read, numbers, place, call.stream == 1)
 
     @variant(name)
     def write_lines(work, lines, j, end, stored):
         """Write those from column j on that begin before column `end`; return where the next one begins."""
         in_line()
-        call = work.call
-        channel, group, tables, room, mask = work.tile
-        place = channel, group, min(call.width, call.inner)
+        _, _, tables, room, mask = work.tile
         end = min(end, lines.end)
         while j < end:
             numbers, then = lines.numbers, lines.numbers
             if mask != 0:
                 numbers = numbers_at(lines.read, tables, j, room)
                 then = numbers_at(lines.read, tables, j + LANES, room)
-            write_line(call, place, lines.out, lines.read, j, numbers, then, call.stream == 1)
+            write_line(work.call, lines.place, lines.out, lines.read, j, numbers, then, lines.streaming)
             j += line_of(lines.out)
         return j
 
