@@ -137,10 +137,12 @@ def _with_mask(
     return run_of(x, axis, strides, here, fused.form), extras
 
 
-def with_x(fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place) -> tuple[Fusion, int]:
+def with_x(
+    fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place, counting: bool = True
+) -> tuple[Fusion, int]:
     """Return what goes along, checked against x, and how many values of a channel count.
 
-    `residual` is NumPy's view of the one that there is.
+    `residual` is NumPy's view of the one that there is. Where nobody asks how many count, all do.
     """
     if residual is not None:
         fused = fused._replace(residual=arrays.like("residual", residual, x))
@@ -149,7 +151,7 @@ def with_x(fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place) 
     if fused.where is None:
         return fused, count
     which = counted(fused.where, x, axis, here.device)
-    if count:
+    if counting and count:
         count = int(np.count_nonzero(which))
     return fused._replace(counted=which, values=count), count
 
@@ -619,7 +621,7 @@ def evaluate(
     gamma = arrays.parameter("weight", weight, channels, x)
     beta = arrays.parameter("bias", bias, channels, x)
     if fused is not ALONE:
-        fused, _ = with_x(fused, x, residual, axis, here)
+        fused, _ = with_x(fused, x, residual, axis, here, counting=False)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
         out = here.empty_like(x)

@@ -146,6 +146,12 @@ def _repeated_after(row, columns):
     return later if len(row[4]) > 0 else (lambda row, columns: row)
 
 
+@loop
+def all_ones(at):
+    """Return -1 if a byte is not 0, and otherwise 0; without a branch, which nothing could foretell."""
+    return -np.int64(pointer(at, np.uint8)[0]) >> 63
+
+
 def lanes(bits, j):
     """Return a bit for each of the columns j …, of a row whose bits are these; or nothing."""
     raise NotImplementedError("exists in compiled code only")
@@ -159,6 +165,9 @@ def _lanes(bits, j):
         return (word(at + (i >> 3)) >> (i & 7)) & ((1 << LANES) - 1)
 
     def of_run(bits, j):
+        at, stride, channels, last, column, step, left = bits
+        if left - (j - column) >= LANES:  # all of one step
+            return all_ones(at + min(step, last) * stride) & ((1 << LANES) - 1)
         at, stride, channels, last, _, step, left = moved_on(bits, j)
         found = lane = 0
         while lane < LANES:
@@ -249,12 +258,21 @@ def some_bits(at, stride, number):
 @loop
 def append_run(state, at, stride, count):
     """Append a bit for each of `count` bytes; return the state, and how many of them are set."""
-    total = 0
-    for i in range(0, count, WORD_BITS):
+    total = i = 0
+    to, left, filled = state
+    while stride == 1 and filled == 0 and i + WORD_BITS <= count:  # most of what there is
+        bits = some_bits(at + i, stride, WORD_BITS)
+        total += ones(bits)
+        set_word(to, bits)
+        to += WORD_BITS // 8
+        i += WORD_BITS
+    state = to, left, filled
+    while i < count:
         number = min(WORD_BITS, count - i)
         bits = some_bits(at + i * stride, stride, number)
         total += ones(bits)
         state = append(state, bits, number)
+        i += number
     return state, total
 
 
@@ -264,6 +282,28 @@ def append_same(state, bit, count):
     for i in range(0, count, WORD_BITS):
         number = min(WORD_BITS, count - i)
         state = append(state, bit * ((1 << number) - 1), number)
+    return state
+
+
+@loop
+def set_words(to, at, stride, steps, each):
+    """Set a bit for each of so many bytes, `each` times, which is whole words; return how many are not 0."""
+    total = 0
+    for f in range(steps):
+        bits = all_ones(at + f * stride)
+        for i in range(0, each, WORD_BITS):
+            set_word(to + ((f * each + i) >> 3), bits)
+        total -= bits
+    return total
+
+
+@loop
+def append_spread(state, spread, byte, channels):
+    """Append each of the bits of a byte so many times, SPREAD_CHANNELS at most."""
+    bits, number = spread[byte], 8 * channels
+    state = append(state, bits & ((1 << WORD_BITS) - 1), min(number, WORD_BITS))
+    if number > WORD_BITS:
+        state = append(state, bits >> WORD_BITS, number - WORD_BITS)
     return state
 
 
@@ -298,20 +338,28 @@ def set_bits(call, task, spread):
         outer = pointer(call.at_mask.strides, np.int64)[call.dims - 1]
         total = 0
         f = 0
+        each = call.group if call.bits_mask == -1 else LANES
         while call.channels <= SPREAD_CHANNELS and count == 1 and f + 8 <= steps:
-            bits = some_bits(at + f * outer, outer, 8)
+            if outer == 1 and f + LANES <= steps:
+                bits = nonzero(at + f)
+                state = append_spread(state, spread, bits & 255, call.channels)
+                state = append_spread(state, spread, bits >> 8, call.channels)
+                f += LANES
+            else:
+                bits = some_bits(at + f * outer, outer, 8)
+                state = append_spread(state, spread, bits, call.channels)
+                f += 8
             total += ones(bits)
-            number = 8 * call.channels
-            state = append(state, spread[bits] & ((1 << WORD_BITS) - 1), min(number, WORD_BITS))
-            if number > WORD_BITS:
-                state = append(state, spread[bits] >> WORD_BITS, number - WORD_BITS)
-            f += 8
+        if count == 1 and each % WORD_BITS == 0:
+            total = set_words(state[0], at, outer, steps, each)
+            state = state[0] + steps * (each >> 3), 0, 0
+            f = steps
         for rest in range(f, steps):
             there = at + rest * outer
             here = 0
             if count == 1:
                 here = some_bits(there, 1, 1)
-                state = append_same(state, here, call.group if call.bits_mask == -1 else LANES)
+                state = append_same(state, here, each)
             else:
                 for _ in range(call.group):
                     state, here = append_run(state, there, stride, count)

@@ -155,6 +155,8 @@ def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
         side_by_side = _joined(first, geometry, size) and first.outer[0] == channels * inner * size
         if side_by_side or channels * inner < 4 * LANES:
             fold = min(outer, SHARED_COLUMNS // (channels * inner))
+            whole = LANES // math.gcd(LANES, channels * inner)
+            fold = fold // whole * whole or fold  # rows that begin where lines do, if the first one does
             rows = -(-outer // fold)
     columns = width if inner > SHARED_COLUMNS else min(SHARED_COLUMNS, fold * channels * inner)
     block = -(-BLOCK_ELEMENTS // columns)

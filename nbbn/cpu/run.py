@@ -22,7 +22,7 @@ _ROOMS = struct.Struct("5q")
 SERIAL_PARTIALS = 1 << 13  # numbers to merge, below which one thread is as fast as several
 SERIAL_MASK = 1 << 12  # positions that one thread looks at as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
-KEPT_WORDS = 1 << 17  # what a larger one worked in is kept for others up to here
+KEPT_WORDS = 1 << 18  # what a larger one worked in is kept for others up to here
 
 
 _KERNELS = {
@@ -318,10 +318,11 @@ class Run:
             call(kernel, tasks, then=then)
         self._give_back(call)
 
-    def _set_mask(self, call: _Call) -> None:
+    def _set_mask(self, call: _Call, counting: bool = True) -> None:
         few = self.plan.count < SERIAL_MASK
         call(kernels.set_mask, self.plan.bit_rows, 1 if few else None)
-        call.add_up_counts()
+        if counting:
+            call.add_up_counts()
 
     def _set_along(self, call: _Call) -> None:
         call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
@@ -350,7 +351,7 @@ class Run:
             eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0,
         )  # fmt: skip
         if self.form.masked and not plan.by_columns:  # there the mask is read as it is
-            self._set_mask(call)
+            self._set_mask(call, counting=False)
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
         self._give_back(call)
