@@ -586,10 +586,16 @@ def tile_of(call, channel, group, number, spread, real):
 
 
 @loop
+def tables_of_constant(row, tables, c, room):
+    """What the columns c … were normalized with: mean, scale and shift."""
+    return load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
+
+
+@loop
 def tables_of_x(row, tables, c, room):
     """What the columns c … are normalized with: mean, scale, shift, and what results are in doubt below."""
-    shift = load(tables, c + 2 * room)
-    return load(tables, c), load(tables, c + room), shift, normalized_doubt(shift)
+    mean, scale, shift = tables_of_constant(row, tables, c, room)
+    return mean, scale, shift, normalized_doubt(shift)
 
 
 @loop
@@ -607,7 +613,7 @@ def tables_of_gradient(row, tables, c, room):
 
     And, where it is computed through an activation, the shift that x was normalized with.
     """
-    mean, scale, slope = load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
+    mean, scale, slope = tables_of_constant(row, tables, c, room)
     offset, unit = load(tables, c + 3 * room), load(tables, c + 4 * room)
     return (mean, scale, slope, offset, unit) + shift_beside(row, tables, c + 5 * room)
 
@@ -1110,13 +1116,15 @@ _write_normalized_part = _write_part("normalized", ask_for_x, tables_of_x, norma
 _write_gradient_part = _write_part(
     "gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient
 )
-_write_constant_part = _write_part("constant", ask_for_both, tables_of_x, _constant_at, _write_constant)
+_write_constant_part = _write_part(
+    "constant", ask_for_both, tables_of_constant, _constant_at, _write_constant
+)
 write_normalized_rows = _write_rows("normalized", 1, _write_normalized_part)
 write_gradient_rows = _write_rows("gradient", 2, _write_gradient_part)
 write_constant_rows = _write_rows("constant", 2, _write_constant_part)
 write_normalized_run = _write_run("normalized", ask_for_x, tables_of_x, normalized_at, write_normalized)
 write_gradient_run = _write_run("gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient)
-write_constant_run = _write_run("constant", ask_for_both, tables_of_x, _constant_at, _write_constant)
+write_constant_run = _write_run("constant", ask_for_both, tables_of_constant, _constant_at, _write_constant)
 normalized_lines, write_normalized_lines = _write_lines("normalized", 1, tables_of_x, write_normalized)
 gradient_lines, write_gradient_lines = _write_lines("gradient", 2, tables_of_gradient, _write_gradient)
 _look_at_rows = _look("forward", look_at_channel, look_at_columns, normalized_lines, write_normalized_lines)
