@@ -329,7 +329,7 @@ MUTATIONS = [
     Mutation(
         "mask-squares",
         "squares of what does not count are in the variance",
-        "cpu/tiles.py",
+        "cpu/sums.py",
         "add_squared_deviation(square, only(bits, x, guess), guess)",
         "add_squared_deviation(square, x, guess)",
         None,
@@ -366,7 +366,7 @@ MUTATIONS = [
     Mutation(
         "unwritten-tail",
         "the last value of a row is not written",
-        "cpu/tiles.py",
+        "cpu/results.py",
         "store_first(out, j, value(call, place, row, j, end, numbers), end - j)",
         "store_first(out, j, value(call, place, row, j, end, numbers), end - j - 1)",
         23,

@@ -35,6 +35,21 @@ from nbbn.cpu.parameters import (
     several,
     spread_along,
 )
+from nbbn.cpu.results import (
+    TABLES,
+    ask_for_x,
+    line_from,
+    normalized_at,
+    set_precise_tables,
+    tile_of,
+    write_constant_rows,
+    write_constant_run,
+    write_gradient_rows,
+    write_gradient_run,
+    write_normalized,
+    write_normalized_rows,
+    write_normalized_run,
+)
 from nbbn.cpu.rows import (
     ROOM,
     extent,
@@ -68,28 +83,17 @@ from nbbn.cpu.simd import (
     wide,
     widen,
 )
-from nbbn.cpu.tiles import (
-    TABLES,
+from nbbn.cpu.sums import (
     Look,
     LookAtBoth,
     add_to,
-    ask_for_x,
     exact,
-    line_from,
+    to_channels,
+)
+from nbbn.cpu.tiles import (
     look_down,
     look_down_both,
-    normalized_at,
-    set_precise_tables,
     square_down,
-    tile_of,
-    to_channels,
-    write_constant_rows,
-    write_constant_run,
-    write_gradient_rows,
-    write_gradient_run,
-    write_normalized,
-    write_normalized_rows,
-    write_normalized_run,
 )
 from nbbn.formulas import (
     about_mean,
@@ -560,7 +564,7 @@ def normalize(first, last, address, stored):
 
 @loop
 def splat_tables(tables, channel, room):
-    """What one channel is normalized with, in every lane, as `nbbn.cpu.tiles.tables_of_x` has it."""
+    """What one channel is normalized with, in every lane, as `nbbn.cpu.results.tables_of_x` has it."""
     shift = splat(tables[2 * room + channel])
     return splat(tables[channel]), splat(tables[room + channel]), shift, normalized_doubt(shift)
 

@@ -8,7 +8,7 @@ have theirs one after the other; where all columns of a row are of one position,
 import numpy as np
 from numba.core import types
 
-from nbbn.compiler import by_type, loop
+from nbbn.compiler import by_type, like, loop
 from nbbn.cpu.parameters import ROWS, WEIGHTS, beside
 from nbbn.cpu.rows import extent, locate, position, row_address
 from nbbn.cpu.simd import (
@@ -192,6 +192,12 @@ def _only(bits, vector, otherwise):
     if isinstance(bits, types.BaseTuple):
         return lambda bits, vector, otherwise: vector
     return lambda bits, vector, otherwise: choose(bits, vector, otherwise)
+
+
+@loop
+def counting(bits, vector):
+    """Return a vector with zeros where the bit is not set."""
+    return only(bits, vector, like(vector, 0.0))
 
 
 def both(bits, more):

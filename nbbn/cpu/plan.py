@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
-from nbbn.cpu.rows import COLUMNS
+from nbbn.cpu.results import TABLES
+from nbbn.cpu.rows import COLUMNS, SHARED_COLUMNS
 from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
-from nbbn.cpu.tiles import SHARED_COLUMNS, TABLES
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 from nbbn.problem import BATCH, Form

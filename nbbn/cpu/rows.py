@@ -6,6 +6,7 @@ from nbbn.compiler import loop, out_of_line
 from nbbn.cpu.simd import LANES, after, load, load_first, pointer, splat, store
 
 COLUMNS = 1024  # a row is at most this long
+SHARED_COLUMNS = 512  # where several channels share it: their sums must stay in L1
 ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
 

@@ -1,0 +1,537 @@
+"""What is written of a tile, and in what pieces: a row, a part of one, a run of many, or some lines of one.
+
+Whole lines of memory are written past the caches where a plan says so; what they leave over is stored.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nbbn.compiler import by_type, in_line, like, loop, out_of_line, variant
+from nbbn.cpu.fused import (
+    activated,
+    activated_aside,
+    joined,
+    passed,
+    precisely_joined,
+    shift_beside,
+    with_residual,
+)
+from nbbn.cpu.masks import advanced, both, counting, lanes, noted_bits, operands, row_bits
+from nbbn.cpu.parameters import FLOAT32_BYTES, finished, precisely_finished, precisely_scaled, scaled
+from nbbn.cpu.rows import AHEAD, ROOM, extent, fill, locate, row_address, row_of, scatter, some, to_columns
+from nbbn.cpu.simd import (
+    LANES,
+    STREAM_BYTES,
+    Half,
+    address,
+    after,
+    below,
+    line_of,
+    load,
+    lowest,
+    number,
+    plain,
+    pointer,
+    prefetch,
+    rarely,
+    scratch,
+    set_number,
+    size_of,
+    store,
+    store_both,
+    store_first,
+    stream,
+    stream_both,
+)
+from nbbn.formulas import gradient, gradient_doubt, normalized, normalized_doubt
+
+TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
+
+
+class Lines(NamedTuple):
+    """Some of the whole lines of a row of another tile.
+
+    Attributes
+    ----------
+    out : pointer
+        The row that they are of.
+    end : int
+        The column after the last one.
+    read, numbers
+        What the results are computed from, and what with, where all are of one channel.
+    place
+        The channels, see `precise_normalized`.
+    streaming : bool
+        Whether they are written past the caches.
+    """
+
+    out: Any
+    end: Any
+    read: Any
+    numbers: Any
+    place: Any
+    streaming: Any
+
+
+class Work(NamedTuple):
+    """What is written meanwhile: lines of some rows of another tile.
+
+    Attributes
+    ----------
+    call, tile
+        That of which they are, see `tile_of`.
+    rows : int64[ROWS]
+        Which ones.
+    outs, xs, seconds : int64[ROWS]
+        The addresses of their columns, in each array.
+    begins, ends : int64[ROWS]
+        The column that the first whole line begins at, and that after the last one.
+    written : int64[ROWS]
+        Up to where, from there on, they have been written.
+    """
+
+    call: Any
+    tile: Any
+    rows: Any
+    outs: Any
+    xs: Any
+    seconds: Any
+    begins: Any
+    ends: Any
+    written: Any
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+@loop
+def tile_of(call, channel, group, number, spread, real):
+    """Return a tile that is ready to be written.
+
+    That is its first channel, how many it has, and the tables of what its columns are written with:
+    their address, how far apart they lie, and what a column's index is masked with. They are spread
+    over the columns, into `spread`; where all columns are of one channel, over LANES of them.
+    """
+    tables = after(pointer(call.tables, real), channel)
+    room = call.room
+    width = min(call.width, call.inner)
+    if width == 1 and call.fold == 1:
+        return channel, group, tables, room, -1
+    single = group == 1 and call.fold == 1
+    for k in range(number):
+        to = after(spread, k * ROOM)
+        if single:
+            fill(to, plain(LANES), tables[k * room])
+        else:
+            to_columns(call, group, width, after(tables, k * room), to)
+    return channel, group, spread, ROOM, 0 if single else -1
+
+
+@loop
+def tables_of_constant(row, tables, c, room):
+    """What the columns c … were normalized with: mean, scale and shift."""
+    return load(tables, c), load(tables, c + room), load(tables, c + 2 * room)
+
+
+@loop
+def tables_of_x(row, tables, c, room):
+    """What the columns c … are normalized with: mean, scale, shift, and what results are in doubt below."""
+    mean, scale, shift = tables_of_constant(row, tables, c, room)
+    return mean, scale, shift, normalized_doubt(shift)
+
+
+@loop
+def normalized_columns(row, j, end, numbers):
+    """The normalized columns j … of a row of x, which has `end`, and what they are in doubt below."""
+    mean, scale, shift, doubt = numbers
+    value = normalized(some(row[1], j, end), mean, scale, shift)
+    value, doubt = finished(row, j, value, doubt)
+    return joined(row, j, end, value, doubt)
+
+
+@loop
+def tables_of_gradient(row, tables, c, room):
+    """What the columns c … of grad_x are computed with: mean, scale, slope, offset and unit.
+
+    And, where it is computed through an activation, the shift that x was normalized with.
+    """
+    mean, scale, slope = tables_of_constant(row, tables, c, room)
+    offset, unit = load(tables, c + 3 * room), load(tables, c + 4 * room)
+    return (mean, scale, slope, offset, unit) + shift_beside(row, tables, c + 5 * room)
+
+
+@loop
+def gradient_columns(row, j, end, numbers):
+    """The columns j … of grad_x, and what they are in doubt below."""
+    mean, scale, slope, offset, unit = numbers[:5]
+    x = some(row[1], j, end)
+    dy, scale = passed(row, some(row[0], j, end), x, numbers), scaled(row, j, scale)
+    grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
+    return grad_x, gradient_doubt(x, mean, unit, slope, offset)
+
+
+@loop
+def constant_columns(row, j, end, numbers):
+    """The columns j … of grad_x through an activation where the statistics are constants; never in doubt."""
+    dy = passed(row, some(row[0], j, end), some(row[1], j, end), numbers)
+    return dy * numbers[1], like(dy, 0.0)
+
+
+@loop
+def precise_tables(call):
+    """Return the tables in float64 that results of 16 bits are computed with where they are in doubt."""
+    return pointer(call.tables + TABLES * call.room * FLOAT32_BYTES, np.float64)
+
+
+def set_precise_tables(call, c, here, what, known, stored):
+    """Set them for channel c, where elements are of 16 bits."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(set_precise_tables)
+def _set_precise_tables(call, c, here, what, known, stored):
+    if not isinstance(stored.dtype, Half):
+        return lambda call, c, here, what, known, stored: None
+
+    def set_them(call, c, here, what, known, stored):
+        in_line()
+        what(call, precise_tables(call), c, here, known, np.float64)
+
+    return set_them
+
+
+@loop
+def precise_normalized(call, place, row, j, doubtful, out):
+    """Return `out`, the normalized columns j … of a row of x, with those in doubt computed in float64."""
+    out_of_line()
+    tables, room = precise_tables(call), call.room
+    channel, group, width = place
+    results = scratch(LANES, np.float32)
+    store(results, 0, out)
+    while doubtful != 0:
+        k = lowest(doubtful)
+        doubtful &= doubtful - 1
+        c = channel + (j + k) // width % group
+        x = np.float64(number(row[1], j + k))
+        result = normalized(x, tables[c], tables[c + room], tables[c + 2 * room])
+        result = precisely_joined(row, j + k, precisely_finished(call, row, j + k, result))
+        set_number(results, k, activated_aside(row, result))
+    return load(results, 0)
+
+
+@loop
+def precise_gradient(call, place, row, j, doubtful, grad_x):
+    """Return `grad_x`, the columns j … of a row of it, with those in doubt computed in float64."""
+    out_of_line()
+    tables, room = precise_tables(call), call.room
+    channel, group, width = place
+    results = scratch(LANES, np.float32)
+    store(results, 0, grad_x)
+    while doubtful != 0:
+        k = lowest(doubtful)
+        doubtful &= doubtful - 1
+        c = channel + (j + k) // width % group
+        dy, x = np.float64(number(row[0], j + k)), np.float64(number(row[1], j + k))
+        mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
+        offset, unit = tables[c + 3 * room], tables[c + 4 * room]
+        dy = passed(row, dy, x, (mean, scale, tables[c + 5 * room]))
+        scale = precisely_scaled(call, row, j + k, scale)
+        set_number(results, k, gradient(dy, x, mean, unit, scale, slope, offset))
+    return load(results, 0)
+
+
+@loop
+def concluded(row, value):
+    """Return a gradient, which nothing follows."""
+    return value
+
+
+def _results(columns, precisely, followed, aside):
+    """Return what has the columns j … of a row, and what writes a line of them.
+
+    That is what `columns` computes, and what it is `followed` by in lines, which are most of what there is,
+    and `aside` elsewhere. Results to be stored in 16 bits are computed again by `precisely` where they are in
+    doubt: lane by lane, as which columns make a vector must not show.
+    """
+
+    def result_at(call, place, row, j, end, numbers):
+        raise NotImplementedError("exists in compiled code only")
+
+    @by_type(result_at)
+    def _result_at(call, place, row, j, end, numbers):
+        def sure(call, place, row, j, end, numbers):
+            return counting(lanes(row[4], j), aside(row, columns(row, j, end, numbers)[0]))
+
+        def refined(call, place, row, j, end, numbers):
+            value, doubt = columns(row, j, end, numbers)
+            bits = lanes(row[4], j)
+            doubtful = both(bits, below(math.fabs(value), doubt))
+            result = counting(bits, aside(row, value))
+            if rarely(doubtful != 0):
+                inside = (1 << min(LANES, end - j)) - 1
+                return precisely(call, place, row, j, doubtful & inside, result)
+            return result
+
+        return refined if isinstance(row[0].dtype, Half) else sure
+
+    def write_line(call, place, out, row, j, numbers, then, streaming):
+        raise NotImplementedError("exists in compiled code only")
+
+    @by_type(write_line)
+    def _write_line(call, place, out, row, j, numbers, then, streaming):
+        def one(call, place, out, row, j, numbers, then, streaming):
+            result = counting(lanes(row[4], j), followed(row, columns(row, j, j + LANES, numbers)[0]))
+            if streaming:
+                stream(out, j, result)
+            else:
+                store(out, j, result)
+
+        def two(call, place, out, row, j, numbers, then, streaming):
+            k = j + LANES
+            first, doubt = columns(row, j, k, numbers)
+            second, more_doubt = columns(row, k, k + LANES, then)
+            bits, more_bits = lanes(row[4], j), lanes(row[4], k)
+            doubtful = both(bits, below(math.fabs(first), doubt))
+            more = both(more_bits, below(math.fabs(second), more_doubt))
+            first = counting(bits, followed(row, first))
+            second = counting(more_bits, followed(row, second))
+            if rarely(doubtful | more != 0):
+                first = precisely(call, place, row, j, doubtful, first)
+                second = precisely(call, place, row, k, more, second)
+            if streaming:
+                stream_both(out, j, first, second)
+            else:
+                store_both(out, j, first, second)
+
+        return two if isinstance(out.dtype, Half) else one
+
+    return result_at, write_line
+
+
+# --- whole rows, and parts of them -----------------------------------------------------------------
+
+
+@loop
+def line_from(out, j):
+    """Return the first column from j on that begins a line of memory."""
+    return j + -(address(out) + j * size_of(out)) % STREAM_BYTES // size_of(out)
+
+
+@loop
+def whole_lines(out, count, goes_on, streaming):
+    """Return where the first and after the last line of a row of `count` columns that can be written whole.
+
+    Where it is not streamed, a line may begin anywhere. Where the row goes on in the next one, the last line
+    is the one that both have a part of.
+    """
+    line = line_of(out)
+    begin = 0
+    if streaming:
+        if address(out) % size_of(out) != 0:
+            return 0, 0
+        begin = min(line_from(out, plain(0)), count)
+        if goes_on:
+            return begin, begin - (begin - count) // line * line
+    return begin, begin + (count - begin) // line * line
+
+
+@loop
+def ask_for_x(row, j):
+    """Ask for what lies ahead of column j of what the results of a row are computed from."""
+    prefetch(row[1], j, AHEAD)
+
+
+@loop
+def ask_for_both(row, j):
+    """The same of x and of what is read beside it."""
+    prefetch(row[0], j, AHEAD)
+    prefetch(row[1], j, AHEAD)
+
+
+def _write_part(name, ask, numbers_at, value, write_line):
+    """Return a loop that writes a part of a row with what value(…, row, column, end, numbers) returns."""
+
+    @variant(name)
+    def write_part(call, out, row, first, last, count, streaming, tile):
+        """Write the columns first … last - 1 of `count`.
+
+        Where lines are streamed, both ends are moved on to where the next line begins. The numbers stay
+        in registers for as long as the columns are those of one channel.
+        """
+        channel, group, tables, room, mask = tile
+        place = channel, group, min(call.width, call.inner)
+        j = first
+        end = min(last, count)
+        c = j & mask
+        numbers = numbers_at(row, tables, c, room)
+        line = line_of(out)
+        streaming = streaming and address(out) % size_of(out) == 0
+        if streaming:
+            j = min(line_from(out, first), count)
+            for k in range(0, j if first == 0 else 0, LANES):
+                here = min(LANES, j - k)
+                beginning = value(call, place, row, k, k + here, numbers_at(row, tables, k & mask, room))
+                store_first(out, k, beginning, here)
+            if last < count:
+                end = min(line_from(out, last), count)
+        if mask == 0:
+            while j + line <= end:
+                ask(row, j)
+                write_line(call, place, out, row, j, numbers, numbers, streaming)
+                j += line
+        while j < end:
+            ask(row, j)
+            if c != j & mask:
+                c = j & mask
+                numbers = numbers_at(row, tables, c, room)
+            if j + line <= end:
+                then = numbers_at(row, tables, c + LANES, room)
+                write_line(call, place, out, row, j, numbers, then, streaming)
+                j += line
+                continue
+            if j + LANES > end:
+                store_first(out, j, value(call, place, row, j, end, numbers), end - j)
+            else:
+                store(out, j, value(call, place, row, j, j + LANES, numbers))
+            j += LANES
+
+    return write_part
+
+
+def _write_run(name, ask, numbers_at, value, write_line):
+    """Return a loop that writes many rows that follow each other in memory, as one."""
+
+    @variant(name)
+    def write_run(call, out, row, first, last, tables, streaming):
+        """Write the columns first … last - 1 of all; the tables begin again after call.period of them.
+
+        They are those and how far apart they lie.
+        """
+        tables, room = tables
+        place = plain(0), call.channels, plain(1)
+        period = call.period
+        line = line_of(out)
+        streaming = streaming and address(out) % size_of(out) == 0
+        j = first
+        c = 0
+        begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
+        while j < last:
+            row = advanced(row, j)
+            ask(row, j)
+            numbers = numbers_at(row, tables, c, room)
+            end = begin if j < begin else last
+            if j + line <= end:
+                then = numbers_at(row, tables, c + LANES - period if c + LANES >= period else c + LANES, room)
+                write_line(call, place, out, row, j, numbers, then, streaming)
+                here = line
+            elif j + LANES <= end:
+                store(out, j, value(call, place, row, j, j + LANES, numbers))
+                here = LANES
+            else:
+                here = end - j
+                store_first(out, j, value(call, place, row, j, end, numbers), here)
+            j += here
+            c += here
+            while c >= period:
+                c -= period
+
+    return write_run
+
+
+def _write_rows(name, reads, write_part):
+    """Return a loop that writes rows of a tile, wherever their columns lie."""
+
+    @variant(name)
+    def write_rows(call, first, last, tile, buffer, stored):
+        out_of_line()
+        channel = tile[0]
+        group = tile[1]
+        direct = call.at_out.gather == 0
+        streaming = direct and call.stream == 1
+        for row in range(first, last):
+            step, piece = locate(call, row)
+            steps, count = extent(call, step, piece)
+            count *= steps * group
+            x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
+            second = x
+            if reads > 1 or with_residual(stored):
+                room = after(buffer, ROOM)
+                second = row_of(call, call.second, call.at_second, step, piece, channel, group, room, stored)
+            out = after(buffer, 2 * ROOM)
+            if direct:
+                out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
+            read = operands(call, second, x, row_bits(call, row, stored), row, stored)
+            write_part(call, out, read, plain(0), count, count, streaming, tile)
+            if not direct:
+                scatter(call, call.out, call.at_out, step, piece, channel, group, out, stored)
+
+    return write_rows
+
+
+# --- lines, between looks at another tile ----------------------------------------------------------
+
+
+@loop
+def operands_of(work, rows, reads, k, stored):
+    """Return what the results of a row are computed from; `rows` has the same rows of the tile looked at."""
+    bits = noted_bits(rows, reads * k, work.call.bits_mask, stored)
+    x, second = pointer(work.xs[k], stored), pointer(work.seconds[k], stored)
+    return operands(work.call, second, x, bits, work.rows[k], stored)
+
+
+def _write_lines(name, reads, numbers_at, write_line):
+    """Return what has whole lines of a row, and what writes them: the work of who looks at another tile.
+
+    A few lines are written after a few that are looked at, so that the memory is read and written at once,
+    as a copy does.
+    """
+
+    @variant(name)
+    def lines_of(work, rows, k, last, stored):
+        """Return the lines that begin before column `last` of a row, counted from its first line."""
+        in_line()
+        call, out, begin = work.call, pointer(work.outs[k], stored), work.begins[k]
+        channel, group, tables, room, _ = work.tile
+        line = line_of(out)
+        end = min(work.ends[k], begin + -(-last // line) * line)
+        read = operands_of(work, rows, reads, k, stored)
+        numbers = numbers_at(read, tables, plain(0), room)
+        place = channel, group, min(call.width, call.inner)
+        return Lines(out, end, read, numbers, place, call.stream == 1)
+
+    @variant(name)
+    def write_lines(work, lines, j, end, stored):
+        """Write those from column j on that begin before column `end`; return where the next one begins."""
+        in_line()
+        _, _, tables, room, mask = work.tile
+        end = min(end, lines.end)
+        while j < end:
+            numbers, then = lines.numbers, lines.numbers
+            if mask != 0:
+                numbers = numbers_at(lines.read, tables, j, room)
+                then = numbers_at(lines.read, tables, j + LANES, room)
+            write_line(work.call, lines.place, lines.out, lines.read, j, numbers, then, lines.streaming)
+            j += line_of(lines.out)
+        return j
+
+    return lines_of, write_lines
+
+
+normalized_at, write_normalized = _results(normalized_columns, precise_normalized, activated, activated_aside)
+_gradient_at, _write_gradient = _results(gradient_columns, precise_gradient, concluded, concluded)
+_constant_at, _write_constant = _results(constant_columns, precise_gradient, concluded, concluded)
+write_normalized_part = _write_part("normalized", ask_for_x, tables_of_x, normalized_at, write_normalized)
+write_gradient_part = _write_part("gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient)
+_write_constant_part = _write_part(
+    "constant", ask_for_both, tables_of_constant, _constant_at, _write_constant
+)
+write_normalized_rows = _write_rows("normalized", 1, write_normalized_part)
+write_gradient_rows = _write_rows("gradient", 2, write_gradient_part)
+write_constant_rows = _write_rows("constant", 2, _write_constant_part)
+write_normalized_run = _write_run("normalized", ask_for_x, tables_of_x, normalized_at, write_normalized)
+write_gradient_run = _write_run("gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient)
+write_constant_run = _write_run("constant", ask_for_both, tables_of_constant, _constant_at, _write_constant)
+normalized_lines, write_normalized_lines = _write_lines("normalized", 1, tables_of_x, write_normalized)
+gradient_lines, write_gradient_lines = _write_lines("gradient", 2, tables_of_gradient, _write_gradient)
