@@ -29,8 +29,8 @@ from nbbn.masks import counted
 from nbbn.problem import BATCH, NOTHING, Extras, Form
 from nbbn.stats import BatchStats
 
-# Below this many elements, waking the threads costs more than they save.
-SERIAL_ELEMENTS = 1 << 15
+# Up to this many elements, waking the threads costs more than they save.
+SERIAL_ELEMENTS = 1 << 17
 
 # With these alone there is nothing to find out about a call. Asked in line: a small call takes few µs.
 _Array = np.ndarray
@@ -94,7 +94,7 @@ class BatchNormResidualGradients(NamedTuple):
 
 def threads_for(here: Place, size: int) -> int:
     """Return how many threads may work on so many elements."""
-    return 1 if size < SERIAL_ELEMENTS or here.device != CPU else pool.threads()
+    return 1 if size <= SERIAL_ELEMENTS or here.device != CPU else pool.threads()
 
 
 def runner(
