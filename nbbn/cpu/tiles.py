@@ -232,6 +232,16 @@ def apart(call, first, last, wanted):
 
 
 @loop
+def alike(call, row):
+    """Return how many rows from this one on are as wide as it is."""
+    if call.pieces == 1:
+        return max(1, call.outer // call.fold - row)
+    if call.pieces * call.width == call.inner:
+        return call.rows - row
+    return max(1, call.pieces - 1 - row % call.pieces)
+
+
+@loop
 def square_down(call, first, last, channel, group, buffer, state, mask, stored):
     """Add up the squares of the rows first … last - 1 of a tile."""
     for row in range(first, last):
@@ -268,12 +278,10 @@ def _down(name, reads, look, write_part, write_rows):
         outs = scratch(ROWS, np.int64)
         xs = scratch(ROWS, np.int64)
         seconds = scratch(ROWS, np.int64)
-        widths = scratch(ROWS, np.int64)
         begins = scratch(ROWS, np.int64)
         ends = scratch(ROWS, np.int64)
         written = scratch(ROWS, np.int64)
         befores = scratch(ROWS, np.int64)
-        none = scratch(ROWS, np.int64)
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
         direct = writing and gathers == 0
@@ -281,9 +289,8 @@ def _down(name, reads, look, write_part, write_rows):
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
         span = call.inner if apiece else COLUMNS
         for k in range(ROWS):
-            begins[k] = ends[k] = written[k] = none[k] = 0
+            begins[k] = ends[k] = written[k] = 0
         work = Work(call, tile, numbers, outs, xs, seconds, begins, ends, written)
-        no_work = Work(call, tile, numbers, outs, xs, seconds, none, none, none)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
         # Whole rows of memory that lie far apart are better read as fewer streams.
@@ -292,18 +299,14 @@ def _down(name, reads, look, write_part, write_rows):
         row = first
         while row < last:
             many = row < first + far
-            number = at_once if many else min(at_once, last - row)
+            number = at_once if many else min(at_once, last - row, alike(call, row))
             pitch = far if many else 1
-            shared = plain(COLUMNS)
-            longest = plain(0)
+            width = plain(0)
             for k in range(number):
                 numbers[k] = row + k * pitch
                 step, piece = locate(call, numbers[k])
                 steps, count = extent(call, step, piece)
                 width = steps * count
-                shared = min(shared, width * group)
-                longest = max(longest, width)
-                widths[k] = width
                 room = after(buffer, reads * k * ROOM)
                 x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
                 rows[reads * k + reads - 1] = address(x)
@@ -329,16 +332,13 @@ def _down(name, reads, look, write_part, write_rows):
                     befores[k] = begins[k] if piece == 0 else 0  # otherwise the row before has written it
                     if streaming:
                         ask_for_ends(outs[k], count * size_of(x), befores[k] > 0, not goes_on)
-            parts = -(-shared // span)
-            for part in range(parts):
+            columns = width * group
+            for part in range(-(-columns // span)):
                 begin = part * span
-                end = min(begin + span, shared)
+                end = min(begin + span, columns)
                 look(rows, number, begin, end, state, part * LANES if apiece else 0, mask, work, stored)
-            for k in range(number if longest * group > shared else 0):  # rows that are longer than all
-                here = after(rows, reads * k)
-                look(here, plain(1), shared, widths[k] * group, state, plain(0), mask, no_work, stored)
             for k in range(number if direct else 0):
-                out, count = pointer(outs[k], stored), max(widths[k] * tile[1], ends[k])
+                out, count = pointer(outs[k], stored), max(width * tile[1], ends[k])
                 read = operands_of(work, rows, reads, k, stored)
                 if befores[k] > 0:
                     write_part(call, out, read, plain(0), begins[k], count, streaming, tile)
