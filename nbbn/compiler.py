@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numba
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import _dynfunc
 from numba.core import cgutils, types
 from numba.core.caching import FunctionCache, NullCache
@@ -34,6 +34,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
+from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic, overload
 
@@ -386,6 +387,12 @@ class _Cache(FunctionCache):
         super().__init__(function)
         self._cache_file._version += sources_version()
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Load a kernel without all that Numba needs to compile one: that takes ten times as long."""
+        rtsys.initialize(target_context)  # machine code may refer to it
+        with self._guard_against_spurious_io_errors():
+            return self._load_overload(sig, target_context)
+
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
@@ -521,21 +528,52 @@ def _invoke(typingctx, address, first, last, call):
     return types.void(*[types.int64] * 4), codegen
 
 
-def _share(address, shares, tasks, call):
-    for share in numba.prange(shares):
-        _invoke(address, share * tasks // shares, (share + 1) * tasks // shares, call)
+@intrinsic
+def _number_at(typingctx, address, index):
+    def codegen(context, builder, signature, args):
+        numbers = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load(builder.gep(numbers, [args[1]]))
+
+    return types.int64(types.int64, types.int64), codegen
 
 
-@functools.cache
-@_no_garbage_collection()
-def _parallel_loop() -> Callable[[int, int, int, int], None]:
-    signature = types.void(*[types.int64] * 4)
-    try:
-        loop = numba.njit(signature, parallel=True, nogil=True, cache=True)(_share)
-    except (OSError, EOFError, RuntimeError, pickle.PickleError) as error:
-        log.info("the parallel loop is not cached on disk: %s", error)
-        loop = numba.njit(signature, parallel=True, nogil=True)(_share)
-    return cast(Callable[[int, int, int, int], None], loop)
+def _share(begin, number, step, job):
+    """Do some shares of a job: what Numba's threads are given to do, as they do the parts of a gufunc.
+
+    The array that they go over has bytes for elements, and lies at address 0: where a part of it begins, is
+    which share comes first.
+    """
+    kernel, shares, tasks, call = (
+        _number_at(job, 0),
+        _number_at(job, 1),
+        _number_at(job, 2),
+        _number_at(job, 3),
+    )
+    first = _number_at(begin, 0)
+    for share in range(first, first + _number_at(number, 0)):
+        _invoke(kernel, share * tasks // shares, (share + 1) * tasks // shares, call)
+
+
+class _ParallelLoop:
+    """Numba's threads at work: its own parallel loop, without the passes that make one of a `prange`."""
+
+    _function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, *[ctypes.c_ssize_t] * 3)
+    _numbers = ctypes.c_int64 * 7
+
+    def __init__(self) -> None:
+        self._compiled = _compile(_share, types.void(*[types.int64] * 4))  # keeps the machine code alive
+        # Of (what to do, its arrays, how many elements, how far apart, what it is told; 0 inner dimensions,
+        # 1 array, how many threads); gives up the GIL.
+        self._run = self._function(binding.address_of_symbol("numba_parallel_for"))
+
+    def over(self, kernel: int, shares: int, tasks: int, call: int) -> Step:
+        """Return what runs the kernel at an address over so many tasks, in so many shares at once."""
+        numbers = self._numbers(0, shares, 1, kernel, shares, tasks, call)
+        at = ctypes.addressof(numbers)
+        return partial(self._run, self._compiled.address, numbers, at + 8, at + 16, at + 24, 0, 1, shares)
+
+
+_parallel_loop = functools.cache(_ParallelLoop)
 
 
 def _load_tbb() -> None:
@@ -568,7 +606,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.layer = "none"  # until the first parallel call
-        self._loop: Callable[..., None] | None = None
+        self._loop: _ParallelLoop | None = None
         self._starting = threading.RLock()
         self._busy = threading.RLock()
         self._users: set[int] = set()  # the threads that have been in the parallel loop; 0: unknown ones
@@ -613,7 +651,7 @@ class _Pool:
         if self.layer != "serial":
             self._parallel()
 
-    def _parallel(self) -> Callable[..., None]:
+    def _parallel(self) -> _ParallelLoop:
         if self._loop is None:
             self._loop = undisturbed(_parallel_loop)
         return self._loop
@@ -640,7 +678,7 @@ class _Pool:
             return
         self._users.add(threading.get_ident())
         try:
-            in_one(partial(self._parallel(), kernel.address, shares, tasks, call), *then)
+            in_one(self._parallel().over(kernel.address, shares, tasks, call), *then)
         finally:
             if alone:
                 self._busy.release()

@@ -10,6 +10,7 @@ layout, on both in every mode and type. The types of half precision are those in
 
 import ctypes
 import itertools
+import operator
 import pathlib
 import re
 import types
@@ -669,7 +670,7 @@ def test_row_37_types_of_parameters(rng, layout, dtype):
 
 @pytest.mark.parametrize("tasks", [1, 2, 7, 16, 100])
 def test_row_40_every_task_is_done_once(tasks):
-    """NB#3681, #9829: += in a prange, into one cell, loses updates. There is one prange, and no sum in it.
+    """NB#3681, #9829: += in a prange, into one cell, loses updates. There is one loop, and no sum in it.
 
     Compared with the same function as Python. For the bits on several threads: test_reproducible.py.
     """
@@ -679,9 +680,13 @@ def test_row_40_every_task_is_done_once(tasks):
         done, expected = [], []
         task = signature(lambda *arguments, done=done: done.append(arguments[:3]))
         at = ctypes.cast(task, ctypes.c_void_p).value
-        compiler._parallel_loop()(at, shares, tasks, 77)
-        names = {"numba": numba, "_invoke": lambda _, *arguments, to=expected: to.append(arguments)}
-        types.FunctionType(compiler._share.__code__, names)(at, shares, tasks, 77)
+        compiler._parallel_loop().over(at, shares, tasks, 77)()
+        names = {
+            "_number_at": operator.getitem,
+            "_invoke": lambda _, *arguments, to=expected: to.append(arguments),
+        }
+        share = types.FunctionType(compiler._share.__code__, names)
+        share([0], [shares], None, [at, shares, tasks, 77])
         assert sorted(done) == expected
         assert [k for first, last, _ in sorted(done) for k in range(first, last)] == list(range(tasks))
 
