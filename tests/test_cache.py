@@ -13,7 +13,7 @@ import pytest
 
 import nbbn
 from nbbn import formulas
-from nbbn.cpu import kernels, tiles
+from nbbn.cpu import kernels, results, sums, tiles
 
 PACKAGE = Path(nbbn.__file__).parent
 WORK = """
@@ -68,6 +68,14 @@ def test_second_process_loads_from_the_cache(python, compiled):
     assert files_of(cache) == files
 
 
+def test_second_process_needs_no_compiler(python, compiled, tmp_path):
+    """What Numba compiles with takes half a second to be imported."""
+    package, cache, _ = compiled
+    code = EVALUATE + "import sys; print('numba.np.linalg' in sys.modules)"
+    assert python(code, package=package, NUMBA_CACHE_DIR=str(cache)).split()[-1] == "False"
+    assert python(code, package=package, NUMBA_CACHE_DIR=str(tmp_path)).split()[-1] == "True"
+
+
 PHASES = """
 import numpy as np, nbbn
 from nbbn import functional
@@ -99,7 +107,7 @@ def test_kernels_of_several_processes_do_not_mix(python, tmp_path):
 
 def test_parts_of_kernels_have_names_of_their_own():
     """Two of one name and the same types could be taken for each other: see nbbn.compiler.variant."""
-    parts = [part for module in (tiles, kernels, formulas) for part in vars(module).values()]
+    parts = [part for module in (sums, results, tiles, kernels, formulas) for part in vars(module).values()]
     dispatchers = {id(part): part for part in parts if isinstance(part, numba.core.dispatcher.Dispatcher)}
     names = [part.py_func.__qualname__ for part in dispatchers.values()]
     assert len(names) > 40
