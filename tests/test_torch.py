@@ -166,8 +166,8 @@ def test_large_means(rng, offset, dtype):
     x = (offset + rng.normal(size=(32, 3, 20, 20))).astype(dtype)
     expected = functional.batch_norm(torch.from_numpy(x).double(), None, None, training=True)
     actual = nbbn.batch_norm(x, training=True)
-    # PyTorch's float64 mean is off by some u · offset.
-    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=BOUND[dtype] + 1e-14 * offset)
+    # PyTorch's float64 mean is off by a hundred u · offset at times, where nbbn's is by less than one.
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=BOUND[dtype] + 5e-14 * offset)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

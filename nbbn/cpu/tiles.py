@@ -56,7 +56,7 @@ from nbbn.cpu.sums import (
     store_sums,
 )
 
-AT_ONCE = ROWS // 2  # rows that are looked at together, or twice as many, where each column has its own sums
+AT_ONCE = ROWS // 2  # rows that are looked at together, where each column has sums of its own
 SPAN = 16 * LANES  # columns whose squares are summed up in x's type before they are added to the rest
 
 
@@ -116,13 +116,11 @@ def look_at_columns(rows, number, j, last, state, base, stored):
     real = wide(stored)
     c, zero, none = base + j, splat(0.0), splat(real(0.0))
     guess = load(state.guesses, c)
-    if number % AT_ONCE == 0 and j + 2 * LANES <= last:
+    if number == AT_ONCE and j + 2 * LANES <= last:
         then, found = load(state.guesses, c + LANES), (zero, zero, none, zero, zero, none)
-        for first in range(0, number, AT_ONCE):
-            for i in range(AT_ONCE):
-                k = first + i
-                row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-                found = look_at_two(row, its, j, guess, then, found, state, real)
+        for k in range(AT_ONCE):
+            row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
+            found = look_at_two(row, its, j, guess, then, found, state, real)
         total, rest, square, other, others, more = found
         add_columns(state, c, total, rest, square, real)
         add_columns(state, c + LANES, other, others, more, real)
@@ -293,8 +291,8 @@ def _down(name, reads, look, write_part, write_rows):
         work = Work(call, tile, numbers, outs, xs, seconds, begins, ends, written)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
-        # Whole rows of memory that lie far apart are better read as fewer streams.
-        at_once = ROWS if reads == 1 and call.inner > 1 else AT_ONCE
+        # Squares of as many rows as are looked at together are summed in x's type.
+        at_once = ROWS if reads == 1 and mask == 0 else AT_ONCE
         far = 0 if mask == 0 else apart(call, first, last, at_once)
         row = first
         while row < last:
