@@ -8,6 +8,7 @@ function serves both ways of running it: called as it is, and from the one paral
 
 import collections
 import contextlib
+import copy
 import ctypes
 import functools
 import gc
@@ -30,10 +31,12 @@ from llvmlite import binding, ir
 from numba import _dynfunc
 from numba.core import cgutils, types
 from numba.core.caching import FunctionCache, NullCache
+from numba.core.callconv import CPUCallConv, Status
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.compiler_machinery import register_pass
+from numba.core.cpu import CPUContext
 from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
 from numba.extending import intrinsic, overload
@@ -46,9 +49,47 @@ CONTRACT = ("contract",)
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": set(CONTRACT)}
 
 
-def _no_executable(library, function, environment):
-    """Return what stands for a helper in Numba's tables: a function at no address."""
-    return _dynfunc.make_function(function.lookup_module(), function.qualname, "", 0, environment, (library,))
+class _CallConvention(CPUCallConv):
+    """Numba's way of calling, where nothing raises: nobody asks how a call ended.
+
+    So there is no place for an exception either, which would be cleared in every round of a loop.
+    """
+
+    def call_function(self, builder, callee, resty, argtys, args, attrs=None):
+        with builder.goto_entry_block():
+            result = builder.alloca(self.get_return_type(resty).pointee)
+        no_exception = ir.Constant(callee.args[1].type, None)
+        values = self._get_arg_packer(argtys).as_arguments(builder, args)
+        code = builder.call(callee, [result, no_exception, *values])
+        bit = ir.IntType(1)
+        ended = {name: ir.Constant(bit, name == "is_ok") for name in Status._fields if name.startswith("is_")}
+        status = Status(code=code, excinfoptr=ir.Constant(no_exception.type.pointee, None), **ended)
+        return status, self.context.get_returned_value(builder, resty, builder.load(result))
+
+
+class _Target(CPUContext):
+    """Numba's CPU, for what kernels are made of."""
+
+    @classmethod
+    def of(cls, target: CPUContext) -> "_Target":
+        """Return a copy of Numba's own, which shares all that is registered with it."""
+        result = copy.copy(target)
+        result.__class__ = cls
+        return result
+
+    @property
+    def call_conv(self):
+        return _CallConvention(self)
+
+
+class _HelperTarget(_Target):
+    """The same for helpers."""
+
+    def get_executable(self, library, function, environment):
+        """Return what stands for a helper in Numba's tables: a function at no address."""
+        return _dynfunc.make_function(
+            function.lookup_module(), function.qualname, "", 0, environment, (library,)
+        )
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -59,8 +100,8 @@ class _HelperLowering(NativeLowering):
     always_inlined = False
 
     def run_pass(self, state):
-        target = state.targetctx
-        library = state.library = target.codegen().create_library(state.func_id.func_qualname)
+        state.targetctx = _HelperTarget.of(state.targetctx)
+        library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
 
         def finalize_without_code():
             for function in library._final_module.functions:
@@ -73,11 +114,7 @@ class _HelperLowering(NativeLowering):
 
         library.finalize = finalize_without_code
         library._optimize_functions = lambda module: None
-        target.get_executable = _no_executable
-        try:
-            return super().run_pass(state)
-        finally:
-            del target.get_executable
+        return super().run_pass(state)
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -95,6 +132,7 @@ class _KernelLowering(NativeLowering):
     _name = "nbbn_kernel_lowering"
 
     def run_pass(self, state):
+        state.targetctx = _Target.of(state.targetctx)
         library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
         library.enable_object_caching()
         linked = set()

@@ -101,12 +101,13 @@ def normalized(x, mean, scale, shift):
 
 
 @formula
-def normalized_doubt(shift):
+def normalized_doubt(shift, doubt):
     """Below this |out| is not known to the last place of a float16, if it was computed in float32.
 
     There (x - mean) · scale and shift cancel: u = 2⁻²⁴ of each is 3 u · |shift| at most, of the result 2⁻¹³.
+    What was in `doubt` before shift was added still is.
     """
-    return math.fabs(shift) * 2.0**-11
+    return fma(math.fabs(shift), like(shift, 2.0**-11), doubt)
 
 
 @formula
@@ -179,12 +180,19 @@ def gradient(grad_out, x, mean, unit, scale, slope, offset):
 
 
 @formula
-def gradient_doubt(x, mean, unit, slope, offset):
+def gradient_doubt(x, mean, unit, slope, offset, doubt):
     """Below this |grad_x| is not known to the last place of a float16, if it was computed in float32.
 
-    Where a result is that small, no term is larger than the other two together, which this is 2⁻¹⁰ of.
+    Where a result is that small, no term is larger than the other two together, which this is 2⁻¹⁰ of. Here
+    is one of them with offset; `doubt` is that of offset alone (`offset_doubt`).
     """
-    return (math.fabs(slope * ((x - mean) * unit) + offset) + math.fabs(offset)) * 2.0**-10
+    return fma(math.fabs(slope * ((x - mean) * unit) + offset), like(x, 2.0**-10), doubt)
+
+
+@formula
+def offset_doubt(offset, doubt):
+    """The part of `gradient_doubt` that is one for a channel, and what is in `doubt` at any rate."""
+    return fma(math.fabs(offset), like(offset, 2.0**-10), doubt)
 
 
 # --- activations -----------------------------------------------------------------------------------

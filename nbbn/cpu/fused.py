@@ -11,7 +11,7 @@ from numba.core import types
 from nbbn.compiler import by_type, like, loop, out_of_line
 from nbbn.cpu.masks import only
 from nbbn.cpu.parameters import ROWS, affine_of, parameter
-from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, scatter, some, to_columns
+from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, row_room, scatter, some, to_columns
 from nbbn.cpu.simd import (
     LANES,
     address,
@@ -112,7 +112,7 @@ def _joined(row, j, end, value, doubt):
     def with_it(row, j, end, value, doubt):
         prefetch(row[0], j, AHEAD)
         residual = some(row[0], j, end)
-        return value + residual, doubt + normalized_doubt(residual)
+        return value + residual, normalized_doubt(residual, doubt)
 
     return with_it if way_of(row[2]).residual else (lambda row, j, end, value, doubt: (value, doubt))
 
@@ -246,10 +246,10 @@ def note_residual(call, rows, k, step, piece, channel, group, buffer, stored):
 @by_type(note_residual)
 def _note_residual(call, rows, k, step, piece, channel, group, buffer, stored):
     def note(call, rows, k, step, piece, channel, group, buffer, stored):
-        room = after(buffer, (ROWS + k) * ROOM)
+        room = after(buffer, (ROWS + k) * row_room(buffer))
         residual = row_of(call, call.residual, call.at_residual, step, piece, channel, group, room, stored)
         rows[AT_RESIDUAL + k] = address(residual)
-        room = after(room, ROOM)
+        room = after(room, row_room(buffer))
         if call.at_second.gather == 0:
             room = pointer(row_address(call, call.second, call.at_second, step, piece, channel), stored)
         rows[AT_GRAD_RESIDUAL + k] = address(room)

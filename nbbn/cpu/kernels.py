@@ -8,7 +8,7 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 
 import numpy as np
 
-from nbbn.compiler import by_type, in_line, kernel, loop, out_of_line
+from nbbn.compiler import by_type, in_line, kernel, like, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
@@ -42,6 +42,7 @@ from nbbn.cpu.results import (
     normalized_at,
     set_precise_tables,
     tile_of,
+    unrounded,
     write_constant_rows,
     write_constant_run,
     write_gradient_rows,
@@ -56,6 +57,7 @@ from nbbn.cpu.rows import (
     fill,
     locate,
     row_address,
+    row_buffers,
     row_of,
     to_columns,
 )
@@ -111,8 +113,7 @@ from nbbn.formulas import (
     variance,
 )
 
-ROW_BUFFERS = ROWS * ROOM
-ALL_BUFFERS = 2 * ROW_BUFFERS  # and as many for a residual and its gradient
+ALL_ROWS = 2 * ROWS  # with those of a residual and its gradient
 TABLES_ROOM = TABLES * ROOM
 NUMBERS_ROOM = 3 * ROOM  # for what columns are normalized with
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
@@ -495,7 +496,7 @@ def forward(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = row_buffers(ROWS, stored)
     nothing = no_tile(tables)
     for task in range(first, last):
         for part in range(call.tiles):
@@ -519,7 +520,7 @@ def collect_stats(first, last, address, stored):
     """Statistics of tiles into the partials. Tasks: chunks × groups."""
     call = read(address)
     nothing = no_tile(pointer(call.tables, wide(stored)))
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = row_buffers(ROWS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         chunk_stats(call, task // call.groups, channel, group, nothing, buffer, stored)
@@ -551,7 +552,7 @@ def normalize(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = row_buffers(ROWS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, 3, tables, real)
@@ -563,10 +564,11 @@ def normalize(first, last, address, stored):
 
 
 @loop
-def splat_tables(tables, channel, room):
+def splat_tables(row, tables, channel, room):
     """What one channel is normalized with, in every lane, as `nbbn.cpu.results.tables_of_x` has it."""
     shift = splat(tables[2 * room + channel])
-    return splat(tables[channel]), splat(tables[room + channel]), shift, normalized_doubt(shift)
+    doubt = normalized_doubt(shift, like(shift, unrounded(row)))
+    return splat(tables[channel]), splat(tables[room + channel]), shift, doubt
 
 
 @loop
@@ -578,7 +580,7 @@ def normalize_run(call, channel, last, row, out, real):
     """
     tables = pointer(call.tables, real)
     place = plain(0), call.channels, call.inner
-    numbers = splat_tables(tables, channel, call.room)
+    numbers = splat_tables(row, tables, channel, call.room)
     j = channel * call.inner
     row = repeated_after(row, j)
     end = last * call.inner
@@ -593,7 +595,7 @@ def normalize_run(call, channel, last, row, out, real):
             value = normalized_at(call, place, row, j, j + here, numbers)
             while border < j + here:
                 channel += 1
-                numbers = splat_tables(tables, channel, call.room)
+                numbers = splat_tables(row, tables, channel, call.room)
                 row = repeated_after(row, call.inner)
                 more = normalized_at(call, place, row, j, j + here, numbers)
                 value = choose((1 << (border - j)) - 1, value, more)
@@ -844,7 +846,7 @@ def backward(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ALL_BUFFERS, stored)
+    buffer = row_buffers(ALL_ROWS, stored)
     nothing = no_tile(tables)
     count = gradient_tables(stored)
     for task in range(first, last):
@@ -867,7 +869,7 @@ def backward_reduce(first, last, address, stored):
     """Tasks: chunks × groups."""
     call = read(address)
     nothing = no_tile(pointer(call.tables, wide(stored)))
-    buffer = scratch(ALL_BUFFERS, stored)
+    buffer = row_buffers(ALL_ROWS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         chunk_gradients(call, task // call.groups, channel, group, nothing, buffer, stored)
@@ -928,7 +930,7 @@ def backward_apply(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = row_buffers(ROWS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, gradient_tables(stored), tables, real)
@@ -959,7 +961,7 @@ def apply_constant(first, last, address, stored):
     call = read(address)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
-    buffer = scratch(ROW_BUFFERS, stored)
+    buffer = row_buffers(ROWS, stored)
     for task in range(first, last):
         channel, group = group_of(call, task % call.groups)
         tile = tile_of(call, channel, group, 3, tables, real)

@@ -10,8 +10,9 @@ import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
 from nbbn.cpu.results import TABLES
-from nbbn.cpu.rows import COLUMNS, SHARED_COLUMNS
+from nbbn.cpu.rows import COLUMNS, SHARED_COLUMNS, columns_of
 from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
+from nbbn.cpu.simd import STREAM_BYTES as LINE_BYTES
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 from nbbn.problem import BATCH, Form
@@ -132,13 +133,19 @@ def _joined(layout: Layout, geometry: Geometry, size: int) -> bool:
     return inner and (geometry.channels == 1 or layout.channel == geometry.inner * size)
 
 
-def _piece(inner: int) -> int:
+def _piece(inner: int, size: int) -> int:
     """Return the length of the pieces that an inner dimension is cut into: equal, if that can be."""
-    least = -(-inner // COLUMNS)
+    least = -(-inner // columns_of(size))
+    line = _line(size)
     for pieces in range(least, 2 * least):
-        if inner % (pieces * LANES) == 0:
+        if inner % (pieces * line) == 0:
             return inner // pieces
-    return _up(-(-inner // least), LANES)
+    return _up(-(-inner // least), line)
+
+
+def _line(size: int) -> int:
+    """Return how many columns are written at once, whole lines of memory; see `nbbn.cpu.simd.line_of`."""
+    return max(LANES, LINE_BYTES // size)
 
 
 def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
@@ -148,7 +155,7 @@ def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
     fold, pieces, width, rows = 1, 1, inner, outer
     first = geometry.layouts[0]
     if inner > SHARED_COLUMNS:
-        width = _piece(inner)
+        width = _piece(inner, size)
         pieces = -(-inner // width)
         rows = outer * pieces
     elif folds and len(geometry.sizes) == 1 and outer > 1 and channels * inner <= SHARED_COLUMNS // 2:
@@ -206,7 +213,7 @@ class Plan:
         backward = operands.backward
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
-        self.group, self.resident = self._schedule(geometry, tiling, element)
+        self.group, self.resident = self._schedule(geometry, tiling, size, element)
         tiles = 1
         if form.pool > 1:
             whole = element * self.count * form.pool
@@ -317,16 +324,20 @@ class Plan:
         self.record = struct.pack(f"d{len(fields)}q", 1.0, *fields)
         assert len(self.record) == np.dtype(PLAN).itemsize
 
-    def _schedule(self, geometry: Geometry, tiling: Tiling, element: int) -> tuple[int, bool]:
-        """Return how many channels a tile is wide, and whether a group stays in cache."""
+    def _schedule(self, geometry: Geometry, tiling: Tiling, size: int, element: int) -> tuple[int, bool]:
+        """Return how many channels a tile is wide, and whether a group stays in cache.
+
+        Elements are of `size` bytes; all that are read and written with one of x, of `element`.
+        """
         channels = geometry.channels
         if tiling.fold > 1:
             return channels, self.threads == 1
         columns = COLUMNS if geometry.inner == 1 else SHARED_COLUMNS
         widest = max(1, columns // geometry.inner)
         # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
-        whole = LANES // math.gcd(LANES, geometry.inner)
-        if whole * geometry.inner <= COLUMNS:
+        line = _line(size)
+        whole = line // math.gcd(line, geometry.inner)
+        if whole * geometry.inner <= (columns_of(size) if geometry.inner >= OWN_COLUMNS else COLUMNS):
             widest = max(whole, widest // whole * whole)
         if self.threads == 1:
             return min(widest, channels), True

@@ -19,15 +19,38 @@ from nbbn.cpu.fused import (
     with_residual,
 )
 from nbbn.cpu.masks import advanced, both, counting, lanes, noted_bits, operands, row_bits
-from nbbn.cpu.parameters import FLOAT32_BYTES, finished, precisely_finished, precisely_scaled, scaled
-from nbbn.cpu.rows import AHEAD, ROOM, extent, fill, locate, row_address, row_of, scatter, some, to_columns
+from nbbn.cpu.parameters import (
+    FLOAT32_BYTES,
+    WEIGHTS,
+    finished,
+    precisely_finished,
+    precisely_scaled,
+    scaled,
+)
+from nbbn.cpu.rows import (
+    AHEAD,
+    ROOM,
+    extent,
+    fill,
+    locate,
+    row_address,
+    row_of,
+    row_room,
+    scatter,
+    some,
+    to_columns,
+)
 from nbbn.cpu.simd import (
+    BFLOAT16,
     LANES,
+    SMALLEST_NORMAL,
     STREAM_BYTES,
     Half,
     address,
     after,
+    at_most,
     below,
+    either_below,
     line_of,
     load,
     lowest,
@@ -44,8 +67,9 @@ from nbbn.cpu.simd import (
     store_first,
     stream,
     stream_both,
+    way_of,
 )
-from nbbn.formulas import gradient, gradient_doubt, normalized, normalized_doubt
+from nbbn.formulas import gradient, gradient_doubt, normalized, normalized_doubt, offset_doubt
 
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 
@@ -59,8 +83,10 @@ class Lines(NamedTuple):
         The row that they are of.
     end : int
         The column after the last one.
+    same : int
+        That after the last one of the channel that the first one is of, if channels are long.
     read, numbers
-        What the results are computed from, and what with, where all are of one channel.
+        What the results are computed from, and what with, up to there.
     place
         The channels, see `precise_normalized`.
     streaming : bool
@@ -69,6 +95,7 @@ class Lines(NamedTuple):
 
     out: Any
     end: Any
+    same: Any
     read: Any
     numbers: Any
     place: Any
@@ -129,6 +156,27 @@ def tile_of(call, channel, group, number, spread, real):
     return channel, group, spread, ROOM, 0 if single else -1
 
 
+def unrounded(row):
+    """Return what a result must not be below, but for 0, to be rounded to 16 bits in the quickest way."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(unrounded)
+def _unrounded(row):
+    way = way_of(row[2])
+    # What an activation or weights make of a result may be much smaller than it.
+    as_it_is = not way.activation and len(row) <= WEIGHTS
+    smallest = SMALLEST_NORMAL if row[0].dtype == BFLOAT16 and as_it_is else 0.0
+    return lambda row: smallest
+
+
+@loop
+def doubted(row, value, doubt):
+    """Return the lanes that are in doubt; not those that are 0 where nothing was added up."""
+    size, least = math.fabs(value), like(doubt, unrounded(row))
+    return below(size, doubt) & ~(at_most(size, like(doubt, 0.0)) & at_most(doubt, least))
+
+
 @loop
 def tables_of_constant(row, tables, c, room):
     """What the columns c … were normalized with: mean, scale and shift."""
@@ -139,7 +187,7 @@ def tables_of_constant(row, tables, c, room):
 def tables_of_x(row, tables, c, room):
     """What the columns c … are normalized with: mean, scale, shift, and what results are in doubt below."""
     mean, scale, shift = tables_of_constant(row, tables, c, room)
-    return mean, scale, shift, normalized_doubt(shift)
+    return mean, scale, shift, normalized_doubt(shift, like(shift, unrounded(row)))
 
 
 @loop
@@ -153,30 +201,31 @@ def normalized_columns(row, j, end, numbers):
 
 @loop
 def tables_of_gradient(row, tables, c, room):
-    """What the columns c … of grad_x are computed with: mean, scale, slope, offset and unit.
+    """What the columns c … of grad_x are computed with: mean, scale, slope, offset, unit and a doubt.
 
     And, where it is computed through an activation, the shift that x was normalized with.
     """
     mean, scale, slope = tables_of_constant(row, tables, c, room)
     offset, unit = load(tables, c + 3 * room), load(tables, c + 4 * room)
-    return (mean, scale, slope, offset, unit) + shift_beside(row, tables, c + 5 * room)
+    doubt = offset_doubt(offset, like(offset, unrounded(row)))
+    return (mean, scale, slope, offset, unit, doubt) + shift_beside(row, tables, c + 5 * room)
 
 
 @loop
 def gradient_columns(row, j, end, numbers):
     """The columns j … of grad_x, and what they are in doubt below."""
-    mean, scale, slope, offset, unit = numbers[:5]
+    mean, scale, slope, offset, unit, doubt = numbers[:6]
     x = some(row[1], j, end)
     dy, scale = passed(row, some(row[0], j, end), x, numbers), scaled(row, j, scale)
     grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
-    return grad_x, gradient_doubt(x, mean, unit, slope, offset)
+    return grad_x, gradient_doubt(x, mean, unit, slope, offset, doubt)
 
 
 @loop
 def constant_columns(row, j, end, numbers):
     """The columns j … of grad_x through an activation where the statistics are constants; never in doubt."""
     dy = passed(row, some(row[0], j, end), some(row[1], j, end), numbers)
-    return dy * numbers[1], like(dy, 0.0)
+    return dy * numbers[1], like(dy, unrounded(row))
 
 
 @loop
@@ -267,7 +316,7 @@ def _results(columns, precisely, followed, aside):
         def refined(call, place, row, j, end, numbers):
             value, doubt = columns(row, j, end, numbers)
             bits = lanes(row[4], j)
-            doubtful = both(bits, below(math.fabs(value), doubt))
+            doubtful = both(bits, doubted(row, value, doubt))
             result = counting(bits, aside(row, value))
             if rarely(doubtful != 0):
                 inside = (1 << min(LANES, end - j)) - 1
@@ -275,6 +324,23 @@ def _results(columns, precisely, followed, aside):
             return result
 
         return refined if isinstance(row[0].dtype, Half) else sure
+
+    def write_refined(call, place, out, row, j, numbers, then, streaming):
+        raise NotImplementedError("exists in compiled code only")
+
+    @by_type(write_refined)
+    def _write_refined(call, place, out, row, j, numbers, then, streaming):
+        def of_two(call, place, out, row, j, numbers, then, streaming):
+            out_of_line()
+            k = j + LANES
+            first = result_at(call, place, row, j, k, numbers)
+            second = result_at(call, place, row, k, k + LANES, then)
+            if streaming:
+                stream_both(out, j, first, second, False)
+            else:
+                store_both(out, j, first, second, False)
+
+        return of_two
 
     def write_line(call, place, out, row, j, numbers, then, streaming):
         raise NotImplementedError("exists in compiled code only")
@@ -292,18 +358,17 @@ def _results(columns, precisely, followed, aside):
             k = j + LANES
             first, doubt = columns(row, j, k, numbers)
             second, more_doubt = columns(row, k, k + LANES, then)
-            bits, more_bits = lanes(row[4], j), lanes(row[4], k)
-            doubtful = both(bits, below(math.fabs(first), doubt))
-            more = both(more_bits, below(math.fabs(second), more_doubt))
-            first = counting(bits, followed(row, first))
-            second = counting(more_bits, followed(row, second))
-            if rarely(doubtful | more != 0):
-                first = precisely(call, place, row, j, doubtful, first)
-                second = precisely(call, place, row, k, more, second)
+            some_below = rarely(either_below(first, second, doubt, more_doubt))
+            if some_below and doubted(row, first, doubt) | doubted(row, second, more_doubt) != 0:
+                write_refined(call, place, out, row, j, numbers, then, streaming)
+                return
+            first = counting(lanes(row[4], j), followed(row, first))
+            second = counting(lanes(row[4], k), followed(row, second))
+            sure = unrounded(row) > 0.0
             if streaming:
-                stream_both(out, j, first, second)
+                stream_both(out, j, first, second, sure)
             else:
-                store_both(out, j, first, second)
+                store_both(out, j, first, second, sure)
 
         return two if isinstance(out.dtype, Half) else one
 
@@ -457,9 +522,9 @@ def _write_rows(name, reads, write_part):
             x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
             second = x
             if reads > 1 or with_residual(stored):
-                room = after(buffer, ROOM)
+                room = after(buffer, row_room(buffer))
                 second = row_of(call, call.second, call.at_second, step, piece, channel, group, room, stored)
-            out = after(buffer, 2 * ROOM)
+            out = after(buffer, 2 * row_room(buffer))
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
             read = operands(call, second, x, row_bits(call, row, stored), row, stored)
@@ -489,31 +554,36 @@ def _write_lines(name, reads, numbers_at, write_line):
     """
 
     @variant(name)
-    def lines_of(work, rows, k, last, stored):
-        """Return the lines that begin before column `last` of a row, counted from its first line."""
+    def lines_of(work, rows, k, first, last, stored):
+        """Return the lines of a row that begin before column `last`; the next begins at `first` or later.
+
+        Long channels come one at a time.
+        """
         in_line()
         call, out, begin = work.call, pointer(work.outs[k], stored), work.begins[k]
-        channel, group, tables, room, _ = work.tile
+        channel, group, tables, room, mask = work.tile
         line = line_of(out)
         end = min(work.ends[k], begin + -(-last // line) * line)
         read = operands_of(work, rows, reads, k, stored)
-        numbers = numbers_at(read, tables, plain(0), room)
+        numbers = numbers_at(read, tables, first & mask, room)
+        same = end if mask == 0 else last if call.single == 1 else plain(0)
         place = channel, group, min(call.width, call.inner)
-        return Lines(out, end, read, numbers, place, call.stream == 1)
+        return Lines(out, end, same, read, numbers, place, call.stream == 1)
 
     @variant(name)
     def write_lines(work, lines, j, end, stored):
         """Write those from column j on that begin before column `end`; return where the next one begins."""
         in_line()
-        _, _, tables, room, mask = work.tile
+        _, _, tables, room, _ = work.tile
+        line = line_of(lines.out)
         end = min(end, lines.end)
         while j < end:
             numbers, then = lines.numbers, lines.numbers
-            if mask != 0:
+            if j + line > lines.same:
                 numbers = numbers_at(lines.read, tables, j, room)
                 then = numbers_at(lines.read, tables, j + LANES, room)
             write_line(work.call, lines.place, lines.out, lines.read, j, numbers, then, lines.streaming)
-            j += line_of(lines.out)
+            j += line
         return j
 
     return lines_of, write_lines

@@ -1,14 +1,48 @@
 """Where the rows of a tile lie, and how their columns are read and written."""
 
 import numpy as np
+from numba.core import types
+from numba.extending import intrinsic
 
 from nbbn.compiler import loop, out_of_line
-from nbbn.cpu.simd import LANES, after, load, load_first, pointer, splat, store
+from nbbn.cpu.simd import LANES, after, load, load_first, on_stack, pointer, splat, store
 
 COLUMNS = 1024  # a row is at most this long
+HALF_COLUMNS = 2 * COLUMNS  # the same of elements of 16 bits
 SHARED_COLUMNS = 512  # where several channels share it: their sums must stay in L1
-ROOM = COLUMNS + LANES  # a buffer for a row; vectors may be stored whole at its end
+ROOM = HALF_COLUMNS + LANES  # for a number of each column; vectors may be stored whole at its end
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
+
+
+def columns_of(size):
+    """Return how long a row is at most, of elements of `size` bytes."""
+    return HALF_COLUMNS if size < 4 else COLUMNS
+
+
+@intrinsic(prefer_literal=True)
+def row_buffers(typingctx, number, stored):
+    """Return a pointer to room on the stack for `number` (a literal) rows, each `row_room` from the next."""
+    if not isinstance(number, types.IntegerLiteral):
+        return None
+    kind = types.CPointer(stored.dtype)
+
+    def codegen(context, builder, signature, args):
+        return on_stack(context, builder, number.literal_value * _row_room(kind), kind)
+
+    return kind(number, stored), codegen
+
+
+def _row_room(pointer):
+    return columns_of(pointer.dtype.bitwidth // 8) + LANES
+
+
+@intrinsic
+def row_room(typingctx, pointer):
+    """Return how many elements a buffer for a row has; vectors may be stored whole at its end."""
+    number = _row_room(pointer)
+    return types.int64(pointer), lambda context, builder, signature, args: context.get_constant(
+        types.int64, number
+    )
 
 
 @loop

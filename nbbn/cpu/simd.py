@@ -17,7 +17,7 @@ import platform
 import sys
 from typing import NamedTuple
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.core.imputils import lower_builtin
@@ -96,13 +96,14 @@ _LLVM = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 _VECTORS = {element: Vector(element) for element in _LLVM}
 _INDEX = ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
-_FLOAT16, _BFLOAT16 = Half("float16"), Half("bfloat16")
+_FLOAT16, BFLOAT16 = Half("float16"), Half("bfloat16")
+SMALLEST_NORMAL = 2.0**-126  # of float32, and of bfloat16
 # What the elements of an array are to a kernel, by the name of their storage (`nbbn.dtypes`).
 ELEMENTS: dict[str, types.Type] = {
     "float32": types.float32,
     "float64": types.float64,
     "float16": _FLOAT16,
-    "bfloat16": _BFLOAT16,
+    "bfloat16": BFLOAT16,
 }
 
 
@@ -242,7 +243,7 @@ def _type_named(element):
     return name
 
 
-float16, bfloat16 = _type_named(_FLOAT16), _type_named(_BFLOAT16)
+float16, bfloat16 = _type_named(_FLOAT16), _type_named(BFLOAT16)
 
 
 @intrinsic
@@ -282,15 +283,19 @@ def scratch(typingctx, count, real):
     if not isinstance(count, types.IntegerLiteral):
         return None
     kind = types.CPointer(real.dtype)
-    number = count.literal_value
 
     def codegen(context, builder, signature, args):
-        with builder.goto_entry_block():
-            room = builder.alloca(ir.ArrayType(context.get_value_type(real.dtype), number))
-            room.align = STREAM_BYTES
-        return builder.bitcast(room, context.get_value_type(kind))
+        return on_stack(context, builder, count.literal_value, kind)
 
     return kind(count, real), codegen
+
+
+def on_stack(context, builder, number, kind):
+    """Return a pointer of type `kind` to room on the stack for `number` elements."""
+    with builder.goto_entry_block():
+        room = builder.alloca(ir.ArrayType(context.get_value_type(kind.dtype), number))
+        room.align = STREAM_BYTES
+    return builder.bitcast(room, context.get_value_type(kind))
 
 
 # --- elements of 16 bits ----------------------------------------------------------------------------
@@ -309,7 +314,26 @@ def _converts(context):
     """Whether this CPU converts float16; LLVM would call functions that are not there."""
     if platform.machine().lower() in ("aarch64", "arm64"):
         return True
-    return "+f16c" in context.codegen()._tm_features.split(",")
+    return _has(context, "f16c")
+
+
+def _has(context, feature):
+    """Whether this CPU has it."""
+    return f"+{feature}" in context.codegen()._tm_features.split(",")
+
+
+def _by_avx512(context, vector):
+    """Whether a whole vector is converted between float16 and float32 by an instruction of AVX-512.
+
+    By name: where a CPU has arithmetic of float16, LLVM would widen to float64 in one step, three times as
+    slow as two are, and would not stream what it narrows.
+    """
+    return isinstance(vector.type, ir.VectorType) and _has(context, "avx512f")
+
+
+def _named(builder, name, result, operands):
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
 def _widened(context, builder, bits, element):
@@ -317,10 +341,13 @@ def _widened(context, builder, bits, element):
     if not isinstance(element, Half):
         return bits
     kind, number = _shaped(bits.type, _WORD), _shaped(bits.type, ir.FloatType())
+    if element is _FLOAT16 and _by_avx512(context, bits):
+        operands = [bits, ir.Constant(number, ir.Undefined), ir.Constant(_BITS, -1), ir.Constant(_WORD, 4)]
+        return _named(builder, "llvm.x86.avx512.mask.vcvtph2ps.512", number, operands)
     if element is _FLOAT16 and _converts(context):
         return builder.fpext(builder.bitcast(bits, _shaped(bits.type, ir.HalfType())), number)
     word = builder.zext(bits, kind)
-    if element is _BFLOAT16:
+    if element is BFLOAT16:
         return builder.bitcast(builder.shl(word, _constant(kind, 16)), number)
     # The exponent is moved to its place, and the rest of its bias made up for by a product that is exact.
     magnitude = builder.and_(word, _constant(kind, 0x7FFF))
@@ -354,11 +381,14 @@ def _narrowed(context, builder, number, element):
     if not isinstance(element, Half):
         return number
     bits, kind = _shaped(number.type, _BITS), _shaped(number.type, _WORD)
+    if element is _FLOAT16 and _by_avx512(context, number):
+        operands = [number, ir.Constant(_WORD, 8), ir.Constant(bits, ir.Undefined), ir.Constant(_BITS, -1)]
+        return _named(builder, "llvm.x86.avx512.mask.vcvtps2ph.512", bits, operands)
     if element is _FLOAT16 and _converts(context):
         return builder.bitcast(builder.fptrunc(number, _shaped(number.type, ir.HalfType())), bits)
     word = builder.bitcast(number, kind)
     one = _constant(kind, 1)
-    if element is _BFLOAT16:
+    if element is BFLOAT16:
         return builder.trunc(builder.lshr(_bfloat16_above(builder, number), _constant(kind, 16)), bits)
     magnitude = builder.and_(word, _constant(kind, 0x7FFFFFFF))
     odd = builder.and_(builder.lshr(magnitude, _constant(kind, 13)), one)
@@ -381,13 +411,23 @@ def _narrowed(context, builder, number, element):
 def _narrowed_pair(context, builder, first, second, element):
     """Return two vectors, one after the other, rounded to what is stored."""
     order = range(2 * LANES)
-    if element is _BFLOAT16:
+    if element is BFLOAT16:
         kind = ir.VectorType(_BITS, 2 * LANES)
         halves = [builder.bitcast(_bfloat16_above(builder, part), kind) for part in (first, second)]
         order = [2 * k + (sys.byteorder == "little") for k in order]
     else:
         halves = [_narrowed(context, builder, part, element) for part in (first, second)]
     return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(_INDEX, 2 * LANES), list(order)))
+
+
+def _sure_pair(context, builder, first, second, element):
+    """The same where no number but 0 is below the smallest normal one."""
+    if element is not BFLOAT16 or not _has(context, "avx512bf16"):
+        return _narrowed_pair(context, builder, first, second, element)
+    # LLVM's own type of a bfloat16 is none of llvmlite's, and vectors of it would not be streamed.
+    binding.initialize_native_asmparser()
+    kind = ir.FunctionType(ir.VectorType(_BITS, 2 * LANES), [first.type, second.type])
+    return builder.call(ir.InlineAsm(kind, "vcvtne2ps2bf16 $1, $2, $0", "=v,v,v"), [first, second])
 
 
 def _rounded_to_odd(builder, number):
@@ -538,9 +578,10 @@ def stream(typingctx, pointer, index, vector):
 
 def _pair_store(streaming):
     @intrinsic
-    def store_pair(typingctx, pointer, index, first, second):
+    def store_pair(typingctx, pointer, index, first, second, sure):
         def codegen(context, builder, signature, args):
-            bits = _narrowed_pair(context, builder, args[2], args[3], pointer.dtype)
+            operands = context, builder, args[2], args[3], pointer.dtype
+            bits = builder.select(args[4], _sure_pair(*operands), _narrowed_pair(*operands))
             where = _place(builder, args[0], args[1], pointer.dtype)
             if streaming:
                 _stream(builder, where, bits)
@@ -548,12 +589,13 @@ def _pair_store(streaming):
                 builder.store(bits, builder.bitcast(where, bits.type.as_pointer()), align=1)
             return context.get_dummy_value()
 
-        return types.void(pointer, types.int64, first, second), codegen
+        return types.void(pointer, types.int64, first, second, types.boolean), codegen
 
     return store_pair
 
 
-# Store two vectors, rounded to 16 bits: a line. The second as `stream`.
+# Store two vectors, rounded to 16 bits: a line. The second as `stream`. It may be `sure` that no number is
+# subnormal, which can save half of the work.
 store_both, stream_both = _pair_store(streaming=False), _pair_store(streaming=True)
 
 
@@ -705,6 +747,39 @@ def _comparison(relation):
 # These return a bit for each lane where it is so, and never where either is NaN.
 at_most = _comparison("<=")
 below = _comparison("<")
+
+
+@intrinsic
+def either_below(typingctx, a, b, bound, other):
+    """Whether a lane of |a| is below `bound` or one of |b| below `other`, of float32; never where it is NaN.
+
+    Or, where the bounds are not the same, where it is below the other one.
+    """
+
+    def codegen(context, builder, signature, args):
+        a, b, bound, other = args
+        greater = builder.fcmp_ordered(">", bound, other)
+        bound = builder.select(greater, bound, other)
+        if _has(context, "avx512dq"):
+            least = ir.Constant(_WORD, 0b1010)  # of the two magnitudes
+            operands = [
+                a,
+                b,
+                least,
+                ir.Constant(a.type, ir.Undefined),
+                ir.Constant(_BITS, -1),
+                ir.Constant(_WORD, 4),
+            ]
+            lanes = builder.fcmp_ordered(
+                "<", _named(builder, "llvm.x86.avx512.mask.range.ps.512", a.type, operands), bound
+            )
+        else:
+            parts = [_named(builder, f"llvm.fabs.v{LANES}f32", a.type, [part]) for part in (a, b)]
+            lanes = builder.or_(*(builder.fcmp_ordered("<", part, bound) for part in parts))
+        bits = builder.bitcast(lanes, ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+    return types.boolean(a, b, bound, other), codegen
 
 
 @intrinsic

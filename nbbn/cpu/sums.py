@@ -157,13 +157,19 @@ def look_at(x, bits, guess, total, rest, square, one, real):
 
 
 @loop
+def ask_ahead(row, j, state):
+    """Ask for what lies ahead of two vectors of a row, from column j on: of 16 bits, both are in one line."""
+    prefetch(row, j, state.ahead)
+    if size_of(row) > 2:
+        prefetch(row, j + LANES, state.ahead)
+
+
+@loop
 def look_at_two(row, its, j, guess, then, sums, state, real):
     """Look at two vectors of a row, from column j on, which have guesses and sums of their own."""
     in_line()
     total, rest, square, other, others, more = sums
-    prefetch(row, j, state.ahead)
-    if size_of(row) > 2:  # of 16 bits both are in one line
-        prefetch(row, j + LANES, state.ahead)
+    ask_ahead(row, j, state)
     x, bits = load(row, j), lanes(its, j)
     total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
     x, bits = load(row, j + LANES), lanes(its, j + LANES)
@@ -222,8 +228,6 @@ def multiply_at(rows, k, j, last, whole, mean, those, here, state, stored):
     in_line()
     row = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
     bits = lanes(noted_bits(rows, 2 * k, state.bits_mask, stored), j)
-    prefetch(row[0], j, state.ahead)
-    prefetch(row[1], j, state.ahead)
     if whole:
         dy, x = counting(bits, load(row[0], j)), counting(bits, load(row[1], j))
     else:

@@ -23,7 +23,7 @@ from nbbn.cpu.results import (
     write_normalized_part,
     write_normalized_rows,
 )
-from nbbn.cpu.rows import COLUMNS, ROOM, extent, locate, row_address, row_of, some
+from nbbn.cpu.rows import COLUMNS, HALF_COLUMNS, extent, locate, row_address, row_of, row_room, some
 from nbbn.cpu.simd import (
     LANES,
     STREAM_BYTES,
@@ -46,6 +46,7 @@ from nbbn.cpu.sums import (
     add_columns,
     add_to,
     add_up,
+    ask_ahead,
     exact,
     load_sums,
     look_at,
@@ -80,7 +81,7 @@ def look_at_channel(rows, number, first, last, state, base, work, stored):
             summed = 0
         summed += last - first
         row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-        lines = normalized_lines(work, rows, k, last, stored)
+        lines = normalized_lines(work, rows, k, first, last, stored)
         at = work.written[k]
         j = first
         while j < last:
@@ -145,10 +146,13 @@ def multiply_channel(rows, number, first, last, state, base, work, stored):
     mean, those = load(state.means, base), normalizing(state.before, base, stored)
     here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(number):
-        lines = gradient_lines(work, rows, k, last, stored)
+        dy, x = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
+        lines = gradient_lines(work, rows, k, first, last, stored)
         at = work.written[k]
         j = first
         while j + 2 * LANES <= last:
+            ask_ahead(dy, j, state)
+            ask_ahead(x, j, state)
             here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
             here = multiply_at(rows, k, j + LANES, last, whole, mean, those, here, state, stored)
             at = write_gradient_lines(work, lines, at, at + 2 * LANES, stored)
@@ -178,6 +182,8 @@ def multiply_columns(rows, number, j, last, state, base, stored):
     mean, those = load(state.means, c), normalizing(state.before, c, stored)
     if number == AT_ONCE and j + LANES <= last:
         for k in range(AT_ONCE):
+            prefetch(pointer(rows[2 * k], stored), j, state.ahead)
+            prefetch(pointer(rows[2 * k + 1], stored), j, state.ahead)
             here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
     else:
         for k in range(number):
@@ -205,9 +211,9 @@ def _look(name, look_at_channel, look_at_columns, lines_of, write_lines):
         k = 0
         j = first
         while j < last:
-            j = look_at_columns(rows, number, j, last, state, base, stored)
+            begin, j = j, look_at_columns(rows, number, j, last, state, base, stored)
             if work.tile[1] > 0:
-                lines = lines_of(work, rows, k, j, stored)
+                lines = lines_of(work, rows, k, begin, j, stored)
                 work.written[k] = write_lines(work, lines, work.written[k], lines.end, stored)
                 k = 0 if k + 1 == number else k + 1
 
@@ -285,7 +291,7 @@ def _down(name, reads, look, write_part, write_rows):
         direct = writing and gathers == 0
         streaming = call.stream == 1
         apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
-        span = call.inner if apiece else COLUMNS
+        span = call.inner if apiece else HALF_COLUMNS
         for k in range(ROWS):
             begins[k] = ends[k] = written[k] = 0
         work = Work(call, tile, numbers, outs, xs, seconds, begins, ends, written)
@@ -305,12 +311,12 @@ def _down(name, reads, look, write_part, write_rows):
                 step, piece = locate(call, numbers[k])
                 steps, count = extent(call, step, piece)
                 width = steps * count
-                room = after(buffer, reads * k * ROOM)
+                room = after(buffer, reads * k * row_room(buffer))
                 x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
                 rows[reads * k + reads - 1] = address(x)
                 note_bits(call, rows, reads * k, numbers[k], stored)
                 if reads > 1:
-                    room = after(room, ROOM)
+                    room = after(room, row_room(buffer))
                     dy = row_of(
                         call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
                     )
