@@ -6,13 +6,14 @@ All other tests take these types along with the wider ones.
 import io
 import platform
 
+import llvmlite.binding
 import numpy as np
 import pytest
 
 import nbbn
 import reference
 from cases import HALF, type_id
-from checks import check_backward, check_evaluation, unchanged
+from checks import assert_same_bits, check_backward, check_evaluation, unchanged
 
 
 def patterns(dtype):
@@ -62,10 +63,21 @@ def test_conversions():
     check_conversions()
 
 
+AVX2 = "+avx,+avx2,+fma"
+AVX512 = AVX2 + ",+f16c,+avx512f,+avx512cd,+avx512bw,+avx512vl"
+HOST = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
+
+
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="there are other CPUs elsewhere")
-@pytest.mark.parametrize("features", ["", "+avx,+avx2,+fma", "+avx,+avx2,+fma,+f16c"])
+@pytest.mark.parametrize("features", ["", AVX2, AVX2 + ",+f16c", AVX512, AVX512 + ",+avx512dq,+avx512bf16"])
 def test_conversions_of_other_processors(python, tmp_path, features):
-    """Without F16C nothing may call for functions that are not there; with AVX2, vectors are cut in two."""
+    """Without F16C nothing may call for functions that are not there; with AVX2, vectors are cut in two.
+
+    And what AVX-512 has more of, on one processor or another, is used where it is there.
+    """
+    missing = [f for f in features.split(",") if f and f[1:] not in HOST]
+    if missing:
+        pytest.skip(f"this processor has no {', '.join(missing)}")
     code = """
 import numba, test_half
 test_half.check_conversions()
@@ -141,6 +153,27 @@ def test_gradient_terms_that_cancel(rng, dtype, count):
     dy = ((wide * slope + offset) * (1 + 2.0**-9 * rng.normal(size=x.shape))).astype(dtype)
     mean, invstd = wide.mean(axis=0), 1 / np.sqrt(wide.var(axis=0) + 1e-5)
     check_backward(dy, x, rng.normal(size=40), mean=mean, invstd=invstd)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_terms_that_cancel_beside_poison(rng, dtype, poison):
+    """What is looked at together for doubt does not hide it: not NaN in the other half of a line."""
+    x = rng.normal(size=(200, 64)).astype(dtype)
+    mean, deviation = rng.normal(size=(2, 64))
+    bias = (mean - x[0].astype(np.float64)) / deviation * (1 + 2.0**-20)
+    given = mean, deviation**2, None, bias
+    expected = nbbn.batch_norm(x, *given, eps=0.0)
+    check_evaluation(x, *given, eps=0.0)
+    dy, count = (x.astype(np.float32) * (1 + 2.0**-9)).astype(dtype), x.shape[0]
+    used = {"mean": x.astype(float).sum(0) / count, "invstd": 1 / x.astype(float).std(0)}
+    gradients = check_backward(dy, x, **used)
+    for channels in (slice(0, 16), slice(16, 32), slice(40, 47)):
+        spoiled, others = x.copy(), np.delete(np.arange(64), channels)
+        spoiled[:, channels] = poison
+        assert_same_bits(nbbn.batch_norm(spoiled, *given, eps=0.0)[:, others], expected[:, others])
+        after = nbbn.batch_norm_backward(dy, spoiled, **used)
+        assert_same_bits(after.x[:, others], gradients.x[:, others])
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=type_id)

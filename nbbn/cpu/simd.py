@@ -749,6 +749,13 @@ at_most = _comparison("<=")
 below = _comparison("<")
 
 
+def _extreme(builder, a, b, which):
+    """Return in each lane the smaller (0b1010) or larger (0b1011) magnitude; where one is NaN, the other."""
+    operands = [a, b, ir.Constant(_WORD, which), ir.Constant(a.type, ir.Undefined)]
+    operands += [ir.Constant(_BITS, -1), ir.Constant(_WORD, 4)]
+    return _named(builder, "llvm.x86.avx512.mask.range.ps.512", a.type, operands)
+
+
 @intrinsic
 def either_below(typingctx, a, b, bound, other):
     """Whether a lane of |a| is below `bound` or one of |b| below `other`, of float32; never where it is NaN.
@@ -758,24 +765,13 @@ def either_below(typingctx, a, b, bound, other):
 
     def codegen(context, builder, signature, args):
         a, b, bound, other = args
-        greater = builder.fcmp_ordered(">", bound, other)
-        bound = builder.select(greater, bound, other)
         if _has(context, "avx512dq"):
-            least = ir.Constant(_WORD, 0b1010)  # of the two magnitudes
-            operands = [
-                a,
-                b,
-                least,
-                ir.Constant(a.type, ir.Undefined),
-                ir.Constant(_BITS, -1),
-                ir.Constant(_WORD, 4),
-            ]
-            lanes = builder.fcmp_ordered(
-                "<", _named(builder, "llvm.x86.avx512.mask.range.ps.512", a.type, operands), bound
-            )
+            bound = _extreme(builder, bound, other, 0b1011)
+            lanes = builder.fcmp_ordered("<", _extreme(builder, a, b, 0b1010), bound)
         else:
             parts = [_named(builder, f"llvm.fabs.v{LANES}f32", a.type, [part]) for part in (a, b)]
-            lanes = builder.or_(*(builder.fcmp_ordered("<", part, bound) for part in parts))
+            lanes = [builder.fcmp_ordered("<", *pair) for pair in zip(parts, (bound, other), strict=True)]
+            lanes = builder.or_(*lanes)
         bits = builder.bitcast(lanes, ir.IntType(LANES))
         return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
