@@ -73,7 +73,7 @@ class _Target(CPUContext):
     @classmethod
     def of(cls, target: CPUContext) -> "_Target":
         """Return a copy of Numba's own, which shares all that is registered with it."""
-        result = copy.copy(target)
+        result: _Target = copy.copy(target)
         result.__class__ = cls
         return result
 

@@ -101,13 +101,14 @@ def normalized(x, mean, scale, shift):
 
 
 @formula
-def normalized_doubt(shift, doubt):
-    """Below this |out| is not known to the last place of a float16, if it was computed in float32.
+def normalized_doubt(shift, part, doubt):
+    """Below this |out| is not known to the last place of 16 bits, if it was computed in float32.
 
-    There (x - mean) · scale and shift cancel: u = 2⁻²⁴ of each is 3 u · |shift| at most, of the result 2⁻¹³.
-    What was in `doubt` before shift was added still is.
+    There (x - mean) · scale and shift cancel: u = 2⁻²⁴ of each is 3 u · |shift| at most. Of a result that is
+    `part` of |shift|, this is three quarters of the last place: with 2⁻¹¹ for float16, whose last place is as
+    much of a number at least, and 2⁻¹⁴ for bfloat16. What was in `doubt` before still is.
     """
-    return fma(math.fabs(shift), like(shift, 2.0**-11), doubt)
+    return fma(math.fabs(shift), like(shift, part), doubt)
 
 
 @formula
@@ -117,9 +118,9 @@ def affine(x_hat, weight, bias):
 
 
 @formula
-def affine_doubt(doubt, weight, bias):
-    """Below this |out| is not known to the last place of a float16, if x_hat is not below `doubt`."""
-    return doubt * math.fabs(weight) + math.fabs(bias) * 2.0**-11
+def affine_doubt(doubt, weight, bias, part):
+    """Below this |out| is not known to the last place of 16 bits, if x_hat is not below `doubt`."""
+    return doubt * math.fabs(weight) + math.fabs(bias) * like(bias, part)
 
 
 @formula
@@ -180,19 +181,19 @@ def gradient(grad_out, x, mean, unit, scale, slope, offset):
 
 
 @formula
-def gradient_doubt(x, mean, unit, slope, offset, doubt):
-    """Below this |grad_x| is not known to the last place of a float16, if it was computed in float32.
+def gradient_doubt(x, mean, unit, slope, offset, part, doubt):
+    """Below this |grad_x| is not known to the last place of 16 bits, if it was computed in float32.
 
-    Where a result is that small, no term is larger than the other two together, which this is 2⁻¹⁰ of. Here
-    is one of them with offset; `doubt` is that of offset alone (`offset_doubt`).
+    Where a result is that small, no term is larger than the other two together; this is twice `part` of them
+    (see `normalized_doubt`). Here is one with offset; `doubt` is that of offset alone (`offset_doubt`).
     """
-    return fma(math.fabs(slope * ((x - mean) * unit) + offset), like(x, 2.0**-10), doubt)
+    return fma(math.fabs(slope * ((x - mean) * unit) + offset), like(x, 2.0 * part), doubt)
 
 
 @formula
-def offset_doubt(offset, doubt):
+def offset_doubt(offset, part, doubt):
     """The part of `gradient_doubt` that is one for a channel, and what is in `doubt` at any rate."""
-    return fma(math.fabs(offset), like(offset, 2.0**-10), doubt)
+    return fma(math.fabs(offset), like(offset, 2.0 * part), doubt)
 
 
 # --- activations -----------------------------------------------------------------------------------

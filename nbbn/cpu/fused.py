@@ -10,7 +10,7 @@ from numba.core import types
 
 from nbbn.compiler import by_type, like, loop, out_of_line
 from nbbn.cpu.masks import only
-from nbbn.cpu.parameters import ROWS, affine_of, parameter
+from nbbn.cpu.parameters import ROWS, affine_of, parameter, part_in_doubt
 from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, row_room, scatter, some, to_columns
 from nbbn.cpu.simd import (
     LANES,
@@ -112,7 +112,7 @@ def _joined(row, j, end, value, doubt):
     def with_it(row, j, end, value, doubt):
         prefetch(row[0], j, AHEAD)
         residual = some(row[0], j, end)
-        return value + residual, normalized_doubt(residual, doubt)
+        return value + residual, normalized_doubt(residual, part_in_doubt(row), doubt)
 
     return with_it if way_of(row[2]).residual else (lambda row, j, end, value, doubt: (value, doubt))
 

@@ -30,6 +30,7 @@ from nbbn.cpu.parameters import (
     affines_of,
     mean_of_row,
     parameter,
+    part_in_doubt,
     set_of,
     set_parameter,
     several,
@@ -567,7 +568,7 @@ def normalize(first, last, address, stored):
 def splat_tables(row, tables, channel, room):
     """What one channel is normalized with, in every lane, as `nbbn.cpu.results.tables_of_x` has it."""
     shift = splat(tables[2 * room + channel])
-    doubt = normalized_doubt(shift, like(shift, unrounded(row)))
+    doubt = normalized_doubt(shift, part_in_doubt(row), like(shift, unrounded(row)))
     return splat(tables[channel]), splat(tables[room + channel]), shift, doubt
 
 

@@ -10,6 +10,7 @@ from nbbn.compiler import by_type, loop, out_of_line
 from nbbn.cpu.simd import (
     ACROSS,
     ALONG,
+    BFLOAT16,
     LANES,
     address,
     after,
@@ -237,6 +238,17 @@ def _deviation(x, mean, numbers, k, stored):
     )
 
 
+def part_in_doubt(row):
+    """Return which part of its terms a result of 16 bits must not be below, see `normalized_doubt`."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(part_in_doubt)
+def _part_in_doubt(row):
+    part = 2.0**-14 if row[0].dtype == BFLOAT16 else 2.0**-11
+    return lambda row: part
+
+
 def finished(row, j, out, doubt):
     """Return the result of columns j … of a row, and what it is in doubt below, from those before weights."""
     raise NotImplementedError("exists in compiled code only")
@@ -246,7 +258,7 @@ def finished(row, j, out, doubt):
 def _finished(row, j, out, doubt):
     def with_affine(row, j, out, doubt):
         weight, bias = load(row[WEIGHTS], j), load(row[BIASES], j)
-        return affine(out, weight, bias), affine_doubt(doubt, weight, bias)
+        return affine(out, weight, bias), affine_doubt(doubt, weight, bias, part_in_doubt(row))
 
     return with_affine if len(row) > WEIGHTS else (lambda row, j, out, doubt: (out, doubt))
 

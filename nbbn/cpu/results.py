@@ -23,6 +23,7 @@ from nbbn.cpu.parameters import (
     FLOAT32_BYTES,
     WEIGHTS,
     finished,
+    part_in_doubt,
     precisely_finished,
     precisely_scaled,
     scaled,
@@ -187,7 +188,7 @@ def tables_of_constant(row, tables, c, room):
 def tables_of_x(row, tables, c, room):
     """What the columns c … are normalized with: mean, scale, shift, and what results are in doubt below."""
     mean, scale, shift = tables_of_constant(row, tables, c, room)
-    return mean, scale, shift, normalized_doubt(shift, like(shift, unrounded(row)))
+    return mean, scale, shift, normalized_doubt(shift, part_in_doubt(row), like(shift, unrounded(row)))
 
 
 @loop
@@ -207,7 +208,7 @@ def tables_of_gradient(row, tables, c, room):
     """
     mean, scale, slope = tables_of_constant(row, tables, c, room)
     offset, unit = load(tables, c + 3 * room), load(tables, c + 4 * room)
-    doubt = offset_doubt(offset, like(offset, unrounded(row)))
+    doubt = offset_doubt(offset, part_in_doubt(row), like(offset, unrounded(row)))
     return (mean, scale, slope, offset, unit, doubt) + shift_beside(row, tables, c + 5 * room)
 
 
@@ -218,7 +219,7 @@ def gradient_columns(row, j, end, numbers):
     x = some(row[1], j, end)
     dy, scale = passed(row, some(row[0], j, end), x, numbers), scaled(row, j, scale)
     grad_x = gradient(dy, x, mean, unit, scale, slope, offset)
-    return grad_x, gradient_doubt(x, mean, unit, slope, offset, doubt)
+    return grad_x, gradient_doubt(x, mean, unit, slope, offset, part_in_doubt(row), doubt)
 
 
 @loop
