@@ -482,6 +482,15 @@ MUTATIONS = [
         ("test_half.py::test_gradient_terms_that_cancel",),
     ),
     Mutation(
+        "half-second-vector",
+        "of the two vectors of 16 bits that are a line, one is not looked at for results in doubt",
+        "cpu/results.py",
+        "doubted(row, first, doubt) | doubted(row, second, more_doubt) != 0",
+        "doubted(row, first, doubt) != 0",
+        None,
+        ("test_half.py::test_terms_that_cancel_beside_poison",),
+    ),
+    Mutation(
         "half-parameters",
         "a parameter of bfloat16 is read as float16",
         "cpu/parameters.py",

@@ -169,9 +169,11 @@ def test_terms_that_cancel_beside_poison(rng, dtype, poison):
     used = {"mean": x.astype(float).sum(0) / count, "invstd": 1 / x.astype(float).std(0)}
     gradients = check_backward(dy, x, **used)
     for channels in (slice(0, 16), slice(16, 32), slice(40, 47)):
-        spoiled, others = x.copy(), np.delete(np.arange(64), channels)
-        spoiled[:, channels] = poison
-        assert_same_bits(nbbn.batch_norm(spoiled, *given, eps=0.0)[:, others], expected[:, others])
+        spoiled, poisoned, others = x.copy(), bias.copy(), np.delete(np.arange(64), channels)
+        spoiled[:, channels] = poisoned[channels] = poison
+        for arguments in ((spoiled, *given), (x, *given[:-1], poisoned)):
+            after = nbbn.batch_norm(*arguments, eps=0.0)
+            assert_same_bits(after[:, others], expected[:, others])
         after = nbbn.batch_norm_backward(dy, spoiled, **used)
         assert_same_bits(after.x[:, others], gradients.x[:, others])
 
