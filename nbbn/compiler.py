@@ -97,7 +97,6 @@ class _HelperLowering(NativeLowering):
     """Lowering without machine code: of a helper, only its own LLVM code is wanted, to be inlined."""
 
     _name = "nbbn_helper_lowering"
-    always_inlined = False
 
     def run_pass(self, state):
         state.targetctx = _HelperTarget.of(state.targetctx)
@@ -107,22 +106,12 @@ class _HelperLowering(NativeLowering):
             for function in library._final_module.functions:
                 if not function.is_declaration:
                     function.linkage = "linkonce_odr"
-                    if self.always_inlined:
-                        function.add_function_attribute("alwaysinline")
             library._shared_module = library._final_module
             library._finalized = True
 
         library.finalize = finalize_without_code
         library._optimize_functions = lambda module: None
         return super().run_pass(state)
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _FormulaLowering(_HelperLowering):
-    """The same of a formula: a call would move its vectors, and its constants, to memory and back."""
-
-    _name = "nbbn_formula_lowering"
-    always_inlined = True
 
 
 @register_pass(mutates_CFG=True, analysis_only=False)
@@ -195,10 +184,6 @@ class _HelperCompiler(_Compiler):
     unwanted = _NOT_FOR_HELPERS
 
 
-class _FormulaCompiler(_HelperCompiler):
-    lowering = _FormulaLowering
-
-
 class _KernelCompiler(_Compiler):
     lowering = _KernelLowering
 
@@ -211,7 +196,8 @@ _HELPER: dict[str, Any] = {
     "pipeline_class": _HelperCompiler,
 }
 
-formula = numba.njit(**_HELPER | {"pipeline_class": _FormulaCompiler})
+# Always inlined: a call would move its vectors, and its constants, to memory and back.
+formula = numba.njit(**_HELPER, forceinline=True)
 """Decorates a formula: of numbers, or of vectors of numbers, for any target."""
 
 loop = numba.njit(**_HELPER)
