@@ -12,16 +12,16 @@ import math
 import pathlib
 from collections.abc import Callable
 from functools import partial
+from statistics import geometric_mean
 from typing import Annotated, Any
 
 import typer
 from fused import medians
 
 import nbbn
-from nbbn.bench.cases import Data
+from nbbn.bench.cases import LAYOUTS, Data
 from nbbn.bench.shapes import SHAPES
 
-LAYOUTS = ("channels-first", "channels-last")
 LARGE = 50e6  # bytes in float32
 
 
@@ -58,7 +58,7 @@ def main(
             print(f"| {' × '.join(map(str, shape))} | {layout} | {name} | {figures} |")
     for layout, name in itertools.product(LAYOUTS, calls[0]):
         its = [row["ratios"] for row in rows if (row["layout"], row["operation"]) == (layout, name)]
-        means = [math.exp(sum(map(math.log, column)) / len(its)) for column in zip(*its, strict=True)]
+        means = [geometric_mean(column) for column in zip(*its, strict=True)]
         print(f"{layout}, {name}: float16 {means[0]:.2f}, bfloat16 {means[1]:.2f} of float32, geometric mean")
     if to is not None:
         to.write_text(json.dumps(rows, indent=1) + "\n")

@@ -8,7 +8,7 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 
 import numpy as np
 
-from nbbn.compiler import by_type, in_line, kernel, like, loop, out_of_line
+from nbbn.compiler import by_type, in_line, kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, read
 from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
@@ -30,7 +30,6 @@ from nbbn.cpu.parameters import (
     affines_of,
     mean_of_row,
     parameter,
-    part_in_doubt,
     set_of,
     set_parameter,
     several,
@@ -42,8 +41,8 @@ from nbbn.cpu.results import (
     line_from,
     normalized_at,
     set_precise_tables,
+    shift_doubt,
     tile_of,
-    unrounded,
     write_constant_rows,
     write_constant_run,
     write_gradient_rows,
@@ -105,7 +104,6 @@ from nbbn.formulas import (
     mean_of,
     mean_square,
     merge,
-    normalized_doubt,
     power_of_two,
     running,
     shift_of,
@@ -568,8 +566,7 @@ def normalize(first, last, address, stored):
 def splat_tables(row, tables, channel, room):
     """What one channel is normalized with, in every lane, as `nbbn.cpu.results.tables_of_x` has it."""
     shift = splat(tables[2 * room + channel])
-    doubt = normalized_doubt(shift, part_in_doubt(row), like(shift, unrounded(row)))
-    return splat(tables[channel]), splat(tables[room + channel]), shift, doubt
+    return splat(tables[channel]), splat(tables[room + channel]), shift, shift_doubt(row, shift)
 
 
 @loop

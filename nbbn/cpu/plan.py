@@ -11,8 +11,7 @@ import numpy as np
 from nbbn.cpu.call import PARTIALS, PLAN
 from nbbn.cpu.results import TABLES
 from nbbn.cpu.rows import COLUMNS, SHARED_COLUMNS, columns_of
-from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
-from nbbn.cpu.simd import STREAM_BYTES as LINE_BYTES
+from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, in_line_of, stored_as
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 from nbbn.problem import BATCH, Form
@@ -136,16 +135,11 @@ def _joined(layout: Layout, geometry: Geometry, size: int) -> bool:
 def _piece(inner: int, size: int) -> int:
     """Return the length of the pieces that an inner dimension is cut into: equal, if that can be."""
     least = -(-inner // columns_of(size))
-    line = _line(size)
+    line = in_line_of(size)
     for pieces in range(least, 2 * least):
         if inner % (pieces * line) == 0:
             return inner // pieces
     return _up(-(-inner // least), line)
-
-
-def _line(size: int) -> int:
-    """Return how many columns are written at once, whole lines of memory; see `nbbn.cpu.simd.line_of`."""
-    return max(LANES, LINE_BYTES // size)
 
 
 def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
@@ -335,7 +329,7 @@ class Plan:
         columns = COLUMNS if geometry.inner == 1 else SHARED_COLUMNS
         widest = max(1, columns // geometry.inner)
         # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
-        line = _line(size)
+        line = in_line_of(size)
         whole = line // math.gcd(line, geometry.inner)
         if whole * geometry.inner <= (columns_of(size) if geometry.inner >= OWN_COLUMNS else COLUMNS):
             widest = max(whole, widest // whole * whole)

@@ -172,6 +172,12 @@ def _unrounded(row):
 
 
 @loop
+def shift_doubt(row, shift):
+    """Return what results that `shift` was added to are in doubt below."""
+    return normalized_doubt(shift, part_in_doubt(row), like(shift, unrounded(row)))
+
+
+@loop
 def doubted(row, value, doubt):
     """Return the lanes that are in doubt; not those that are 0 where nothing was added up."""
     size, least = math.fabs(value), like(doubt, unrounded(row))
@@ -188,7 +194,7 @@ def tables_of_constant(row, tables, c, room):
 def tables_of_x(row, tables, c, room):
     """What the columns c … are normalized with: mean, scale, shift, and what results are in doubt below."""
     mean, scale, shift = tables_of_constant(row, tables, c, room)
-    return mean, scale, shift, normalized_doubt(shift, part_in_doubt(row), like(shift, unrounded(row)))
+    return mean, scale, shift, shift_doubt(row, shift)
 
 
 @loop

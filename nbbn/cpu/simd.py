@@ -260,10 +260,15 @@ def size_of(typingctx, pointer):
     return types.int64(pointer), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), number)
 
 
+def in_line_of(size):
+    """Return how many elements of `size` bytes `stream` writes: a line, and a vector at least."""
+    return max(LANES, STREAM_BYTES // size)
+
+
 @intrinsic
 def line_of(typingctx, pointer):
     """Return how many elements `stream` writes."""
-    number = max(LANES, STREAM_BYTES * 8 // pointer.dtype.bitwidth)
+    number = in_line_of(pointer.dtype.bitwidth // 8)
     return types.int64(pointer), lambda context, builder, signature, args: ir.Constant(ir.IntType(64), number)
 
 
