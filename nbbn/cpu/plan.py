@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nbbn.cpu.call import PARTIALS, PLAN
+from nbbn.cpu.parameters import FLOAT32_BYTES
 from nbbn.cpu.results import TABLES
 from nbbn.cpu.rows import COLUMNS, SHARED_COLUMNS, columns_of
 from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, in_line_of, stored_as
@@ -208,6 +209,10 @@ class Plan:
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
         self.group, self.resident = self._schedule(geometry, tiling, size, element)
+        # Weights and biases that fill half of L2 are read once for many rows, not once for each.
+        beside = 2 * max(size, FLOAT32_BYTES) * geometry.inner if form.along else 0
+        if not backward and 2 * beside >= L2_BYTES:
+            self.resident = False
         tiles = 1
         if form.pool > 1:
             whole = element * self.count * form.pool
