@@ -210,8 +210,8 @@ class Plan:
         element = size * (1 + backward + form.residual)
         self.group, self.resident = self._schedule(geometry, tiling, size, element)
         # Weights and biases that fill half of L2 are read once for many rows, not once for each.
-        beside = 2 * max(size, FLOAT32_BYTES) * geometry.inner if form.along else 0
-        if not backward and 2 * beside >= L2_BYTES:
+        beside = 2 * max(size, FLOAT32_BYTES) * geometry.inner
+        if form.along and not backward and beside >= L2_BYTES // 2:
             self.resident = False
         tiles = 1
         if form.pool > 1:
