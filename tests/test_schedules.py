@@ -23,6 +23,9 @@ from cases import (
 from checks import around, assert_same_bits, check_backward, check_evaluation, check_forward
 from nbbn import dispatch
 from nbbn.cpu import plan
+from test_reproducible import THREADS, threads
+
+__all__ = ["threads"]  # a fixture
 
 # Only when and where something is computed: the same bits as ever.
 SCHEDULES = {
@@ -140,6 +143,21 @@ def test_schedules_keep_the_bits(rng, schedule, name, layout):
             with around(out):
                 actual = results(out, calls)
             assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("number", THREADS)
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=type_id)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_keep_the_bits_of_layer_norm(rng, schedule, threads, name, dtype, number):
+    """Rows in pieces, the last one shorter, and parameters that may be read once for many rows."""
+    shape = (3, 1031)
+    x = (rng.normal(size=(7, *shape)) * np.exp(rng.normal(size=(7, *shape)))).astype(dtype)
+    weight, bias = rng.normal(size=(2, *shape))
+    expected = nbbn.layer_norm_forward(x, shape, weight, bias)
+    schedule(SCHEDULES[name])
+    threads(number)
+    out = np.full_like(x, np.nan)
+    assert_same_bits(nbbn.layer_norm_forward(x, shape, weight, bias, out=out), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
