@@ -17,8 +17,8 @@ from nbbn.cpu.masks import (
     operands,
     repeated_after,
     row_bits,
-    run_bits,
     set_bits,
+    set_step_bits,
     spread_bits,
     step_bits,
     values_before,
@@ -652,13 +652,6 @@ def repeated_tables(call, number, repeated, real):
     return repeated, ROOM
 
 
-@loop
-def run_of(call, step, stored):
-    """Return what the results of a run from `step` on are computed from."""
-    x, second = pointer(call.x, stored), pointer(call.second, stored)
-    return operands(call, second, x, run_bits(call, step, stored), 0, stored)
-
-
 @kernel
 def normalize_columns(first, last, address, stored):
     """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
@@ -666,9 +659,7 @@ def normalize_columns(first, last, address, stored):
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
-    row = run_of(call, first, stored)
-    begin, end = first * call.channels, last * call.channels
-    write_normalized_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
+    write_normalized_run(call, first, last, tables, streaming, stored)
     if streaming:
         fence()
 
@@ -908,11 +899,16 @@ def sum_parameters(first, last, address, stored):
 def set_mask(first, last, address, stored):
     """The bits of rows, and how many values each has that count. Tasks: rows, or steps of several pieces."""
     call = read(address)
+    if call.inner > 1:
+        for task in range(first, last):
+            set_bits(call, task)
+        return
+    counts = pointer(call.counts, np.int64)
     spread = scratch(256, np.int64)
-    if call.fold > 1 and call.channels <= SPREAD_CHANNELS:
+    if call.channels <= SPREAD_CHANNELS:
         spread_bits(call.channels, spread)
     for task in range(first, last):
-        set_bits(call, task, spread)
+        counts[task + 1] = set_step_bits(call, task, spread)
 
 
 @kernel
@@ -946,9 +942,7 @@ def apply_columns(first, last, address, stored):
     real = wide(stored)
     tables = repeated_tables(call, gradient_tables(stored), scratch(TABLES_ROOM, real), real)
     streaming = call.stream == 1
-    row = run_of(call, first, stored)
-    begin, end = first * call.channels, last * call.channels
-    write_gradient_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
+    write_gradient_run(call, first, last, tables, streaming, stored)
     if streaming:
         fence()
 
@@ -977,8 +971,6 @@ def apply_constant_columns(first, last, address, stored):
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
     streaming = call.stream == 1
-    row = run_of(call, first, stored)
-    begin, end = first * call.channels, last * call.channels
-    write_constant_run(call, pointer(call.out, stored), row, begin, end, tables, streaming)
+    write_constant_run(call, first, last, tables, streaming, stored)
     if streaming:
         fence()

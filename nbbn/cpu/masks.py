@@ -17,6 +17,7 @@ from nbbn.cpu.simd import (
     nonzero,
     ones,
     pointer,
+    set_long,
     set_word,
     way_of,
     wide,
@@ -76,48 +77,6 @@ def _noted_bits(rows, k, bits_mask, stored):
     return lambda rows, k, bits_mask, stored: ()
 
 
-def run_bits(call, step, stored):
-    """Return the same of rows that follow each other as one, from `step` on, of which each is one.
-
-    That is where a byte for each step is, how far apart those are, how many columns a step has, which is the
-    last; a column, which step it is of, and how many columns are left of that.
-    """
-    raise NotImplementedError("exists in compiled code only")
-
-
-@by_type(run_bits)
-def _run_bits(call, step, stored):
-    def bytes_of_steps(call, step, stored):
-        stride = pointer(call.at_mask.strides, np.int64)[0]
-        channels = call.channels
-        return call.mask, stride, channels, call.outer - 1, step * channels, step, channels
-
-    return bytes_of_steps if way_of(stored).masked else (lambda call, step, stored: ())
-
-
-@loop
-def moved_on(bits, j):
-    """Return the bits of a run with a column j, at or after the one that they have."""
-    at, stride, channels, last, column, step, left = bits
-    left -= j - column
-    while left <= 0:
-        left += channels
-        step += 1
-    return at, stride, channels, last, j, step, left
-
-
-def advanced(row, j):
-    """Return what the results of a run are computed from, to be asked for columns from j on."""
-    raise NotImplementedError("exists in compiled code only")
-
-
-@by_type(advanced)
-def _advanced(row, j):
-    if len(row[4]) == 0:
-        return lambda row, j: row
-    return lambda row, j: row[:4] + (moved_on(row[4], j),) + row[WEIGHTS:]
-
-
 def step_bits(call, step, stored):
     """Return the same as `row_bits` of an outer step, which may be one of several in a row."""
     raise NotImplementedError("exists in compiled code only")
@@ -130,6 +89,18 @@ def _step_bits(call, step, stored):
         return at, bits_mask, -(step % call.fold * call.channels * call.inner)
 
     return of_step if way_of(stored).masked else (lambda call, step, stored: ())
+
+
+def run_end(call, step, last, stored):
+    """Return up to which outer step, `last` at most, the steps from this one on have bits that go on."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(run_end)
+def _run_end(call, step, last, stored):
+    if way_of(stored).masked:  # to the end of the row
+        return lambda call, step, last, stored: min(last, step - step % call.fold + call.fold)
+    return lambda call, step, last, stored: last
 
 
 def repeated_after(row, columns):
@@ -146,12 +117,6 @@ def _repeated_after(row, columns):
     return later if len(row[4]) > 0 else (lambda row, columns: row)
 
 
-@loop
-def all_ones(at):
-    """Return -1 if a byte is not 0, and otherwise 0; without a branch, which nothing could foretell."""
-    return -np.int64(pointer(at, np.uint8)[0]) >> 63
-
-
 def lanes(bits, j):
     """Return a bit for each of the columns j …, of a row whose bits are these; or nothing."""
     raise NotImplementedError("exists in compiled code only")
@@ -164,22 +129,7 @@ def _lanes(bits, j):
         i = (j - first) & bits_mask
         return (word(at + (i >> 3)) >> (i & 7)) & ((1 << LANES) - 1)
 
-    def of_run(bits, j):
-        at, stride, channels, last, column, step, left = bits
-        if left - (j - column) >= LANES:  # all of one step
-            return all_ones(at + min(step, last) * stride) & ((1 << LANES) - 1)
-        at, stride, channels, last, _, step, left = moved_on(bits, j)
-        found = lane = 0
-        while lane < LANES:
-            some = (1 << min(left, LANES)) - 1
-            counts = pointer(at + min(step, last) * stride, np.uint8)[0] != 0
-            found |= (some if counts else 0) << lane
-            lane += left
-            left = channels
-            step += 1
-        return found & ((1 << LANES) - 1)
-
-    return {0: lambda bits, j: (), 3: of_row, 7: of_run}[len(bits)]
+    return of_row if len(bits) > 0 else (lambda bits, j: ())
 
 
 def only(bits, vector, otherwise):
@@ -250,14 +200,19 @@ def append(state, bits, number):
 
 
 @loop
+def all_ones(at):
+    """Return -1 if a byte is not 0, and otherwise 0; without a branch, which nothing could foretell."""
+    return -np.int64(pointer(at, np.uint8)[0]) >> 63
+
+
+@loop
 def some_bits(at, stride, number):
     """Return a bit for each of so many bytes, WORD_BITS at most."""
     if stride == 1 and number == WORD_BITS:
         return nonzero(at) | nonzero(at + LANES) << LANES
     bits = 0
     for k in range(number):
-        if pointer(at + k * stride, np.uint8)[0] != 0:
-            bits |= 1 << k
+        bits |= (all_ones(at + k * stride) & 1) << k
     return bits
 
 
@@ -283,37 +238,6 @@ def append_run(state, at, stride, count):
 
 
 @loop
-def append_same(state, bit, count):
-    """Append `count` times the same bit."""
-    for i in range(0, count, WORD_BITS):
-        number = min(WORD_BITS, count - i)
-        state = append(state, bit * ((1 << number) - 1), number)
-    return state
-
-
-@loop
-def set_words(to, at, stride, steps, each):
-    """Set a bit for each of so many bytes, `each` times, which is whole words; return how many are not 0."""
-    total = 0
-    for f in range(steps):
-        bits = all_ones(at + f * stride)
-        for i in range(0, each, WORD_BITS):
-            set_word(to + ((f * each + i) >> 3), bits)
-        total -= bits
-    return total
-
-
-@loop
-def append_spread(state, spread, byte, channels):
-    """Append each of the bits of a byte so many times, SPREAD_CHANNELS at most."""
-    bits, number = spread[byte], 8 * channels
-    state = append(state, bits & ((1 << WORD_BITS) - 1), min(number, WORD_BITS))
-    if number > WORD_BITS:
-        state = append(state, bits >> WORD_BITS, number - WORD_BITS)
-    return state
-
-
-@loop
 def spread_bits(channels, spread):
     """Set for each byte its bits, each of them `channels` times."""
     spread[0] = 0
@@ -322,11 +246,83 @@ def spread_bits(channels, spread):
 
 
 @loop
-def set_bits(call, task, spread):
-    """Set the bits of a row, or of all pieces of a step, and how many values each has that count.
+def set_few(to, at, stride, steps, channels, spread):
+    """Set a bit for each of so many bytes, as many times as there are channels, SPREAD_CHANNELS at most.
 
-    The latter goes where how many come before the next row will be. What `spread` holds is used for rows of
-    steps of a few channels, up to SPREAD_CHANNELS.
+    Eight of them make a byte for each channel. Return the address after them, and how many are not 0.
+    """
+    total = f = 0
+    while stride == 1 and f + LANES <= steps:
+        bits = nonzero(at + f)
+        total += ones(bits)
+        set_long(to, spread[bits & 255])
+        set_long(to + channels, spread[bits >> 8])
+        to += 2 * channels
+        f += LANES
+    while f < steps:
+        bits = some_bits(at + f * stride, stride, min(8, steps - f))
+        total += ones(bits)
+        set_long(to, spread[bits])
+        to += channels
+        f += 8
+    return to, total
+
+
+@loop
+def set_bytes(to, at, stride, steps, channels):
+    """The same where the bits of a step are whole bytes."""
+    total = 0
+    for f in range(steps):
+        bits = all_ones(at + f * stride)
+        total -= bits
+        for i in range(0, channels >> 3, 8):
+            set_long(to + i, bits)
+        to += channels >> 3
+    return to, total
+
+
+@loop
+def set_many(to, at, stride, steps, channels):
+    """The same of any number of channels."""
+    total = 0
+    state = to, 0, 0
+    for f in range(steps):
+        bits = all_ones(at + f * stride)
+        total -= bits
+        for i in range(0, channels, WORD_BITS):
+            number = min(WORD_BITS, channels - i)
+            state = append(state, bits & ((1 << number) - 1), number)
+    set_long(state[0], state[1])
+    return state[0] + WORD_BITS // 8, total
+
+
+@loop
+def set_step_bits(call, row, spread):
+    """Set the bits of a row of steps of one position each; return how many of those count."""
+    step, _ = locate(call, row)
+    steps, _ = extent(call, step, 0)
+    to = bits_at(call, row)
+    at = row_address(call, call.mask, call.at_mask, step, 0, 0)
+    stride = pointer(call.at_mask.strides, np.int64)[call.dims - 1]
+    if call.bits_mask == 0:
+        bits = all_ones(at)
+        set_long(to, bits)
+        return -bits
+    if call.channels <= SPREAD_CHANNELS:
+        to, total = set_few(to, at, stride, steps, call.channels, spread)
+    elif call.channels % 8 == 0:
+        to, total = set_bytes(to, at, stride, steps, call.channels)
+    else:
+        to, total = set_many(to, at, stride, steps, call.channels)
+    set_long(to, 0)
+    return total
+
+
+@loop
+def set_bits(call, task):
+    """Set the bits of a row of longer steps, or of all pieces of a step, and how many of each count.
+
+    The latter goes where how many come before the next row will be.
     """
     counts = pointer(call.counts, np.int64)
     state = call.bits + task * call.bits_pitch, 0, 0
@@ -343,33 +339,10 @@ def set_bits(call, task, spread):
         at = row_address(call, call.mask, call.at_mask, step, piece, 0)
         outer = pointer(call.at_mask.strides, np.int64)[call.dims - 1]
         total = 0
-        f = 0
-        each = call.group if call.bits_mask == -1 else LANES
-        while call.channels <= SPREAD_CHANNELS and count == 1 and f + 8 <= steps:
-            if outer == 1 and f + LANES <= steps:
-                bits = nonzero(at + f)
-                state = append_spread(state, spread, bits & 255, call.channels)
-                state = append_spread(state, spread, bits >> 8, call.channels)
-                f += LANES
-            else:
-                bits = some_bits(at + f * outer, outer, 8)
-                state = append_spread(state, spread, bits, call.channels)
-                f += 8
-            total += ones(bits)
-        if count == 1 and each % WORD_BITS == 0:
-            total = set_words(state[0], at, outer, steps, each)
-            state = state[0] + steps * (each >> 3), 0, 0
-            f = steps
-        for rest in range(f, steps):
-            there = at + rest * outer
+        for f in range(steps):
             here = 0
-            if count == 1:
-                here = some_bits(there, 1, 1)
-                state = append_same(state, here, each)
-            else:
-                for _ in range(call.group):
-                    state, here = append_run(state, there, stride, count)
+            for _ in range(call.group):
+                state, here = append_run(state, at + f * outer, stride, count)
             total += here
         counts[task + 1] = total
-    set_word(state[0], state[1])
-    set_word(state[0] + WORD_BITS // 8, 0)
+    set_long(state[0], state[1])

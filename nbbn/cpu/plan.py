@@ -235,7 +235,7 @@ class Plan:
         self.rows = tiling.rows
         self.bits_at = self.words
         columns = geometry.inner * (1 if tiling.pieces > 1 else tiling.fold * self.group)
-        bits_pitch = -(-(columns + LANES) // 32) * 4 + 4
+        bits_pitch = -(-columns // 32) * 4 + 16  # eight bytes are written at a time, and zeros behind
         self.bit_rows = tiling.rows // tiling.pieces
         if form.masked:
             self.words += -(-bits_pitch * self.bit_rows // 8)
@@ -273,7 +273,6 @@ class Plan:
         self.by_columns = (
             geometry.inner == 1
             and not (form.along or across)
-            and not (form.masked and self.channels < LANES)  # a vector would be of many positions
             and dims == 1
             and (period <= COLUMNS or period == self.channels)
             and (threads == 1 or tiling.outer >= 8 * threads)

@@ -18,7 +18,17 @@ from nbbn.cpu.fused import (
     shift_beside,
     with_residual,
 )
-from nbbn.cpu.masks import advanced, both, counting, lanes, noted_bits, operands, row_bits
+from nbbn.cpu.masks import (
+    both,
+    counting,
+    lanes,
+    noted_bits,
+    operands,
+    repeated_after,
+    row_bits,
+    run_end,
+    step_bits,
+)
 from nbbn.cpu.parameters import (
     FLOAT32_BYTES,
     WEIGHTS,
@@ -476,38 +486,45 @@ def _write_run(name, ask, numbers_at, value, write_line):
     """Return a loop that writes many rows that follow each other in memory, as one."""
 
     @variant(name)
-    def write_run(call, out, row, first, last, tables, streaming):
-        """Write the columns first … last - 1 of all; the tables begin again after call.period of them.
+    def write_run(call, first, last, tables, streaming, stored):
+        """Write the outer steps first … last - 1; the tables begin again after call.period columns.
 
         They are those and how far apart they lie.
         """
         tables, room = tables
         place = plain(0), call.channels, plain(1)
         period = call.period
+        out = pointer(call.out, stored)
+        x, second = pointer(call.x, stored), pointer(call.second, stored)
         line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
-        j = first
-        c = 0
-        begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
-        while j < last:
-            row = advanced(row, j)
-            ask(row, j)
-            numbers = numbers_at(row, tables, c, room)
-            end = begin if j < begin else last
-            if j + line <= end:
-                then = numbers_at(row, tables, c + LANES - period if c + LANES >= period else c + LANES, room)
-                write_line(call, place, out, row, j, numbers, then, streaming)
-                here = line
-            elif j + LANES <= end:
-                store(out, j, value(call, place, row, j, j + LANES, numbers))
-                here = LANES
-            else:
-                here = end - j
-                store_first(out, j, value(call, place, row, j, end, numbers), here)
-            j += here
-            c += here
-            while c >= period:
-                c -= period
+        step = first
+        while step < last:
+            until = run_end(call, step, last, stored)
+            j, last_column = step * call.channels, until * call.channels
+            row = operands(call, second, x, step_bits(call, step, stored), 0, stored)
+            row = repeated_after(row, j)
+            c = 0
+            begin = min(last_column, line_from(out, j)) if streaming else j  # of the first whole line
+            while j < last_column:
+                end = begin if j < begin else last_column
+                stop = min(end - line + 1, j + period - c)  # up to where the tables begin again
+                while j < stop:
+                    ask(row, j)
+                    then = c + LANES - period if c + LANES >= period else c + LANES
+                    numbers, then = numbers_at(row, tables, c, room), numbers_at(row, tables, then, room)
+                    write_line(call, place, out, row, j, numbers, then, streaming)
+                    j += line
+                    c += line
+                if c < period and j < end:
+                    here = min(LANES, end - j)
+                    numbers = numbers_at(row, tables, c, room)
+                    store_first(out, j, value(call, place, row, j, j + here, numbers), here)
+                    j += here
+                    c += here
+                while c >= period:
+                    c -= period
+            step = until
 
     return write_run
 

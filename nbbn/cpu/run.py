@@ -350,7 +350,7 @@ class Run:
             x, 0, out, second, 0, extras.mask + plan.offset_mask, 0, 0, *weight, *bias, *mean, *var,
             eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0,
         )  # fmt: skip
-        if self.form.masked and not plan.by_columns:  # there the mask is read as it is
+        if self.form.masked:
             self._set_mask(call, counting=False)
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)

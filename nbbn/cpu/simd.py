@@ -849,6 +849,17 @@ def set_word(typingctx, address, bits):
 
 
 @intrinsic
+def set_long(typingctx, address, bits):
+    """Write 64 bits to an address."""
+
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], _words(builder, args[0], 1, 64), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def nonzero(typingctx, address):
     """Return a bit for each of the LANES bytes at an address: whether it is not 0."""
 
