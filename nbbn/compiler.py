@@ -419,7 +419,7 @@ class _Cache(FunctionCache):
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Compiling makes millions of objects, and going through them all, time and again, costs a tenth."""
     was_on = gc.isenabled()
     try:
@@ -430,7 +430,7 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@_no_garbage_collection()
+@no_garbage_collection()
 def _compile(function: Callable[..., None], signature: Any) -> CFunc:
     """Compile a kernel to a C function, or load it from the cache."""
     types_of_it = signature.args, signature.return_type

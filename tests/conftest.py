@@ -1,6 +1,7 @@
 """Fresh random data for every run, which can be had again: --seed, or NBBN_TEST_SEED."""
 
 import ast
+import gc
 import os
 import pathlib
 import subprocess
@@ -69,6 +70,13 @@ def seed(request):
 def rng(request, seed):
     """Random numbers of this test's own: the same whether it runs alone or with the others."""
     return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _garbage_of_others():
+    """Keep what earlier modules left, compiled kernels above all, out of each collection from here on."""
+    gc.collect()
+    gc.freeze()
 
 
 def _run_python(code, *, package=None, timeout=120, **environment):

@@ -110,10 +110,24 @@ SIXTEEN = {
 }
 COUNTING = (kernels.collect, kernels.forward, kernels.finish_stats)
 FINISHING = (kernels.finish_stats, kernels.finish_backward)
+# Of each way of a kernel, float32 in vectors, another type in vectors, and elements of one type are compiled
+# in every run; the others, which differ from these in a few instructions, in a long one.
+OTHERS = [FLOAT64, FLOAT16, BFLOAT16]
+
+
+def marks(number, way, vectors, storage):
+    """Return how the case of a type and a width in way `number` of all kernels is marked."""
+    others = [other for other in OTHERS if way in SIXTEEN.get(other, SHAPES)]
+    short = {(True, FLOAT32), (True, others[number % len(others)]), (False, (FLOAT32, FLOAT64)[number % 2])}
+    return () if (vectors, storage) in short else pytest.mark.slow
+
+
+WAYS = [(kernel, which, way, loads, stores) for kernel, which, ways, loads, stores in KERNELS for way in ways]
 CASES = [
-    pytest.param(Case(kernel, way, vectors, storage, which), loads, stores)
-    for kernel, which, ways, loads, stores in KERNELS
-    for way in ways
+    pytest.param(
+        Case(kernel, way, vectors, storage, which), loads, stores, marks=marks(number, way, vectors, storage)
+    )
+    for number, (kernel, which, way, loads, stores) in enumerate(WAYS)
     for storage in STORAGES
     for vectors in (True, False)
     if way in SIXTEEN.get(storage, SHAPES) and (vectors or storage not in SIXTEEN or way == "rows")

@@ -30,7 +30,7 @@ import numpy as np
 from numba.core.dispatcher import Dispatcher
 
 from nbbn import formulas
-from nbbn.compiler import MAGIC32, MAGIC64, sources_version
+from nbbn.compiler import MAGIC32, MAGIC64, no_garbage_collection, sources_version
 from nbbn.errors import DeviceError
 
 log = logging.getLogger("nbbn")
@@ -423,6 +423,7 @@ PORTABLE = (8, 0)
 RESIDENT = 512  # threads of a multiprocessor for which there must be registers: 128 for each
 
 
+@no_garbage_collection()
 def ptx(kernel: Callable[..., Any], kinds: Any, compute: tuple[int, int], threads: int) -> str:
     """Compile a specialized kernel to PTX, under its own name. Needs no device."""
     from numba import cuda
