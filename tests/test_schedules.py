@@ -41,6 +41,12 @@ SCHEDULES = {
         "plan.SHORTEST_COLUMNS": 1,
         "plan.TASKS": 1000,
     },
+    "together": {
+        "functional.SERIAL_ELEMENTS": 0,
+        "plan.TASKS": 0,
+        "plan.SMALL_BYTES": 1 << 62,
+        "plan.L2_BYTES": 1 << 62,
+    },
     "short_slabs": {"functional.SERIAL_ELEMENTS": 0, "plan.SLAB_ROWS": 1},
     "streaming_without_cache": {
         "functional.SERIAL_ELEMENTS": 0,
@@ -149,15 +155,23 @@ def test_schedules_keep_the_bits(rng, schedule, name, layout):
 @pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=type_id)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_keep_the_bits_of_layer_norm(rng, schedule, threads, name, dtype, number):
-    """Rows in pieces, the last one shorter, and parameters that may be read once for many rows."""
+    """Rows in pieces, the last one shorter, and parameters that may be read once for many rows.
+
+    More rows than are finished together, and not a multiple of that.
+    """
     shape = (3, 1031)
-    x = (rng.normal(size=(7, *shape)) * np.exp(rng.normal(size=(7, *shape)))).astype(dtype)
+    x = (rng.normal(size=(37, *shape)) * np.exp(rng.normal(size=(37, *shape)))).astype(dtype)
+    grad_out = rng.normal(size=x.shape).astype(dtype)
     weight, bias = rng.normal(size=(2, *shape))
     expected = nbbn.layer_norm_forward(x, shape, weight, bias)
+    given = {"mean": expected.mean, "invstd": expected.invstd}
+    gradients = nbbn.layer_norm_backward(grad_out, x, shape, weight, **given)
     schedule(SCHEDULES[name])
     threads(number)
     out = np.full_like(x, np.nan)
     assert_same_bits(nbbn.layer_norm_forward(x, shape, weight, bias, out=out), expected)
+    out = np.full_like(x, np.nan)
+    assert_same_bits(nbbn.layer_norm_backward(grad_out, x, shape, weight, **given, out=out), gradients)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)

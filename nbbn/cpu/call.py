@@ -103,7 +103,7 @@ PLAN = [
     ("room", _WORD),  # elements from a table to the next
     ("group", _WORD),  # channels of a tile
     ("groups", _WORD),
-    ("tiles", _WORD),  # of a set: a set is a tile, or a part of one, or several
+    ("tiles", _WORD),  # of a task: a set of several, or short channels that are finished together
     ("slab", _WORD),  # rows that are written together
     ("slabs", _WORD),
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for

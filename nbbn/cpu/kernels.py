@@ -143,6 +143,12 @@ def set_at(call, task):
 
 
 @loop
+def parts_of(call, task):
+    """Return how many tiles a task of a resident kernel has; the last may have fewer than the others."""
+    return min(call.tiles, call.groups - task * call.tiles)
+
+
+@loop
 def tile_before(call, task, part, number, tables, real):
     """Return a part of what the task before took statistics of, ready to be written."""
     channel, group = group_of(call, (task - 1) * call.tiles + part)
@@ -498,14 +504,18 @@ def forward(first, last, address, stored):
     buffer = row_buffers(ROWS, stored)
     nothing = no_tile(tables)
     for task in range(first, last):
-        for part in range(call.tiles):
+        parts = parts_of(call, task)
+        for part in range(parts):
             tile = tile_before(call, task, part, 3, tables, real) if task > first else nothing
             channel, group = group_of(call, task * call.tiles + part)
             for chunk in range(call.chunks):
                 chunk_stats(call, chunk, channel, group, tile, buffer, stored)
+        for part in range(parts if task > first else call.tiles, call.tiles):
+            tile = tile_before(call, task, part, 3, tables, real)
+            write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
         begin, end = set_at(call, task)
         finish_channels(call, begin, end, stored)
-    for part in range(call.tiles):
+    for part in range(parts_of(call, last - 1)):
         tile = tile_before(call, last, part, 3, tables, real)
         write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
@@ -839,14 +849,18 @@ def backward(first, last, address, stored):
     nothing = no_tile(tables)
     count = gradient_tables(stored)
     for task in range(first, last):
-        for part in range(call.tiles):
+        parts = parts_of(call, task)
+        for part in range(parts):
             tile = tile_before(call, task, part, count, tables, real) if task > first else nothing
             channel, group = group_of(call, task * call.tiles + part)
             for chunk in range(call.chunks):
                 chunk_gradients(call, chunk, channel, group, tile, buffer, stored)
+        for part in range(parts if task > first else call.tiles, call.tiles):
+            tile = tile_before(call, task, part, count, tables, real)
+            write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
         begin, end = set_at(call, task)
         finish_gradients(call, begin, end, stored)
-    for part in range(call.tiles):
+    for part in range(parts_of(call, last - 1)):
         tile = tile_before(call, last, part, count, tables, real)
         write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:

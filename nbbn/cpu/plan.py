@@ -217,6 +217,8 @@ class Plan:
         if form.pool > 1:
             whole = element * self.count * form.pool
             self.group, tiles, self.resident = self._pooled(form.pool, whole)
+        elif self.group == 1 and self.resident:
+            tiles = self._together(element * self.count)
         self.groups = -(-geometry.channels // self.group)
         self.tasks = -(-self.groups // tiles)
         slab = self._slab(geometry, tiling)
@@ -365,6 +367,12 @@ class Plan:
         tiles = next(tiles for tiles in range(-(-pool // self.group), pool + 1) if pool % tiles == 0)
         fits = nbytes <= L2_BYTES // 2 or 2 * nbytes * self.threads <= L3_BYTES * 3 // 4
         return pool // tiles, tiles, self.threads == 1 or (fits and self.sets >= self.threads)
+
+    def _together(self, slice_bytes: int) -> int:
+        """Return how many short channels are finished together, in as many lanes as there are."""
+        if LANES * slice_bytes > L2_BYTES // 4 or self.channels < TASKS * LANES * self.threads:
+            return 1
+        return LANES
 
     def _ahead(self, geometry: Geometry, size: int) -> int:
         """Return how far ahead memory is asked for; from row to row where rows are short and far apart."""
