@@ -91,16 +91,31 @@ def _step_bits(call, step, stored):
     return of_step if way_of(stored).masked else (lambda call, step, stored: ())
 
 
-def run_end(call, step, last, stored):
-    """Return up to which outer step, `last` at most, the steps from this one on have bits that go on."""
+def run_from(call, step, stored):
+    """Return which row a run that begins with an outer step begins in, and after how many steps of it."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(run_from)
+def _run_from(call, step, stored):
+    if way_of(stored).masked:
+        return lambda call, step, stored: (step // call.fold, step % call.fold)
+    return lambda call, step, stored: (0, 0)
+
+
+def run_end(call, start, last, stored):
+    """Return up to which step, `last` at most, the bits go on: where nothing has any, all the way.
+
+    Otherwise to the end of the row, which begins with step `start`.
+    """
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(run_end)
-def _run_end(call, step, last, stored):
-    if way_of(stored).masked:  # to the end of the row
-        return lambda call, step, last, stored: min(last, step - step % call.fold + call.fold)
-    return lambda call, step, last, stored: last
+def _run_end(call, start, last, stored):
+    if way_of(stored).masked:
+        return lambda call, start, last, stored: min(last, start + call.fold)
+    return lambda call, start, last, stored: last
 
 
 def repeated_after(row, columns):

@@ -272,6 +272,7 @@ class Plan:
         )
         row = self.channels * size
         period = self.channels * (LANES // math.gcd(LANES, self.channels))
+        period *= max(1, SHARED_COLUMNS // period)  # to begin again seldom
         self.by_columns = (
             geometry.inner == 1
             and not (form.along or across)

@@ -27,7 +27,7 @@ from nbbn.cpu.masks import (
     repeated_after,
     row_bits,
     run_end,
-    step_bits,
+    run_from,
 )
 from nbbn.cpu.parameters import (
     FLOAT32_BYTES,
@@ -499,11 +499,13 @@ def _write_run(name, ask, numbers_at, value, write_line):
         line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
         step = first
+        number, into = run_from(call, step, stored)
         while step < last:
-            until = run_end(call, step, last, stored)
+            start = step - into
+            until = run_end(call, start, last, stored)
             j, last_column = step * call.channels, until * call.channels
-            row = operands(call, second, x, step_bits(call, step, stored), 0, stored)
-            row = repeated_after(row, j)
+            row = operands(call, second, x, row_bits(call, number, stored), 0, stored)
+            row = repeated_after(row, start * call.channels)
             c = 0
             begin = min(last_column, line_from(out, j)) if streaming else j  # of the first whole line
             while j < last_column:
@@ -525,6 +527,8 @@ def _write_run(name, ask, numbers_at, value, write_line):
                 while c >= period:
                     c -= period
             step = until
+            number += 1
+            into = 0
 
     return write_run
 
