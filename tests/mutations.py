@@ -344,6 +344,33 @@ MUTATIONS = [
         None,
         ("test_masks.py::test_against_what_counts[float32-0.6]",),
     ),
+    Mutation(
+        "mask-runs",
+        "all rows of a run have the bits of the first",
+        "cpu/results.py",
+        "            number += 1\n            into = 0",
+        "            into = 0",
+        None,
+        ("test_schedules.py::test_masks_where_channels_lie_side_by_side[threads]",),
+    ),
+    Mutation(
+        "mask-spread",
+        "of sixteen positions of a few channels the first eight are taken twice",
+        "cpu/masks.py",
+        "spread[bits >> 8]",
+        "spread[bits & 255]",
+        None,
+        ("test_schedules.py::test_masks_where_channels_lie_side_by_side[threads]",),
+    ),
+    Mutation(
+        "together-rest",
+        "short rows that a last task, of fewer, does not look at another one for are not written",
+        "cpu/kernels.py",
+        "if task > first else call.tiles, call.tiles):\n            tile = tile_before(call, task, part, 3",
+        "if task == first else call.tiles, call.tiles):\n            tile = tile_before(call, task, part, 3",
+        None,
+        ("test_schedules.py::test_schedules_keep_the_bits_of_layer_norm[together-float32-1]",),
+    ),
     # --- layouts ---
     Mutation(
         "last-column",

@@ -20,8 +20,8 @@ from cases import (
     running_statistics,
     type_id,
 )
-from checks import around, assert_same_bits, check_backward, check_evaluation, check_forward
-from nbbn import dispatch
+from checks import around, assert_same_bits, assert_within, check_backward, check_evaluation, check_forward
+from nbbn import dispatch, family
 from nbbn.cpu import plan
 from test_reproducible import THREADS, threads
 
@@ -94,7 +94,8 @@ def schedule(monkeypatch):
         for name, value in constants.items():
             module, constant = name.split(".")
             monkeypatch.setattr({"plan": plan, "functional": nbbn.functional}[module], constant, value)
-        dispatch.find.cache_clear()
+        for cache in (dispatch.find, family._channel_walk, family._row_walk):
+            cache.cache_clear()
 
     yield use
     use({})
@@ -223,3 +224,32 @@ def test_lines_of_the_last_and_the_first_channel(rng, schedule, channels, dtype)
         outs = [out for name, out in results if name == operation]
         for out in outs[1:]:
             assert_same_bits(out, outs[0])
+
+
+@pytest.mark.parametrize("name", ["threads", "streaming_without_cache"])
+def test_masks_where_channels_lie_side_by_side(rng, schedule, name):
+    """Rows of several steps, whose bits are made in one way or another; a share may begin inside of one."""
+    schedule(SCHEDULES[name])
+    for channels in [*range(1, 20), 24, 33, 100, 520]:
+        steps, first = int(rng.integers(33, 400)), int(rng.integers(16))
+        x, grad_out = rng.normal(size=(2, steps, channels)).astype(np.float32)
+        mask = (rng.random((steps, 2)) < 0.6)[:, int(rng.integers(2))]
+        weight = rng.normal(size=channels)
+        out, grad_x, again = (
+            np.full(x.size + 16, np.nan, np.float32)[first : first + x.size].reshape(x.shape)
+            for _ in range(3)
+        )
+        result = nbbn.batch_norm_forward(x, weight, mask=mask, out=out)
+        found = {"mean": result.mean, "invstd": result.invstd}
+        gradients = nbbn.batch_norm_backward(grad_out, x, weight, mask=mask, out=grad_x, **found)
+        assert result.count == mask.sum() and not out[~mask].any() and not grad_x[~mask].any()
+        expected = reference.forward(x[mask], weight, axis=1)
+        assert_within("mean", result.mean[:, None], expected.mean, reference.mean_tolerance(expected))
+        assert_within("out", out[mask].T, expected.out, reference.out_tolerance(expected, x.dtype))
+        expected = reference.backward(grad_out[mask], x[mask], weight, **found, axis=1)
+        assert_within("grad_x", grad_x[mask].T, expected.x, reference.grad_x_tolerance(expected, x.dtype))
+        tolerance = reference.grad_bias_tolerance(expected, x.dtype)
+        assert_within("grad_bias", gradients.bias[:, None], expected.bias, tolerance)
+        nbbn.batch_norm(x, result.mean, result.var, weight, mask=mask, out=again)
+        assert not again[~mask].any()
+        np.testing.assert_allclose(again[mask], out[mask], rtol=1e-5, atol=1e-5)  # of statistics as stored
