@@ -578,6 +578,9 @@ def _share(begin, number, step, job):
         _invoke(kernel, share * tasks // shares, (share + 1) * tasks // shares, call)
 
 
+SHARES = 8  # of each thread: one that wakes late, or whose core does something else, leaves some to others
+
+
 class _ParallelLoop:
     """Numba's threads at work: its own parallel loop, without the passes that make one of a `prange`."""
 
@@ -590,11 +593,11 @@ class _ParallelLoop:
         # 1 array, how many threads); gives up the GIL.
         self._run = self._function(binding.address_of_symbol("numba_parallel_for"))
 
-    def over(self, kernel: int, shares: int, tasks: int, call: int) -> Step:
-        """Return what runs the kernel at an address over so many tasks, in so many shares at once."""
+    def over(self, kernel: int, threads: int, shares: int, tasks: int, call: int) -> Step:
+        """Return what runs the kernel at an address over so many tasks, in shares, on so many threads."""
         numbers = self._numbers(0, shares, 1, kernel, shares, tasks, call)
         at = ctypes.addressof(numbers)
-        return partial(self._run, self._compiled.address, numbers, at + 8, at + 16, at + 24, 0, 1, shares)
+        return partial(self._run, self._compiled.address, numbers, at + 8, at + 16, at + 24, 0, 1, threads)
 
 
 _parallel_loop = functools.cache(_ParallelLoop)
@@ -690,19 +693,21 @@ class _Pool:
         # is killed meanwhile, as workers are, would never give it back.
         return int(numba.np.ufunc.parallel._get_num_threads())
 
-    def run(self, kernel: Entry, shares: int, tasks: int, call: int, *then: Step) -> None:
-        """Run `tasks` tasks of `kernel` in `shares` parallel shares, and `then` some steps, as `in_one`."""
-        if shares == 1 and not then:
+    def run(self, kernel: Entry, threads: int, tasks: int, call: int, *then: Step) -> None:
+        """Run `tasks` tasks of `kernel` on so many threads, and `then` some steps, as `in_one`."""
+        if threads == 1 and not then:
             kernel.run(0, tasks, call)
             return
-        alone = self.layer == "workqueue" and shares > 1
+        alone = self.layer == "workqueue" and threads > 1
         # workqueue aborts the process when two threads enter it.
-        if shares == 1 or (alone and not self._busy.acquire(blocking=False)):
+        if threads == 1 or (alone and not self._busy.acquire(blocking=False)):
             in_one(partial(kernel.run, 0, tasks, call), *then)
             return
         self._users.add(threading.get_ident())
+        # The other layers give each thread its part beforehand.
+        shares = min(tasks, threads * SHARES) if self.layer == "tbb" else threads
         try:
-            in_one(self._parallel().over(kernel.address, shares, tasks, call), *then)
+            in_one(self._parallel().over(kernel.address, threads, shares, tasks, call), *then)
         finally:
             if alone:
                 self._busy.release()

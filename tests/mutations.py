@@ -783,7 +783,7 @@ MUTATIONS = [
         "workqueue",
         "two threads enter workqueue at once",
         "compiler.py",
-        'alone = self.layer == "workqueue" and shares > 1',
+        'alone = self.layer == "workqueue" and threads > 1',
         "alone = False",
         41,
         ("test_processes.py::test_threads_at_once[workqueue]",),

@@ -675,12 +675,12 @@ def test_row_40_every_task_is_done_once(tasks):
     Compared with the same function as Python. For the bits on several threads: test_reproducible.py.
     """
     signature = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3, ctypes.c_void_p)
-    compiler.pool.threads()
+    threads = compiler.pool.threads()
     for shares in range(1, tasks + 1):
         done, expected = [], []
         task = signature(lambda *arguments, done=done: done.append(arguments[:3]))
         at = ctypes.cast(task, ctypes.c_void_p).value
-        compiler._parallel_loop().over(at, shares, tasks, 77)()
+        compiler._parallel_loop().over(at, min(threads, shares), shares, tasks, 77)()
         names = {
             "_number_at": operator.getitem,
             "_invoke": lambda _, *arguments, to=expected: to.append(arguments),

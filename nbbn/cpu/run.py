@@ -185,9 +185,9 @@ class _Call:
 
         And `then` take some steps.
         """
-        shares = min(self.plan.threads if threads is None else threads, tasks)
+        threads = min(self.plan.threads if threads is None else threads, tasks)
         stored = self.plan.plain if plain else self.plan.stored
-        pool.run(entry(kernel, stored), shares, tasks, self._at, *then)
+        pool.run(entry(kernel, stored), threads, tasks, self._at, *then)
 
     def step(self, kernel: str) -> Step:
         """Return what runs the only task of a kernel."""
