@@ -121,13 +121,19 @@ def output(out: Any, x: np.ndarray, replaced: Any = None, **inputs: Any) -> None
         raise ValueError("out must be writable, got a read-only array")
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
+    is_x = _same(array, x)  # and so is an input that lies there, too
     for name, other in {"x": x, "residual": replaced, **inputs}.items():
         if other is None or not overlap(array, other):
             continue
-        in_place = other is x or other is replaced
-        if in_place and array.strides == other.strides and address(array) == address(other):
+        if _same(array, other) and (is_x or other is replaced):
             continue
-        raise ValueError(f"out must not overlap {name}, unless it is {name if in_place else 'x'} itself")
+        itself = name if other is x or other is replaced else "x"
+        raise ValueError(f"out must not overlap {name}, unless it is {itself} itself")
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape have their elements at the same places."""
+    return address(a) == address(b) and a.strides == b.strides
 
 
 def apart(written: dict[str, Any], **read: Any) -> None:

@@ -71,15 +71,9 @@ class BatchStats(NamedTuple):
         if others == 0 or own == 0:
             return self if others == 0 else other
         count = own + others
+        a, b = _widened(self), _widened(other)
         mean, rest, m2 = interpreted(formulas.merge)(
-            float(own),
-            self.mean,
-            0.0,
-            self.var * own,
-            float(others),
-            other.mean,
-            0.0,
-            other.var * others,
+            float(own), a.mean, 0.0, a.var * own, float(others), b.mean, 0.0, b.var * others
         )
         return BatchStats(count, mean + rest, m2 / count)
 
@@ -190,6 +184,12 @@ def on_host(name: str, stats: BatchStats) -> BatchStats:
         return np.array(column, np.float64)
 
     return BatchStats(stats.count, copied("mean", stats.mean), copied("var", stats.var))
+
+
+def _widened(stats: BatchStats) -> BatchStats:
+    """Return statistics whose NumPy arrays are of float64: of 16 bits, a sum of squares could overflow."""
+    mean, var = (np.asarray(a, np.float64) if isinstance(a, np.ndarray) else a for a in stats[1:])
+    return BatchStats(stats.count, mean, var)
 
 
 def _checked_count(name: str, stats: BatchStats) -> int:

@@ -103,7 +103,10 @@ def _out_fault(out, x, others):
         return "out overlaps itself"
     if overlap(out, x) and not same_view(out, x):
         return "out overlaps x"
-    return next((f"out overlaps {name}" for name, other in others.items() if overlap(out, other)), None)
+    in_place = same_view(out, x)
+    overlapped = (name for name, other in others.items() if overlap(out, other))
+    wrong = (f"out overlaps {name}" for name in overlapped if not (in_place and same_view(out, others[name])))
+    return next(wrong, None)
 
 
 def fault(function, arguments):

@@ -87,6 +87,20 @@ def test_in_place_through_another_object(rng):
     assert_same_bits(x, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_in_place_where_x_is_grad_out(rng, training, dtype):
+    """Every input that lies where x does is written over with it."""
+    x = activations(rng, Shape((4, 5, 7, 30)), dtype)
+    arguments = {**statistics_of(x, 1), "training": training}
+    expected = nbbn.batch_norm_backward(x.copy(), x, **arguments)
+    for grad_out, inside, out in [(0, 0, 0), (0, 1, 2), (0, 0, 1)]:
+        views = [x.copy()]
+        views += [views[0][:], views[0][:]]
+        result = nbbn.batch_norm_backward(views[grad_out], views[inside], out=views[out], **arguments)
+        assert_same_bits(tuple(result), tuple(expected))
+
+
 def test_running_update_in_place(rng):
     x = activations(rng, Shape((4, 5, 7)), np.float32)
     one, other = running_statistics(rng, 5), None

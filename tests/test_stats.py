@@ -80,6 +80,16 @@ def test_merge_in_any_order():
         assert abs(merged.var[0] - 21) <= 21 * 8 * unit(np.float64)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32], ids=type_id)
+def test_merge_of_narrow_columns(dtype):
+    """count · var, and m2 of both, are beyond 16 bits; and the result is in float64."""
+    narrow = nbbn.BatchStats(40_000, np.array([1.0], dtype), np.array([4.0], dtype))
+    wide = nbbn.BatchStats(40_000, np.array([3.0]), np.array([4.0]))
+    for merged in (narrow.merge(wide), wide.merge(narrow), narrow.merge(narrow._replace(mean=wide.mean))):
+        assert (merged.count, merged.mean.tolist(), merged.var.tolist()) == (80_000, [2.0], [5.0])
+        assert merged.mean.dtype == merged.var.dtype == np.float64
+
+
 def test_a_constant_stays_a_constant():
     parts = [of(np.full((n, 2), 0.1, np.float32)) for n in (2, 3, 1000)]
     merged = parts[0].merge(parts[1]).merge(parts[2])
