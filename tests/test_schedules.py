@@ -47,6 +47,12 @@ SCHEDULES = {
         "plan.SMALL_BYTES": 1 << 62,
         "plan.L2_BYTES": 1 << 62,
     },
+    "together_streaming": {
+        "functional.SERIAL_ELEMENTS": 0,
+        "plan.TASKS": 0,
+        "plan.L2_BYTES": 1 << 62,
+        "plan.STREAM_BYTES": 0,
+    },
     "short_slabs": {"functional.SERIAL_ELEMENTS": 0, "plan.SLAB_ROWS": 1},
     "streaming_without_cache": {
         "functional.SERIAL_ELEMENTS": 0,
@@ -173,6 +179,40 @@ def test_schedules_keep_the_bits_of_layer_norm(rng, schedule, threads, name, dty
     assert_same_bits(nbbn.layer_norm_forward(x, shape, weight, bias, out=out), expected)
     out = np.full_like(x, np.nan)
     assert_same_bits(nbbn.layer_norm_backward(grad_out, x, shape, weight, **given, out=out), gradients)
+
+
+@pytest.mark.parametrize("number", THREADS)
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=type_id)
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "instance_norm", "group_norm"])
+def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
+    """Several long channels make a tile, at whose borders a line of memory, or a vector, is of both.
+
+    One thread writes a tile while it looks at the next one.
+    """
+    threads(number)
+    forward, backward = (getattr(nbbn, f"{norm}_{way}") for way in ("forward", "backward"))
+    for inner in (128, 131, 260, 515):
+        along = norm in ("layer_norm", "rms_norm")
+        x = activations(rng, Shape((37, inner) if along else (5, 12, inner)), dtype, offset=1)
+        grad_out = activations(rng, Shape(x.shape), dtype)
+        which = {"layer_norm": (inner,), "rms_norm": (inner,), "group_norm": (4,), "instance_norm": ()}[norm]
+        weight, bias = rng.normal(size=(2, inner if along else 12))
+        affine = (weight,) if norm == "rms_norm" else (weight, bias)
+        given = ("invstd",) if norm == "rms_norm" else ("mean", "invstd")
+        expected = []
+        for name in ("no_cache", "together", "together_streaming"):
+            schedule(SCHEDULES[name])
+            for first in (0, 3, 11):
+                out, grad_x = (
+                    np.full(x.size + 16, np.nan, dtype)[first : first + x.size].reshape(x.shape)
+                    for _ in range(2)
+                )
+                result = forward(x, *which, *affine, out=out)
+                found = {field: getattr(result, field) for field in given}
+                gradients = backward(grad_out, x, *which, weight, **found, out=grad_x)
+                actual = tuple(map(np.copy, (*result[:-1], *(g for g in gradients if g is not None))))
+                expected = expected or actual
+                assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)

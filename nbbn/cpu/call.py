@@ -109,7 +109,8 @@ PLAN = [
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for
     ("stream", _WORD),  # 1: write out past the caches
     ("stream_planes", _WORD),  # 1: so does `normalize_planes`
-    ("period", _WORD),  # columns after which the tables of `normalize_columns` begin again
+    ("once", _WORD),  # columns after which channels that lie side by side begin a vector again
+    ("period", _WORD),  # a multiple, after which the tables of `normalize_columns` begin again
 ]
 
 CALL = np.dtype(ARGUMENTS + ROOMS + PLAN)

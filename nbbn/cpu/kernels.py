@@ -654,17 +654,14 @@ def repeated_tables(call, number, repeated, real):
     tables = pointer(call.tables, real)
     if call.period == call.channels:
         return tables, call.room
-    once = call.channels  # until they are a whole number of vectors
-    while once % LANES != 0:
-        once += call.channels
     for k in range(number):
         table = after(repeated, k * ROOM)
         c = 0
-        for column in range(once):
+        for column in range(call.once):
             table[column] = tables[k * call.room + c]
             c = 0 if c + 1 == call.channels else c + 1
-        for column in range(once, call.period + LANES, LANES):
-            store(table, column, load(table, column - once))
+        for column in range(call.once, call.period + LANES, LANES):
+            store(table, column, load(table, column - call.once))
     return repeated, ROOM
 
 

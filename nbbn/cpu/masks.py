@@ -77,20 +77,6 @@ def _noted_bits(rows, k, bits_mask, stored):
     return lambda rows, k, bits_mask, stored: ()
 
 
-def step_bits(call, step, stored):
-    """Return the same as `row_bits` of an outer step, which may be one of several in a row."""
-    raise NotImplementedError("exists in compiled code only")
-
-
-@by_type(step_bits)
-def _step_bits(call, step, stored):
-    def of_step(call, step, stored):
-        at, bits_mask, _ = row_bits(call, step // call.fold * call.pieces, stored)
-        return at, bits_mask, -(step % call.fold * call.channels * call.inner)
-
-    return of_step if way_of(stored).masked else (lambda call, step, stored: ())
-
-
 def run_from(call, step, stored):
     """Return which row a run that begins with an outer step begins in, and after how many steps of it."""
     raise NotImplementedError("exists in compiled code only")
@@ -101,6 +87,21 @@ def _run_from(call, step, stored):
     if way_of(stored).masked:
         return lambda call, step, stored: (step // call.fold, step % call.fold)
     return lambda call, step, stored: (0, 0)
+
+
+def step_bits(call, step, stored):
+    """Return the same as `row_bits` of an outer step, which may be one of several in a row."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(step_bits)
+def _step_bits(call, step, stored):
+    def of_step(call, step, stored):
+        number, into = run_from(call, step, stored)
+        at, bits_mask, _ = row_bits(call, number * call.pieces, stored)
+        return at, bits_mask, -(into * call.channels * call.inner)
+
+    return of_step if way_of(stored).masked else (lambda call, step, stored: ())
 
 
 def run_end(call, start, last, stored):

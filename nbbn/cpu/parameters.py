@@ -182,6 +182,19 @@ def _beside(call, row, stored):
     return columns if way_of(stored).parameters == ALONG else (lambda call, row, stored: ())
 
 
+def begun_at(row, first):
+    """Return what the results of a row are computed from where its weights and biases begin at a column."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(begun_at)
+def _begun_at(row, first):
+    def there(row, first):
+        return row[:WEIGHTS] + (after(row[WEIGHTS], -first), after(row[BIASES], -first))
+
+    return there if len(row) > WEIGHTS else (lambda row, first: row)
+
+
 def note_beside(call, rows, numbers, k, row, stored):
     """Note for the sums of a backward pass what row k of those that are read at once is read beside.
 
@@ -203,6 +216,23 @@ def _note_beside(call, rows, numbers, k, row, stored):
         pass
 
     return {ALONG: weights, ACROSS: statistics}.get(way_of(stored).parameters, nothing)
+
+
+def pass_channel(call, rows, k, stored):
+    """Note that the weights beside row k begin again behind a channel."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(pass_channel)
+def _pass_channel(call, rows, k, stored):
+    def begin_again(call, rows, k, stored):
+        weights = pointer(rows[ROWS + k], wide(stored))
+        rows[ROWS + k] = address(after(weights, -call.inner))
+
+    def nothing(call, rows, k, stored):
+        pass
+
+    return begin_again if way_of(stored).parameters == ALONG else nothing
 
 
 def weighted(rows, k, j, grad_out, stored):

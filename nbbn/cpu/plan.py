@@ -23,6 +23,7 @@ PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to two thirds
 SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SHORTEST_COLUMNS = 128  # the same in columns, where that is all there is to choose
 OWN_COLUMNS = 128  # a channel that is as long as this is summed by itself, into LANES sums
+FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
 SMALL_BYTES = 1 << 20  # what is no larger is not worth starting the threads for several times
 TASKS = 4  # of every thread at least, where there is a choice
 SLAB_ROWS = 16  # written together
@@ -133,6 +134,11 @@ def _joined(layout: Layout, geometry: Geometry, size: int) -> bool:
     return inner and (geometry.channels == 1 or layout.channel == geometry.inner * size)
 
 
+def _follow(geometry: Geometry, operands: "Operands", size: int) -> bool:
+    """Whether channels follow each other in memory, in all arrays."""
+    return all(_joined(layout, geometry, size) for layout in operands.layouts[:5])
+
+
 def _piece(inner: int, size: int) -> int:
     """Return the length of the pieces that an inner dimension is cut into: equal, if that can be."""
     least = -(-inner // columns_of(size))
@@ -213,6 +219,8 @@ class Plan:
         beside = 2 * max(size, FLOAT32_BYTES) * geometry.inner
         if form.along and not backward and beside >= L2_BYTES // 2:
             self.resident = False
+        if self.resident and _follow(geometry, operands, size):
+            self.group = max(self.group, self._several(geometry, tiling, form, size, element))
         tiles = 1
         if form.pool > 1:
             whole = element * self.count * form.pool
@@ -231,8 +239,9 @@ class Plan:
         self.along_at = self.words
         self.along_room = 0
         if form.along:
-            columns = tiling.pieces * tiling.width if self.group == 1 else self.group * geometry.inner
-            self.along_room = _up(columns, LANES) + LANES
+            together = self.group if geometry.inner < OWN_COLUMNS else 1
+            columns = tiling.pieces * tiling.width if together == 1 else together * geometry.inner
+            self.along_room = _up(columns, LANES) + 2 * LANES  # they begin again behind a channel
             self.words += 2 * self.along_room + LANES
         self.rows = tiling.rows
         self.bits_at = self.words
@@ -271,8 +280,8 @@ class Plan:
             and _joined(second, geometry, size)
         )
         row = self.channels * size
-        period = self.channels * (LANES // math.gcd(LANES, self.channels))
-        period *= max(1, SHARED_COLUMNS // period)  # to begin again seldom
+        once = self.channels * (LANES // math.gcd(LANES, self.channels))
+        period = once * max(1, SHARED_COLUMNS // once)  # to begin again seldom
         self.by_columns = (
             geometry.inner == 1
             and not (form.along or across)
@@ -320,6 +329,7 @@ class Plan:
             self._ahead(geometry, size),
             int(large),
             int(out_bytes >= STREAM_PLANES_BYTES),
+            once,
             period,
         ]
         self.record = struct.pack(f"d{len(fields)}q", 1.0, *fields)
@@ -368,6 +378,19 @@ class Plan:
         tiles = next(tiles for tiles in range(-(-pool // self.group), pool + 1) if pool % tiles == 0)
         fits = nbytes <= L2_BYTES // 2 or 2 * nbytes * self.threads <= L3_BYTES * 3 // 4
         return pool // tiles, tiles, self.threads == 1 or (fits and self.sets >= self.threads)
+
+    def _several(self, geometry: Geometry, tiling: Tiling, form: Form, size: int, element: int) -> int:
+        """Return how many long channels make a tile, where they are of few values each; or 0.
+
+        What is done for a tile, in as many lanes as there are, takes as long as to look at 500 columns.
+        """
+        values = tiling.outer * geometry.inner
+        if tiling.pieces > 1 or not OWN_COLUMNS <= geometry.inner <= values <= FEW_VALUES or form.masked:
+            return 0
+        line = in_line_of(size)
+        group = _up(max(LANES, line // math.gcd(line, geometry.inner)), form.pool)
+        fits = group * LANES <= SHARED_COLUMNS and group * element * values <= L2_BYTES // 4
+        return group if fits and self.channels >= TASKS * group * self.threads else 0
 
     def _together(self, slice_bytes: int) -> int:
         """Return how many short channels are finished together, in as many lanes as there are."""

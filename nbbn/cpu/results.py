@@ -32,6 +32,7 @@ from nbbn.cpu.masks import (
 from nbbn.cpu.parameters import (
     FLOAT32_BYTES,
     WEIGHTS,
+    begun_at,
     finished,
     part_in_doubt,
     precisely_finished,
@@ -42,7 +43,6 @@ from nbbn.cpu.rows import (
     AHEAD,
     ROOM,
     extent,
-    fill,
     locate,
     row_address,
     row_of,
@@ -94,10 +94,8 @@ class Lines(NamedTuple):
         The row that they are of.
     end : int
         The column after the last one.
-    same : int
-        That after the last one of the channel that the first one is of, if channels are long.
     read, numbers
-        What the results are computed from, and what with, up to there.
+        What the results are computed from; and what with, those of a long channel.
     place
         The channels, see `precise_normalized`.
     streaming : bool
@@ -106,7 +104,6 @@ class Lines(NamedTuple):
 
     out: Any
     end: Any
-    same: Any
     read: Any
     numbers: Any
     place: Any
@@ -148,23 +145,46 @@ class Work(NamedTuple):
 def tile_of(call, channel, group, number, spread, real):
     """Return a tile that is ready to be written.
 
-    That is its first channel, how many it has, and the tables of what its columns are written with:
-    their address, how far apart they lie, and what a column's index is masked with. They are spread
-    over the columns, into `spread`; where all columns are of one channel, over LANES of them.
+    That is its first channel, how many it has, and the tables of what its columns are written with, made in
+    `spread`: their address, how far apart they lie, and how long the channels are that have LANES places in
+    each of them; 0: each column has a place. See `table_at`.
     """
     tables = after(pointer(call.tables, real), channel)
     room = call.room
     width = min(call.width, call.inner)
     if width == 1 and call.fold == 1:
-        return channel, group, tables, room, -1
-    single = group == 1 and call.fold == 1
+        return channel, group, tables, room, plain(0)
+    long = width if call.single == 1 or (group == 1 and call.fold == 1) else plain(0)
+    places = plain(LANES) if long > 0 else width
     for k in range(number):
-        to = after(spread, k * ROOM)
-        if single:
-            fill(to, plain(LANES), tables[k * room])
-        else:
-            to_columns(call, group, width, after(tables, k * room), to)
-    return channel, group, spread, ROOM, 0 if single else -1
+        to_columns(call, group, places, after(tables, k * room), after(spread, k * ROOM))
+    return channel, group, spread, ROOM, long
+
+
+@loop
+def channel_of(tile, j):
+    """Return which of the long channels of a tile column j is of."""
+    return plain(0) if tile[1] == 1 else j // tile[4]
+
+
+@loop
+def border_at(place, j, last):
+    """Return where in a tile's tables the numbers of the columns j … are, near the end of a long channel.
+
+    The channel ends with column last - 1, and its numbers are at `place`. A vector that it shares with the
+    next one has some of both, which lie side by side.
+    """
+    return place + min(LANES, max(0, j + LANES - last))
+
+
+@loop
+def table_at(tile, j):
+    """Return where in a tile's tables the numbers of the columns j … are."""
+    long = tile[4]
+    if long == 0:
+        return j
+    channel = channel_of(tile, j)
+    return border_at(channel * LANES, j, (channel + 1) * long)
 
 
 def unrounded(row):
@@ -442,42 +462,43 @@ def _write_part(name, ask, numbers_at, value, write_line):
         Where lines are streamed, both ends are moved on to where the next line begins. The numbers stay
         in registers for as long as the columns are those of one channel.
         """
-        channel, group, tables, room, mask = tile
+        channel, group, tables, room, long = tile
         place = channel, group, min(call.width, call.inner)
         j = first
         end = min(last, count)
-        c = j & mask
-        numbers = numbers_at(row, tables, c, room)
         line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
         if streaming:
             j = min(line_from(out, first), count)
             for k in range(0, j if first == 0 else 0, LANES):
                 here = min(LANES, j - k)
-                beginning = value(call, place, row, k, k + here, numbers_at(row, tables, k & mask, room))
-                store_first(out, k, beginning, here)
+                numbers = numbers_at(row, tables, table_at(tile, k), room)
+                store_first(out, k, value(call, place, row, k, k + here, numbers), here)
             if last < count:
                 end = min(line_from(out, last), count)
-        if mask == 0:
-            while j + line <= end:
-                ask(row, j)
-                write_line(call, place, out, row, j, numbers, numbers, streaming)
-                j += line
+        its = row
         while j < end:
+            numbers = numbers_at(row, tables, table_at(tile, j), room)
+            if long > 0:
+                its_first = channel_of(tile, j) * long
+                its = begun_at(row, its_first)
+                same = min(end, its_first + long)
+                while j + line <= same:
+                    ask(row, j)
+                    write_line(call, place, out, its, j, numbers, numbers, streaming)
+                    j += line
+                if j == end:
+                    break
+                numbers = numbers_at(row, tables, table_at(tile, j), room)
             ask(row, j)
-            if c != j & mask:
-                c = j & mask
-                numbers = numbers_at(row, tables, c, room)
             if j + line <= end:
-                then = numbers_at(row, tables, c + LANES, room)
-                write_line(call, place, out, row, j, numbers, then, streaming)
+                then = numbers_at(row, tables, table_at(tile, j + LANES), room)
+                write_line(call, place, out, its, j, numbers, then, streaming)
                 j += line
-                continue
-            if j + LANES > end:
-                store_first(out, j, value(call, place, row, j, end, numbers), end - j)
             else:
-                store(out, j, value(call, place, row, j, j + LANES, numbers))
-            j += LANES
+                here = min(LANES, end - j)
+                store_first(out, j, value(call, place, its, j, j + here, numbers), here)
+                j += here
 
     return write_part
 
@@ -486,46 +507,50 @@ def _write_run(name, ask, numbers_at, value, write_line):
     """Return a loop that writes many rows that follow each other in memory, as one."""
 
     @variant(name)
+    def write_from(call, out, row, j, last, tables, streaming):
+        """Write the columns j … last - 1 of a run; the tables begin with those of column j."""
+        tables, room = tables
+        place = plain(0), call.channels, plain(1)
+        period = call.period
+        line = line_of(out)
+        begin = min(last, line_from(out, j)) if streaming else j  # of the first whole line
+        c = 0
+        while j < last:
+            end = begin if j < begin else last
+            stop = min(end - line + 1, j + period - c)  # up to where the tables begin again
+            while j < stop:
+                ask(row, j)
+                other = c + LANES - period if c + LANES >= period else c + LANES
+                numbers, then = numbers_at(row, tables, c, room), numbers_at(row, tables, other, room)
+                write_line(call, place, out, row, j, numbers, then, streaming)
+                j += line
+                c += line
+            if c < period and j < end:
+                here = min(LANES, end - j)
+                numbers = numbers_at(row, tables, c, room)
+                store_first(out, j, value(call, place, row, j, j + here, numbers), here)
+                j += here
+                c += here
+            while c >= period:
+                c -= period
+
+    @variant(name)
     def write_run(call, first, last, tables, streaming, stored):
         """Write the outer steps first … last - 1; the tables begin again after call.period columns.
 
         They are those and how far apart they lie.
         """
-        tables, room = tables
-        place = plain(0), call.channels, plain(1)
-        period = call.period
         out = pointer(call.out, stored)
         x, second = pointer(call.x, stored), pointer(call.second, stored)
-        line = line_of(out)
         streaming = streaming and address(out) % size_of(out) == 0
         step = first
         number, into = run_from(call, step, stored)
         while step < last:
             start = step - into
             until = run_end(call, start, last, stored)
-            j, last_column = step * call.channels, until * call.channels
             row = operands(call, second, x, row_bits(call, number, stored), 0, stored)
             row = repeated_after(row, start * call.channels)
-            c = 0
-            begin = min(last_column, line_from(out, j)) if streaming else j  # of the first whole line
-            while j < last_column:
-                end = begin if j < begin else last_column
-                stop = min(end - line + 1, j + period - c)  # up to where the tables begin again
-                while j < stop:
-                    ask(row, j)
-                    then = c + LANES - period if c + LANES >= period else c + LANES
-                    numbers, then = numbers_at(row, tables, c, room), numbers_at(row, tables, then, room)
-                    write_line(call, place, out, row, j, numbers, then, streaming)
-                    j += line
-                    c += line
-                if c < period and j < end:
-                    here = min(LANES, end - j)
-                    numbers = numbers_at(row, tables, c, room)
-                    store_first(out, j, value(call, place, row, j, j + here, numbers), here)
-                    j += here
-                    c += here
-                while c >= period:
-                    c -= period
+            write_from(call, out, row, step * call.channels, until * call.channels, tables, streaming)
             step = until
             number += 1
             into = 0
@@ -582,39 +607,70 @@ def _write_lines(name, reads, numbers_at, write_line):
     """
 
     @variant(name)
-    def lines_of(work, rows, k, first, last, stored):
+    def lines_of(work, rows, k, first, last, base, stored):
         """Return the lines of a row that begin before column `last`; the next begins at `first` or later.
 
-        Long channels come one at a time.
+        Long channels come one at a time, without a line that two of them share; `base` is where the numbers
+        of this one are in the tables.
         """
         in_line()
         call, out, begin = work.call, pointer(work.outs[k], stored), work.begins[k]
-        channel, group, tables, room, mask = work.tile
+        channel, group, tables, room, long = work.tile
         line = line_of(out)
         end = min(work.ends[k], begin + -(-last // line) * line)
         read = operands_of(work, rows, reads, k, stored)
-        numbers = numbers_at(read, tables, first & mask, room)
-        same = end if mask == 0 else last if call.single == 1 else plain(0)
+        if long > 0 and group > 1:
+            read = begun_at(read, first)
+            end = min(end, begin + (last - begin) // line * line)
+        c = plain(0)
+        if group > 0:
+            c = base if long > 0 else first
+        numbers = numbers_at(read, tables, c, room)
         place = channel, group, min(call.width, call.inner)
-        return Lines(out, end, same, read, numbers, place, call.stream == 1)
+        return Lines(out, end, read, numbers, place, call.stream == 1)
 
     @variant(name)
     def write_lines(work, lines, j, end, stored):
-        """Write those from column j on that begin before column `end`; return where the next one begins."""
+        """Write those of one channel from column j on that begin before column `end`.
+
+        Return where the next one begins.
+        """
         in_line()
-        _, _, tables, room, _ = work.tile
-        line = line_of(lines.out)
-        end = min(end, lines.end)
+        end, numbers = min(end, lines.end), lines.numbers
         while j < end:
+            write_line(work.call, lines.place, lines.out, lines.read, j, numbers, numbers, lines.streaming)
+            j += line_of(lines.out)
+        return j
+
+    @variant(name)
+    def write_border(work, rows, k, first, last, base, stored):
+        """Write the line of a row that a long channel, the columns first … last - 1, shares, if it does."""
+        j, out = work.written[k], pointer(work.outs[k], stored)
+        if j >= min(last, work.ends[k]):
+            return
+        channel, group, tables, room, _ = work.tile
+        place = channel, group, min(work.call.width, work.call.inner)
+        read = begun_at(operands_of(work, rows, reads, k, stored), first)
+        numbers = numbers_at(read, tables, border_at(base, j, last), room)
+        then = numbers_at(read, tables, border_at(base, j + LANES, last), room)
+        write_line(work.call, place, out, read, j, numbers, then, work.call.stream == 1)
+        work.written[k] = j + line_of(out)
+
+    @variant(name)
+    def write_columns(work, lines, j, stored):
+        """Write all from column j on, of columns with numbers of their own; return where the next begins."""
+        in_line()
+        _, _, tables, room, long = work.tile
+        while j < lines.end:
             numbers, then = lines.numbers, lines.numbers
-            if j + line > lines.same:
+            if long == 0:
                 numbers = numbers_at(lines.read, tables, j, room)
                 then = numbers_at(lines.read, tables, j + LANES, room)
             write_line(work.call, lines.place, lines.out, lines.read, j, numbers, then, lines.streaming)
-            j += line
+            j += line_of(lines.out)
         return j
 
-    return lines_of, write_lines
+    return lines_of, write_lines, write_border, write_columns
 
 
 normalized_at, write_normalized = _results(normalized_columns, precise_normalized, activated, activated_aside)
@@ -631,5 +687,9 @@ write_constant_rows = _write_rows("constant", 2, _write_constant_part)
 write_normalized_run = _write_run("normalized", ask_for_x, tables_of_x, normalized_at, write_normalized)
 write_gradient_run = _write_run("gradient", ask_for_both, tables_of_gradient, _gradient_at, _write_gradient)
 write_constant_run = _write_run("constant", ask_for_both, tables_of_constant, _constant_at, _write_constant)
-normalized_lines, write_normalized_lines = _write_lines("normalized", 1, tables_of_x, write_normalized)
-gradient_lines, write_gradient_lines = _write_lines("gradient", 2, tables_of_gradient, _write_gradient)
+normalized_lines, write_normalized_lines, write_normalized_border, write_normalized_columns = _write_lines(
+    "normalized", 1, tables_of_x, write_normalized
+)
+gradient_lines, write_gradient_lines, write_gradient_border, write_gradient_columns = _write_lines(
+    "gradient", 2, tables_of_gradient, _write_gradient
+)

@@ -9,16 +9,20 @@ import numpy as np
 from nbbn.compiler import in_line, loop, variant
 from nbbn.cpu.fused import keep_residual, normalizing, note_residual, with_residual
 from nbbn.cpu.masks import lanes, note_bits, noted_bits, row_bits
-from nbbn.cpu.parameters import NOTED, ROWS, note_beside
+from nbbn.cpu.parameters import NOTED, ROWS, note_beside, pass_channel
 from nbbn.cpu.results import (
     Work,
     gradient_lines,
     normalized_lines,
     operands_of,
     whole_lines,
+    write_gradient_border,
+    write_gradient_columns,
     write_gradient_lines,
     write_gradient_part,
     write_gradient_rows,
+    write_normalized_border,
+    write_normalized_columns,
     write_normalized_lines,
     write_normalized_part,
     write_normalized_rows,
@@ -81,7 +85,7 @@ def look_at_channel(rows, number, first, last, state, base, work, stored):
             summed = 0
         summed += last - first
         row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-        lines = normalized_lines(work, rows, k, first, last, stored)
+        lines = normalized_lines(work, rows, k, first, last, base, stored)
         at = work.written[k]
         j = first
         while j < last:
@@ -147,7 +151,7 @@ def multiply_channel(rows, number, first, last, state, base, work, stored):
     here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
     for k in range(number):
         dy, x = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
-        lines = gradient_lines(work, rows, k, first, last, stored)
+        lines = gradient_lines(work, rows, k, first, last, base, stored)
         at = work.written[k]
         j = first
         while j + 2 * LANES <= last:
@@ -195,7 +199,7 @@ def multiply_columns(rows, number, j, last, state, base, stored):
     return min(last, j + LANES)
 
 
-def _look(name, look_at_channel, look_at_columns, lines_of, write_lines):
+def _look(name, look_at_channel, look_at_columns, lines_of, write_columns):
     """Return a loop over some columns of a few rows, which writes what there is to be meanwhile."""
 
     @variant(name)
@@ -213,8 +217,8 @@ def _look(name, look_at_channel, look_at_columns, lines_of, write_lines):
         while j < last:
             begin, j = j, look_at_columns(rows, number, j, last, state, base, stored)
             if work.tile[1] > 0:
-                lines = lines_of(work, rows, k, begin, j, stored)
-                work.written[k] = write_lines(work, lines, work.written[k], lines.end, stored)
+                lines = lines_of(work, rows, k, begin, j, base, stored)
+                work.written[k] = write_columns(work, lines, work.written[k], stored)
                 k = 0 if k + 1 == number else k + 1
 
     return look
@@ -271,7 +275,7 @@ def ask_for_ends(at, size, begins, ends):
         ask_to_write(at + size)
 
 
-def _down(name, reads, look, write_part, write_rows):
+def _down(name, reads, look, write_border, write_part, write_rows):
     """Return a loop over the rows of a tile that looks at them, and writes those of another one."""
 
     @variant(name)
@@ -340,7 +344,12 @@ def _down(name, reads, look, write_part, write_rows):
             for part in range(-(-columns // span)):
                 begin = part * span
                 end = min(begin + span, columns)
-                look(rows, number, begin, end, state, part * LANES if apiece else 0, mask, work, stored)
+                base = part * LANES if apiece else 0
+                look(rows, number, begin, end, state, base, mask, work, stored)
+                for k in range(number if apiece else 0):
+                    write_border(work, rows, k, begin, end, base, stored)
+                    if reads > 1:
+                        pass_channel(call, rows, reads * k, stored)
             for k in range(number if direct else 0):
                 out, count = pointer(outs[k], stored), max(width * tile[1], ends[k])
                 read = operands_of(work, rows, reads, k, stored)
@@ -361,7 +370,11 @@ def _down(name, reads, look, write_part, write_rows):
     return down
 
 
-_look_at_rows = _look("forward", look_at_channel, look_at_columns, normalized_lines, write_normalized_lines)
-_multiply_rows = _look("backward", multiply_channel, multiply_columns, gradient_lines, write_gradient_lines)
-look_down = _down("forward", 1, _look_at_rows, write_normalized_part, write_normalized_rows)
-look_down_both = _down("backward", 2, _multiply_rows, write_gradient_part, write_gradient_rows)
+_look_at_rows = _look("forward", look_at_channel, look_at_columns, normalized_lines, write_normalized_columns)
+_multiply_rows = _look("backward", multiply_channel, multiply_columns, gradient_lines, write_gradient_columns)
+look_down = _down(
+    "forward", 1, _look_at_rows, write_normalized_border, write_normalized_part, write_normalized_rows
+)
+look_down_both = _down(
+    "backward", 2, _multiply_rows, write_gradient_border, write_gradient_part, write_gradient_rows
+)
