@@ -110,15 +110,15 @@ SIXTEEN = {
 }
 COUNTING = (kernels.collect, kernels.forward, kernels.finish_stats)
 FINISHING = (kernels.finish_stats, kernels.finish_backward)
-# Of each way of a kernel, float32 in vectors, another type in vectors, and elements of one type are compiled
-# in every run; the others, which differ from these in a few instructions, in a long one.
-OTHERS = [FLOAT64, FLOAT16, BFLOAT16]
+# Of each way of a kernel, float32 in vectors and one other case are compiled in every run; the rest, which
+# differ from these in a few instructions, in a long one.
+OTHERS = [(False, FLOAT32), (True, FLOAT64), (True, FLOAT16), (False, FLOAT64), (True, BFLOAT16)]
 
 
 def marks(number, way, vectors, storage):
     """Return how the case of a type and a width in way `number` of all kernels is marked."""
-    others = [other for other in OTHERS if way in SIXTEEN.get(other, SHAPES)]
-    short = {(True, FLOAT32), (True, others[number % len(others)]), (False, (FLOAT32, FLOAT64)[number % 2])}
+    others = [other for other in OTHERS if way in SIXTEEN.get(other[1], SHAPES)]
+    short = {(True, FLOAT32), others[number % len(others)]}
     return () if (vectors, storage) in short else pytest.mark.slow
 
 
