@@ -50,6 +50,7 @@ SCHEDULES = {
     "together_streaming": {
         "functional.SERIAL_ELEMENTS": 0,
         "plan.TASKS": 0,
+        "plan.SMALL_BYTES": 1 << 62,
         "plan.L2_BYTES": 1 << 62,
         "plan.STREAM_BYTES": 0,
     },
