@@ -62,6 +62,13 @@ def bfloat16_as_float32(values: np.ndarray) -> np.ndarray:
     return (values.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def widened(values: np.ndarray) -> np.ndarray:
+    """Return values of a supported type in float64, which has them all."""
+    if storage_of(values.dtype) is BFLOAT16:
+        values = bfloat16_as_float32(values)
+    return np.asarray(values.astype(np.float64))
+
+
 def named(dtype: object) -> Storage | None:
     """Return the same for anything that NumPy takes for a dtype, and for "bfloat16"."""
     if isinstance(dtype, str) and dtype == BFLOAT16.name:

@@ -6,7 +6,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import checked
-from nbbn.dtypes import BFLOAT16, bfloat16_as_float32, storage_of
+from nbbn.dtypes import BFLOAT16, storage_of, widened
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Array, Place, place
 from nbbn.module import BatchNorm
@@ -120,8 +120,8 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
     with np.errstate(all="ignore"):  # NaN and infinity go their way, as they do in evaluation
         mean, var, gamma, beta = _statistics_and_parameters(bn)
         scale = gamma / np.sqrt(var + bn.eps)
-        shift = (0.0 if own_bias is None else _widened(own_bias)) - mean
-        product = _widened(view) * _along(scale, view.shape, axis % view.ndim, groups)
+        shift = (0.0 if own_bias is None else widened(own_bias)) - mean
+        product = widened(view) * _along(scale, view.shape, axis % view.ndim, groups)
         return Folded(
             _result(here, view, product),
             _result(here, np.empty(channels, view.dtype), shift * scale + beta),
@@ -130,7 +130,7 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
 
 def _statistics_and_parameters(bn: BatchNorm) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return running_mean, running_var, weight and bias of a module in float64."""
-    state = {name: _widened(column) for name, column in bn.state_dict().items() if column.ndim}
+    state = {name: widened(column) for name, column in bn.state_dict().items() if column.ndim}
     ones, zeros = np.ones(bn.num_features), np.zeros(bn.num_features)
     return state["running_mean"], state["running_var"], state.get("weight", ones), state.get("bias", zeros)
 
@@ -169,13 +169,6 @@ def _along(scale: np.ndarray, shape: tuple[int, ...], axis: int, groups: int) ->
         return scale.reshape(lengths)
     lengths[0] = shape[0]
     return np.repeat(scale.reshape(groups, -1), shape[0] // groups, axis=0).reshape(lengths)
-
-
-def _widened(values: np.ndarray) -> np.ndarray:
-    """Return values of a supported type in float64, which has them all."""
-    if storage_of(values.dtype) is BFLOAT16:
-        values = bfloat16_as_float32(values)
-    return np.asarray(values.astype(np.float64))
 
 
 def _result(here: Place, like: np.ndarray, values: np.ndarray) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from nbbn import arrays, formulas
 from nbbn.columns import columns_on
 from nbbn.compiler import interpreted
+from nbbn.dtypes import widened
 from nbbn.frameworks import CPU, Array, framework_of
 
 
@@ -188,7 +189,7 @@ def on_host(name: str, stats: BatchStats) -> BatchStats:
 
 def _widened(stats: BatchStats) -> BatchStats:
     """Return statistics whose NumPy arrays are of float64: of 16 bits, a sum of squares could overflow."""
-    mean, var = (np.asarray(a, np.float64) if isinstance(a, np.ndarray) else a for a in stats[1:])
+    mean, var = (widened(a) if isinstance(a, np.ndarray) else a for a in stats[1:])
     return BatchStats(stats.count, mean, var)
 
 

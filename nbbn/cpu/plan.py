@@ -135,7 +135,7 @@ def _joined(layout: Layout, geometry: Geometry, size: int) -> bool:
 
 
 def _follow(geometry: Geometry, operands: "Operands", size: int) -> bool:
-    """Whether channels follow each other in memory, in all arrays."""
+    """Whether channels follow each other in memory, in all arrays but the mask."""
     return all(_joined(layout, geometry, size) for layout in operands.layouts[:5])
 
 
@@ -389,14 +389,15 @@ class Plan:
             return 0
         line = in_line_of(size)
         group = _up(max(LANES, line // math.gcd(line, geometry.inner)), form.pool)
-        fits = group * LANES <= SHARED_COLUMNS and group * element * values <= L2_BYTES // 4
-        return group if fits and self.channels >= TASKS * group * self.threads else 0
+        return group if group * LANES <= SHARED_COLUMNS and self._few(group, element * values) else 0
 
     def _together(self, slice_bytes: int) -> int:
         """Return how many short channels are finished together, in as many lanes as there are."""
-        if LANES * slice_bytes > L2_BYTES // 4 or self.channels < TASKS * LANES * self.threads:
-            return 1
-        return LANES
+        return LANES if self._few(LANES, slice_bytes) else 1
+
+    def _few(self, number: int, slice_bytes: int) -> bool:
+        """Whether so many channels of so many bytes stay in L2, and leave tasks for all threads."""
+        return number * slice_bytes <= L2_BYTES // 4 and self.channels >= TASKS * number * self.threads
 
     def _ahead(self, geometry: Geometry, size: int) -> int:
         """Return how far ahead memory is asked for; from row to row where rows are short and far apart."""

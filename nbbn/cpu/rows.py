@@ -7,9 +7,9 @@ from numba.extending import intrinsic
 from nbbn.compiler import loop, out_of_line
 from nbbn.cpu.simd import LANES, after, load, load_first, on_stack, pointer, splat, store
 
-COLUMNS = 1024  # a row is at most this long
-HALF_COLUMNS = 2 * COLUMNS  # the same of elements of 16 bits
-SHARED_COLUMNS = 512  # where several channels share it: their sums must stay in L1
+COLUMNS = 1024  # a row is at most this long, of each channel where several long ones share it;
+HALF_COLUMNS = 2 * COLUMNS  # the same of elements of 16 bits;
+SHARED_COLUMNS = 512  # where several shorter ones do: their sums must stay in L1
 ROOM = HALF_COLUMNS + LANES  # for a number of each column; vectors may be stored whole at its end
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
 
