@@ -74,9 +74,9 @@ def plan(way, vectors, storage, arrays=2):
 class Case:
     """A kernel as it is compiled for one type, width and form."""
 
-    def __init__(self, kernel, way, vectors, storage, which, finishers=0):
+    def __init__(self, kernel, way, vectors, storage, which, loads=0, stores=0, finishers=0):
         self.kernel, self.way, self.vectors, self.storage = kernel, way, vectors, storage
-        self.which, self.finishers = which, finishers
+        self.which, self.loads, self.stores, self.finishers = which, loads, stores, finishers
         kind = f"{storage.name}-{'vectors' if vectors else 'elements'}"
         self.key = f"{kernel.__name__} {finishers or f'{way} {kind}'}"
 
@@ -110,32 +110,22 @@ SIXTEEN = {
 }
 COUNTING = (kernels.collect, kernels.forward, kernels.finish_stats)
 FINISHING = (kernels.finish_stats, kernels.finish_backward)
-# Of each way of a kernel, float32 in vectors and one other case are compiled in every run; the rest, which
-# differ from these in a few instructions, in a long one.
-OTHERS = [(False, FLOAT32), (True, FLOAT64), (True, FLOAT16), (False, FLOAT64), (True, BFLOAT16)]
-
-
-def marks(number, way, vectors, storage):
-    """Return how the case of a type and a width in way `number` of all kernels is marked."""
-    others = [other for other in OTHERS if way in SIXTEEN.get(other[1], SHAPES)]
-    short = {(True, FLOAT32), others[number % len(others)]}
-    return () if (vectors, storage) in short else pytest.mark.slow
-
-
-WAYS = [(kernel, which, way, loads, stores) for kernel, which, ways, loads, stores in KERNELS for way in ways]
-CASES = [
-    pytest.param(
-        Case(kernel, way, vectors, storage, which), loads, stores, marks=marks(number, way, vectors, storage)
-    )
-    for number, (kernel, which, way, loads, stores) in enumerate(WAYS)
-    for storage in STORAGES
-    for vectors in (True, False)
-    if way in SIXTEEN.get(storage, SHAPES) and (vectors or storage not in SIXTEEN or way == "rows")
-] + [
-    # A kernel that touches no array of x's size knows of one type only.
-    *(pytest.param(Case(k, "rows", True, FLOAT32, "", f), 0, 0) for k in FINISHING for f in FINISHERS),
-    pytest.param(Case(kernels.use_running_stats, "rows", True, FLOAT32, "general"), 0, 0),
-]
+# The cases of each way of a kernel, which differ in a few instructions.
+WAYS = {
+    f"{kernel.__name__}-{way}": [
+        Case(kernel, way, vectors, storage, which, loads, stores)
+        for storage in STORAGES
+        for vectors in (True, False)
+        if way in SIXTEEN.get(storage, SHAPES) and (vectors or storage not in SIXTEEN or way == "rows")
+    ]
+    for kernel, which, ways, loads, stores in KERNELS
+    for way in ways
+}
+# A kernel that touches no array of x's size knows of one type only.
+for _kernel in FINISHING:
+    WAYS[_kernel.__name__] = [Case(_kernel, "rows", True, FLOAT32, "", finishers=f) for f in FINISHERS]
+WAYS["use_running_stats"] = [Case(kernels.use_running_stats, "rows", True, FLOAT32, "general")]
+CASES = [case for cases in WAYS.values() for case in cases]
 
 
 def versions():
@@ -152,10 +142,19 @@ def registers_allowed(key):
     return min(128, record["registers"].get(key, 128) + 8)
 
 
-@pytest.mark.parametrize(
-    ("case", "loads", "stores"), CASES, ids=[case.values[0].key.replace(" ", "-") for case in CASES]
-)
-def test_machine_code(monkeypatch, case, loads, stores):
+@pytest.mark.parametrize("cases", WAYS.values(), ids=WAYS)
+def test_machine_code(monkeypatch, rng, cases):
+    """Of each way, one case in every run, which is another one in the next."""
+    check_machine_code(monkeypatch, cases[rng.integers(len(cases))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.key.replace(" ", "-"))
+def test_all_machine_code(monkeypatch, case):
+    check_machine_code(monkeypatch, case)
+
+
+def check_machine_code(monkeypatch, case):
     text = case.ptx(monkeypatch)
     assert f".visible .entry {case.kernel.__name__}(" in text
     # One function, everything inlined, all divisions exact.
@@ -164,7 +163,7 @@ def test_machine_code(monkeypatch, case, loads, stores):
     vector = {FLOAT32: "v4.f32", FLOAT64: "v2.f64"}.get(case.storage, pairs)
     each = dict(case.names)["UNROLLED"] if case.vectors else 0
     found = text.count(f"ld.global.{vector}"), text.count(f"st.global.{vector}")
-    assert found == (each * loads, each * stores)
+    assert found == (each * case.loads, each * case.stores), case.key
     # What teams tell each other is never read by way of the read-only cache.
     teams = case.form.teams > 0
     assert ("ld.acquire.gpu" in text) == ("atom.add.acq_rel.gpu" in text) == teams
@@ -175,7 +174,7 @@ def test_machine_code(monkeypatch, case, loads, stores):
     assert not teams or case.form.blocks <= DEVICE.multiprocessors
     for architecture in ARCHITECTURES:
         machine = target.link(text, architecture)
-        assert machine.spills == 0 and machine.stack == 0
+        assert machine.spills == 0 and machine.stack == 0, case.key
         assert machine.registers <= registers_allowed(f"{case.key} sm_{architecture[0]}{architecture[1]}")
 
 
@@ -278,8 +277,7 @@ def record():
     """Write down the registers of all kernels: python -c "import test_cuda_code as t; t.record()"."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        for one in CASES:
-            case = one.values[0]
+        for case in CASES:
             text = case.ptx(patch)
             for a in ARCHITECTURES:
                 found[f"{case.key} sm_{a[0]}{a[1]}"] = target.link(text, a).registers
@@ -301,7 +299,7 @@ def test_machine_code_is_kept_on_disk(python, tmp_path):
         import test_cuda_code as t, pytest
         from nbbn.cuda import kernels, target
         with pytest.MonkeyPatch.context() as patch:
-            case = t.CASES[-1].values[0]
+            case = t.CASES[-1]
             case.prepare(patch)
         if {compiled}:
             target.ptx = None  # must not be called

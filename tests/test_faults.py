@@ -103,7 +103,8 @@ def whole(make_call, state, before, after, when):
 POINTS = (
     CALLS
     + """
-import dis, functools, gc
+import dis, functools, gc, random
+draw, EVERY = random.Random({seed}), {every}
 PACKAGE = os.path.dirname(nbbn.__file__)
 sys.unraisablehook = lambda error: None  # what is raised in __del__ goes there
 
@@ -165,7 +166,7 @@ def try_all():
     for make_call in CALLS:
         before, after = before_and_after(make_call)
         for disturb in (interrupt, compute):
-            point, ends = 0, set()
+            point, ends = draw.randrange(EVERY), set()
             while True:
                 call, state = make_call()
                 kept_of_another_size()
@@ -175,7 +176,7 @@ def try_all():
                 outs = [kept, *(nbbn.batch_norm(x, training=True) for _ in range(2))]
                 assert all(bits(out) == normalized for out in outs), (make_call.__name__, point)
                 assert memory._pool._bytes == sum(block.nbytes for block in memory._pool._blocks)
-                point += 1
+                point += EVERY
             assert point > 20, "these are not all"
             assert (False in ends) == (disturb is interrupt), (make_call.__name__, disturb.__name__)
 
@@ -192,13 +193,17 @@ try_all()
 
 
 @pytest.mark.parametrize(
-    "environment",
-    [{"NUMBA_THREADING_LAYER": "workqueue"}, {"NUMBA_NUM_THREADS": "1"}],
+    ("environment", "every"),
+    [({"NUMBA_THREADING_LAYER": "workqueue"}, 4), ({"NUMBA_NUM_THREADS": "1"}, 1)],
     ids=["workqueue", "one_thread"],
 )
-def test_interrupt_at_every_point(python, environment):
-    """State is whole wherever an exception comes from a signal's handler, and wherever one computes."""
-    python(POINTS, timeout=300, **environment)
+def test_interrupt_at_every_point(python, seed, environment, every):
+    """State is whole wherever an exception comes from a signal's handler, and wherever one computes.
+
+    On one thread at every point; on several, which differ in little, at every fourth, others in each run.
+    """
+    code = POINTS.replace("{seed}", str(seed)).replace("{every}", str(every))
+    python(code, timeout=300, **environment)
 
 
 SENT = (
