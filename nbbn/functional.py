@@ -117,11 +117,11 @@ def fused_forward(
     x: np.ndarray, axis: int, out: np.ndarray, here: Place, fused: Fusion
 ) -> tuple[Any, Extras]:
     """Return what runs a forward pass with what goes along, and what that is given."""
-    extras = Extras(slope=fused.slope)
-    operands = [x, out]
-    if fused.residual is not None:
-        operands.insert(1, fused.residual)
-        extras = extras._replace(residual=address(fused.residual))
+    if fused.residual is None:
+        operands, extras = [x, out], Extras(slope=fused.slope)
+    else:
+        operands = [x, fused.residual, out]
+        extras = Extras(slope=fused.slope, residual=address(fused.residual))
     return _with_mask(x, axis, operands, here, fused, extras)
 
 

@@ -36,6 +36,8 @@ def counted(where: Where, x: np.ndarray, axis: int, device: str) -> np.ndarray:
     mask = (
         _mask(where.mask, shape, device) if where.lengths is None else _from_lengths(where, x, axis, device)
     )
+    if mask.shape == shape and mask.flags.c_contiguous and x.flags.c_contiguous:
+        return mask
     # Its axes in the order in which x has them.
     found = np.empty_like(x[(slice(None),) * axis + (slice(0, 1),)], dtype=np.bool_, subok=False)
     found = found[(slice(None),) * axis + (0,)]

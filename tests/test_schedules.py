@@ -271,10 +271,14 @@ def test_lines_of_the_last_and_the_first_channel(rng, schedule, channels, dtype)
 def test_masks_where_channels_lie_side_by_side(rng, schedule, name):
     """Rows of several steps, whose bits are made in one way or another; a share may begin inside of one."""
     schedule(SCHEDULES[name])
-    for channels in [*range(1, 20), 24, 33, 100, 520]:
+    widths = [*range(1, 20), 24, 33, 100, 255, 520]
+    of_several_blocks = rng.choice(widths)
+    for channels in widths:
         steps, first = int(rng.integers(33, 400)), int(rng.integers(16))
+        if channels == of_several_blocks:
+            steps += 3 * plan.BLOCK_ELEMENTS // channels
         x, grad_out = rng.normal(size=(2, steps, channels)).astype(np.float32)
-        mask = (rng.random((steps, 2)) < 0.6)[:, int(rng.integers(2))]
+        mask = (rng.random(2 * steps) < 0.6)[:: int(rng.choice([1, 2, -1, -2]))][:steps]
         weight = rng.normal(size=channels)
         out, grad_x, again = (
             np.full(x.size + 16, np.nan, np.float32)[first : first + x.size].reshape(x.shape)

@@ -14,11 +14,13 @@ from nbbn.cpu.fused import before_activation, gradient_tables, normalization, qu
 from nbbn.cpu.masks import (
     SPREAD_CHANNELS,
     lanes,
+    none_counts,
     operands,
     repeated_after,
     row_bits,
+    set_bit_of_step,
     set_bits,
-    set_step_bits,
+    set_bits_of_steps,
     spread_bits,
     step_bits,
     values_before,
@@ -222,12 +224,12 @@ def guess_counting(call, first, last, channel, group, buffer, guesses, stored):
     fill(guesses, group, real(0.0))
     count = 0
     for row in range(first, last):
-        if values_before(call, row + 1, stored) == values_before(call, row, stored):
-            continue
         step, piece = locate(call, row)
         steps, width = extent(call, step, piece)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
         bits = row_bits(call, row, stored)
+        if none_counts(bits, steps * width * group):
+            continue
+        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
         for f in range(steps):
             for i in range(width):
                 j = f * group * width + i
@@ -914,18 +916,24 @@ def sum_parameters(first, last, address, stored):
 
 @kernel
 def set_mask(first, last, address, stored):
-    """The bits of rows, and how many values each has that count. Tasks: rows, or steps of several pieces."""
+    """The bits of rows, and how many values each has that count.
+
+    Tasks: rows; steps of several pieces; or blocks of rows of several steps of one position.
+    """
     call = read(address)
-    if call.inner > 1:
+    if call.inner == 1 and call.fold > 1:
+        spread = scratch(256, np.int64)
+        if call.channels <= SPREAD_CHANNELS:
+            spread_bits(call.channels, spread)
         for task in range(first, last):
-            set_bits(call, task)
+            row = task * call.block
+            set_bits_of_steps(call, row, min(row + call.block, call.rows), spread)
         return
-    counts = pointer(call.counts, np.int64)
-    spread = scratch(256, np.int64)
-    if call.channels <= SPREAD_CHANNELS:
-        spread_bits(call.channels, spread)
     for task in range(first, last):
-        counts[task + 1] = set_step_bits(call, task, spread)
+        if call.inner == 1:
+            set_bit_of_step(call, task)
+        else:
+            set_bits(call, task)
 
 
 @kernel

@@ -8,7 +8,7 @@ have theirs one after the other; where all columns of a row are of one position,
 import numpy as np
 from numba.core import types
 
-from nbbn.compiler import by_type, like, loop
+from nbbn.compiler import by_type, like, loop, out_of_line
 from nbbn.cpu.parameters import ROWS, WEIGHTS, beside
 from nbbn.cpu.rows import extent, locate, position, row_address
 from nbbn.cpu.simd import (
@@ -35,6 +35,12 @@ def bits_at(call, row):
     if call.pieces == 1:
         return call.bits + row * call.bits_pitch
     return call.bits + row // call.pieces * call.bits_pitch + (row % call.pieces * call.width >> 3)
+
+
+@loop
+def follow(call):
+    """Whether the bits of a row of steps of one position follow at once on those of the row before."""
+    return call.bits_pitch * 8 == call.fold * call.channels
 
 
 def row_bits(call, row, stored):
@@ -105,18 +111,29 @@ def _step_bits(call, step, stored):
 
 
 def run_end(call, start, last, stored):
-    """Return up to which step, `last` at most, the bits go on: where nothing has any, all the way.
+    """Return up to which step, `last` at most, the bits go on: to the end of the row that begins at `start`.
 
-    Otherwise to the end of the row, which begins with step `start`.
+    But all the way where nothing has any, or where those of the next row follow at once.
     """
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(run_end)
 def _run_end(call, start, last, stored):
-    if way_of(stored).masked:
-        return lambda call, start, last, stored: min(last, start + call.fold)
-    return lambda call, start, last, stored: last
+    def of_rows(call, start, last, stored):
+        return last if follow(call) else min(last, start + call.fold)
+
+    return of_rows if way_of(stored).masked else (lambda call, start, last, stored: last)
+
+
+@loop
+def none_counts(bits, columns):
+    """Whether a row of so many columns has bits of which none is set; never where one of theirs is."""
+    at, bits_mask, _ = bits
+    for i in range((columns - 1 & bits_mask) // WORD_BITS + 1):
+        if word(at + i * (WORD_BITS // 8)) != 0:
+            return False
+    return True
 
 
 def repeated_after(row, columns):
@@ -179,7 +196,7 @@ def _both(bits, more):
 
 
 def values_before(call, row, stored):
-    """Return how many values of a channel that count come before `row`."""
+    """Return how many values of a channel that count come before a row; it begins a block, or is the end."""
     raise NotImplementedError("exists in compiled code only")
 
 
@@ -262,76 +279,113 @@ def spread_bits(channels, spread):
 
 
 @loop
-def set_few(to, at, stride, steps, channels, spread):
+def set_before(end, to, bits):
+    """Write 64 bits to an address, but nothing to `end` or behind it: there are the bits of other rows."""
+    if to + 8 <= end:
+        set_long(to, bits)
+    else:
+        set_few_bytes(to, end - to, bits)
+
+
+@loop
+def set_few_bytes(to, number, bits):
+    out_of_line()
+    for k in range(number):
+        pointer(to + k, np.uint8)[0] = np.uint8(bits >> 8 * k & 255)
+
+
+@loop
+def set_few(to, end, at, stride, steps, channels, spread):
     """Set a bit for each of so many bytes, as many times as there are channels, SPREAD_CHANNELS at most.
 
-    Eight of them make a byte for each channel. Return the address after them, and how many are not 0.
+    Eight of them make a byte for each channel.
     """
-    total = f = 0
+    out_of_line()
+    f = 0
     while stride == 1 and f + LANES <= steps:
         bits = nonzero(at + f)
-        total += ones(bits)
-        set_long(to, spread[bits & 255])
-        set_long(to + channels, spread[bits >> 8])
+        set_before(end, to, spread[bits & 255])
+        set_before(end, to + channels, spread[bits >> 8])
         to += 2 * channels
         f += LANES
     while f < steps:
-        bits = some_bits(at + f * stride, stride, min(8, steps - f))
-        total += ones(bits)
-        set_long(to, spread[bits])
+        set_before(end, to, spread[some_bits(at + f * stride, stride, min(8, steps - f))])
         to += channels
         f += 8
-    return to, total
 
 
 @loop
-def set_bytes(to, at, stride, steps, channels):
+def set_bytes(to, end, at, stride, steps, channels):
     """The same where the bits of a step are whole bytes."""
-    total = 0
+    out_of_line()
     for f in range(steps):
         bits = all_ones(at + f * stride)
-        total -= bits
         for i in range(0, channels >> 3, 8):
-            set_long(to + i, bits)
+            set_before(end, to + i, bits)
         to += channels >> 3
-    return to, total
 
 
 @loop
-def set_many(to, at, stride, steps, channels):
+def set_many(to, end, at, stride, steps, channels):
     """The same of any number of channels."""
-    total = 0
+    out_of_line()
     state = to, 0, 0
     for f in range(steps):
         bits = all_ones(at + f * stride)
-        total -= bits
         for i in range(0, channels, WORD_BITS):
             number = min(WORD_BITS, channels - i)
             state = append(state, bits & ((1 << number) - 1), number)
-    set_long(state[0], state[1])
-    return state[0] + WORD_BITS // 8, total
+    set_before(end, state[0], state[1])
 
 
 @loop
-def set_step_bits(call, row, spread):
-    """Set the bits of a row of steps of one position each; return how many of those count."""
-    step, _ = locate(call, row)
-    steps, _ = extent(call, step, 0)
-    to = bits_at(call, row)
-    at = row_address(call, call.mask, call.at_mask, step, 0, 0)
-    stride = pointer(call.at_mask.strides, np.int64)[call.dims - 1]
-    if call.bits_mask == 0:
-        bits = all_ones(at)
-        set_long(to, bits)
-        return -bits
-    if call.channels <= SPREAD_CHANNELS:
-        to, total = set_few(to, at, stride, steps, call.channels, spread)
-    elif call.channels % 8 == 0:
-        to, total = set_bytes(to, at, stride, steps, call.channels)
-    else:
-        to, total = set_many(to, at, stride, steps, call.channels)
-    set_long(to, 0)
+def number_of(at, stride, steps):
+    """Return how many of so many bytes are not 0."""
+    out_of_line()
+    total = f = 0
+    while stride == 1 and f + LANES <= steps:
+        total += ones(nonzero(at + f))
+        f += LANES
+    while f < steps:
+        total -= all_ones(at + f * stride)
+        f += 1
     return total
+
+
+@loop
+def set_bits_of_steps(call, first, last, spread):
+    """Set the bits of the rows first … last - 1, each of several steps of one position.
+
+    How many count is known of all of them, with the last one: nobody asks for less than a block.
+    """
+    stride = pointer(call.at_mask.strides, np.int64)[0]
+    begin = call.mask + first * call.fold * stride
+    # As one row where the bits of one follow those of the other.
+    together = last - first if follow(call) else 1
+    for row in range(first, last, together):
+        at = begin + (row - first) * call.fold * stride
+        steps = min(together * call.fold, call.outer - row * call.fold)
+        to = bits_at(call, row)
+        end = to + together * call.bits_pitch
+        if call.channels <= SPREAD_CHANNELS:
+            set_few(to, end, at, stride, steps, call.channels, spread)
+        elif call.channels % 8 == 0:
+            set_bytes(to, end, at, stride, steps, call.channels)
+        else:
+            set_many(to, end, at, stride, steps, call.channels)
+    counts = pointer(call.counts, np.int64)
+    for row in range(first, last):
+        counts[row + 1] = 0
+    counts[last] = number_of(begin, stride, min(last * call.fold, call.outer) - first * call.fold)
+
+
+@loop
+def set_bit_of_step(call, row):
+    """Set the bits of a row of one position, LANES times the same, and whether it counts."""
+    step, _ = locate(call, row)
+    bits = all_ones(row_address(call, call.mask, call.at_mask, step, 0, 0))
+    set_long(bits_at(call, row), bits)
+    pointer(call.counts, np.int64)[row + 1] = -bits
 
 
 @loop

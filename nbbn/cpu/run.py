@@ -159,7 +159,7 @@ class _Call:
         at = self.plan.counts_at
         counts = self.room.memory[at : at + self.plan.rows + 1].view(np.int64)
         counts[0] = 0
-        np.cumsum(counts, out=counts)
+        counts.cumsum(out=counts)
 
     def leave(self) -> None:
         """Leave the room to the next call."""
@@ -320,7 +320,7 @@ class Run:
 
     def _set_mask(self, call: _Call, counting: bool = True) -> None:
         few = self.plan.count < SERIAL_MASK
-        call(kernels.set_mask, self.plan.bit_rows, 1 if few else None)
+        call(kernels.set_mask, self.plan.mask_tasks, 1 if few else None)
         if counting:
             call.add_up_counts()
 

@@ -153,7 +153,7 @@ def plus_sum(total, lost, other, others, real):
 def look_at(x, bits, guess, total, rest, square, one, real):
     """Return the sums with those of x and of (x - guess)² added that count."""
     total, rest = plus(total, rest, only(bits, x, like(x, 0.0)), one, real)
-    return total, rest, add_squared_deviation(square, only(bits, x, guess), guess)
+    return total, rest, only(bits, add_squared_deviation(square, x, guess), square)
 
 
 @loop
