@@ -188,11 +188,11 @@ def test_schedules_keep_the_bits_of_layer_norm(rng, schedule, threads, name, dty
 def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
     """Several long channels make a tile, at whose borders a line of memory, or a vector, is of both.
 
-    One thread writes a tile while it looks at the next one.
+    Or each is cut into pieces, which take turns. One thread writes a tile while it looks at the next one.
     """
     threads(number)
     forward, backward = (getattr(nbbn, f"{norm}_{way}") for way in ("forward", "backward"))
-    for inner in (128, 131, 260, 515):
+    for inner in (128, 131, 260, 515, 1301, 3137):
         along = norm in ("layer_norm", "rms_norm")
         x = activations(rng, Shape((37, inner) if along else (5, 12, inner)), dtype, offset=1)
         grad_out = activations(rng, Shape(x.shape), dtype)

@@ -210,7 +210,7 @@ def guess_all(call, first, last, channel, group, buffer, guesses, stored):
             pitch = width // values  # from all over the row: its ends may be a border
             for g in range(group):
                 for i in range(values):
-                    guesses[g] += number(x, g * width + i * pitch)
+                    guesses[g] += number(x, g * call.inner + i * pitch)
             count += values
     for g in range(0, group, LANES):
         store(guesses, g, load(guesses, g) / real(count))

@@ -331,7 +331,7 @@ class Plan:
             tiles,
             slab,
             self.slabs,
-            self._ahead(geometry, size),
+            self._ahead(geometry, tiling, size),
             int(large),
             int(out_bytes >= STREAM_PLANES_BYTES),
             once,
@@ -390,7 +390,10 @@ class Plan:
         What is done for a tile, in as many lanes as there are, takes as long as to look at 500 columns.
         """
         values = tiling.outer * geometry.inner
-        if tiling.pieces > 1 or not OWN_COLUMNS <= geometry.inner <= values <= FEW_VALUES or form.masked:
+        if not OWN_COLUMNS <= geometry.inner <= values <= FEW_VALUES or form.masked:
+            return 0
+        # One piece is added up at a time then: with two as one, the sums would be other ones.
+        if tiling.pieces > 1 and 2 * tiling.width <= COLUMNS:
             return 0
         line = in_line_of(size)
         group = _up(max(LANES, line // math.gcd(line, geometry.inner)), form.pool)
@@ -404,9 +407,11 @@ class Plan:
         """Whether so many channels of so many bytes stay in L2, and leave tasks for all threads."""
         return number * slice_bytes <= L2_BYTES // 4 and self.channels >= TASKS * number * self.threads
 
-    def _ahead(self, geometry: Geometry, size: int) -> int:
+    def _ahead(self, geometry: Geometry, tiling: Tiling, size: int) -> int:
         """Return how far ahead memory is asked for; from row to row where rows are short and far apart."""
         x = geometry.layouts[0]
+        if tiling.pieces > 1 and self.group > 1:
+            return x.channel  # the next channel's piece
         row = self.group * geometry.inner * size
         if geometry.inner == 1 and self.group < self.channels and len(geometry.sizes) == 1:
             return x.outer[0] * -(-AHEAD // 2 // row)

@@ -162,6 +162,12 @@ def tile_of(call, channel, group, number, spread, real):
 
 
 @loop
+def with_tables_of(tile, number):
+    """Return a tile of one channel with its tables, where they are those of a tile of several long ones."""
+    return tile[0], tile[1], after(tile[2], number * LANES), tile[3], tile[4]
+
+
+@loop
 def channel_of(tile, j):
     """Return which of the long channels of a tile column j is of."""
     return plain(0) if tile[1] == 1 else j // tile[4]
@@ -183,6 +189,8 @@ def table_at(tile, j):
     long = tile[4]
     if long == 0:
         return j
+    if tile[1] == 1:  # its row may go on behind its end, in the next piece
+        return plain(0)
     channel = channel_of(tile, j)
     return border_at(channel * LANES, j, (channel + 1) * long)
 
@@ -564,11 +572,15 @@ def _write_rows(name, reads, write_part):
     @variant(name)
     def write_rows(call, first, last, tile, buffer, stored):
         out_of_line()
-        channel = tile[0]
-        group = tile[1]
         direct = call.at_out.gather == 0
         streaming = direct and call.stream == 1
-        for row in range(first, last):
+        turns = tile[1] if call.pieces > 1 else 1
+        for each in range(first * turns, last * turns):
+            row, turn = each // turns, each % turns
+            channel, group, its = tile[0], tile[1], tile
+            if turns > 1:
+                channel, group = channel + turn, 1
+                its = with_tables_of((channel, group, tile[2], tile[3], tile[4]), turn)
             step, piece = locate(call, row)
             steps, count = extent(call, step, piece)
             count *= steps * group
@@ -581,7 +593,7 @@ def _write_rows(name, reads, write_part):
             if direct:
                 out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
             read = operands(call, second, x, row_bits(call, row, stored), row, stored)
-            write_part(call, out, read, plain(0), count, count, streaming, tile)
+            write_part(call, out, read, plain(0), count, count, streaming, its)
             if not direct:
                 scatter(call, call.out, call.at_out, step, piece, channel, group, out, stored)
 

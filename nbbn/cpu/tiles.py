@@ -16,6 +16,7 @@ from nbbn.cpu.results import (
     normalized_lines,
     operands_of,
     whole_lines,
+    with_tables_of,
     write_gradient_border,
     write_gradient_columns,
     write_gradient_lines,
@@ -148,8 +149,16 @@ def multiply_channel(rows, number, first, last, state, base, work, stored):
     sums, products, real = state.sums, state.products, wide(stored)
     both, whole = plain(exact(real)), plain(True)
     mean, those = load(state.means, base), normalizing(state.before, base, stored)
+    sum_dy, sum_products = load_sums(sums, base, both), load_sums(products, base, both)
     here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    summed = 0  # columns
     for k in range(number):
+        if summed + (last - first) > COLUMNS:
+            sum_dy = add_up(sum_dy, here[0], here[1], real)
+            sum_products = add_up(sum_products, here[2], here[3], real)
+            here = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+            summed = 0
+        summed += last - first
         dy, x = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
         lines = gradient_lines(work, rows, k, first, last, base, stored)
         at = work.written[k]
@@ -165,10 +174,8 @@ def multiply_channel(rows, number, first, last, state, base, work, stored):
             here = multiply_at(rows, k, j, last, not whole, mean, those, here, state, stored)
             j += LANES
         work.written[k] = write_gradient_lines(work, lines, at, lines.end, stored)
-    total, rest, product, product_rest = here
-    sum_dy, sum_products = load_sums(sums, base, both), load_sums(products, base, both)
-    store_sums(sums, base, add_up(sum_dy, total, rest, real), both)
-    store_sums(products, base, add_up(sum_products, product, product_rest, real), both)
+    store_sums(sums, base, add_up(sum_dy, here[0], here[1], real), both)
+    store_sums(products, base, add_up(sum_products, here[2], here[3], real), both)
 
 
 @loop
@@ -250,6 +257,15 @@ def alike(call, row):
 
 
 @loop
+def one_of(channel, group, tile, turn, turns):
+    """Return the first channel, the number of channels, and the tile to be written, of one turn."""
+    if turns == 1:
+        return channel, group, tile
+    its_tile = tile[0] + turn, min(1, max(0, tile[1] - turn)), tile[2], tile[3], tile[4]
+    return channel + turn, min(1, max(0, group - turn)), its_tile
+
+
+@loop
 def square_down(call, first, last, channel, group, buffer, state, mask, stored):
     """Add up the squares of the rows first … last - 1 of a tile."""
     for row in range(first, last):
@@ -260,7 +276,8 @@ def square_down(call, first, last, channel, group, buffer, state, mask, stored):
         width = steps * count
         for g in range(0, group, together):
             bits = row_bits(call, row, stored)
-            square_row(x, bits, g * width, (g + together) * width, state, g * LANES, mask)
+            its = after(x, g * (call.inner - count))  # the channels of a piece do not lie side by side
+            square_row(its, bits, g * width, (g + together) * width, state, g * LANES, mask)
 
 
 @loop
@@ -294,11 +311,12 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
         direct = writing and gathers == 0
         streaming = call.stream == 1
-        apiece = call.single == 1 and group > 1  # a part is a channel, with sums of its own
+        # Channels that come in pieces take turns, piece by piece.
+        turns = max(group, tile[1]) if call.pieces > 1 else 1
+        apiece = call.single == 1 and group > 1 and turns == 1  # a part is a channel, with sums of its own
         span = call.inner if apiece else HALF_COLUMNS
         for k in range(ROWS):
             begins[k] = ends[k] = written[k] = 0
-        work = Work(call, tile, numbers, outs, xs, seconds, begins, ends, written)
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
         # Squares of as many rows as are looked at together are summed in x's type.
@@ -308,61 +326,78 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         while row < last:
             many = row < first + far
             number = at_once if many else min(at_once, last - row, alike(call, row))
+            number = number if turns == 1 else 1
             pitch = far if many else 1
-            width = plain(0)
-            for k in range(number):
-                numbers[k] = row + k * pitch
-                step, piece = locate(call, numbers[k])
-                steps, count = extent(call, step, piece)
-                width = steps * count
-                room = after(buffer, reads * k * row_room(buffer))
-                x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
-                rows[reads * k + reads - 1] = address(x)
-                note_bits(call, rows, reads * k, numbers[k], stored)
-                if reads > 1:
-                    room = after(room, row_room(buffer))
-                    dy = row_of(
-                        call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored
-                    )
-                    rows[reads * k] = address(dy)
-                    note_beside(call, rows, state[-1], reads * k, numbers[k], stored)
-                    note_residual(call, rows, reads * k, step, piece, channel, group, buffer, stored)
-                if direct:
-                    xs[k] = rows[reads * k + reads - 1] + to_x
-                    seconds[k] = rows[reads * k] + to_second
-                    if with_residual(stored):
-                        seconds[k] = row_address(call, call.second, call.at_second, step, piece, tile[0])
-                    outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
-                    out, count = pointer(outs[k], stored), width * tile[1]
-                    goes_on = piece + 1 < call.pieces
-                    begins[k], ends[k] = whole_lines(out, count, goes_on, streaming)
-                    written[k] = begins[k]
-                    befores[k] = begins[k] if piece == 0 else 0  # otherwise the row before has written it
-                    if streaming:
-                        ask_for_ends(outs[k], count * size_of(x), befores[k] > 0, not goes_on)
-            columns = width * group
-            for part in range(-(-columns // span)):
-                begin = part * span
-                end = min(begin + span, columns)
-                base = part * LANES if apiece else 0
-                look(rows, number, begin, end, state, base, mask, work, stored)
-                for k in range(number if apiece else 0):
-                    write_border(work, rows, k, begin, end, base, stored)
+            for turn in range(turns):
+                its_channel, its_group, its_tile = one_of(channel, group, tile, turn, turns)
+                work = Work(call, its_tile, numbers, outs, xs, seconds, begins, ends, written)
+                width = plain(0)
+                for k in range(number):
+                    numbers[k] = row + k * pitch
+                    step, piece = locate(call, numbers[k])
+                    steps, count = extent(call, step, piece)
+                    width = steps * count
+                    room = after(buffer, reads * k * row_room(buffer))
+                    x = row_of(call, call.x, call.at_x, step, piece, its_channel, its_group, room, stored)
+                    rows[reads * k + reads - 1] = address(x)
+                    note_bits(call, rows, reads * k, numbers[k], stored)
                     if reads > 1:
-                        pass_channel(call, rows, reads * k, stored)
-            for k in range(number if direct else 0):
-                out, count = pointer(outs[k], stored), max(width * tile[1], ends[k])
-                read = operands_of(work, rows, reads, k, stored)
-                if befores[k] > 0:
-                    write_part(call, out, read, plain(0), begins[k], count, streaming, tile)
-                if written[k] < count:
-                    write_part(call, out, read, written[k], count, count, streaming, tile)
-            for k in range(number if reads > 1 and with_residual(stored) else 0):
-                step, piece = locate(call, numbers[k])
-                keep_residual(call, rows, reads * k, step, piece, channel, group, stored)
-            # Only now: what is gathered or scattered goes through the buffer that held the rows above.
-            for k in range(number if writing and not direct else 0):
-                write_rows(call, numbers[k], numbers[k] + 1, tile, buffer, stored)
+                        room = after(room, row_room(buffer))
+                        dy = row_of(
+                            call,
+                            call.grad_out,
+                            call.at_grad_out,
+                            step,
+                            piece,
+                            its_channel,
+                            its_group,
+                            room,
+                            stored,
+                        )
+                        rows[reads * k] = address(dy)
+                        note_beside(call, rows, state[-1], reads * k, numbers[k], stored)
+                        note_residual(
+                            call, rows, reads * k, step, piece, its_channel, its_group, buffer, stored
+                        )
+                    if direct:
+                        xs[k] = rows[reads * k + reads - 1] + to_x
+                        seconds[k] = rows[reads * k] + to_second
+                        if with_residual(stored):
+                            seconds[k] = row_address(
+                                call, call.second, call.at_second, step, piece, its_tile[0]
+                            )
+                        outs[k] = row_address(call, call.out, call.at_out, step, piece, its_tile[0])
+                        out, count = pointer(outs[k], stored), width * its_tile[1]
+                        goes_on = piece + 1 < call.pieces
+                        begins[k], ends[k] = whole_lines(out, count, goes_on, streaming)
+                        written[k] = begins[k]
+                        befores[k] = begins[k] if piece == 0 else 0  # otherwise the row before has written it
+                        if streaming:
+                            ask_for_ends(outs[k], count * size_of(x), befores[k] > 0, not goes_on)
+                columns = width * its_group
+                for part in range(-(-columns // span)):
+                    begin = part * span
+                    end = min(begin + span, columns)
+                    base = part * LANES if apiece else turn * LANES
+                    look(rows, number, begin, end, state, base, mask, work, stored)
+                    for k in range(number if apiece else 0):
+                        write_border(work, rows, k, begin, end, base, stored)
+                        if reads > 1:
+                            pass_channel(call, rows, reads * k, stored)
+                its_tile = with_tables_of(its_tile, turn)
+                for k in range(number if direct else 0):
+                    out, count = pointer(outs[k], stored), max(width * its_tile[1], ends[k])
+                    read = operands_of(work, rows, reads, k, stored)
+                    if befores[k] > 0:
+                        write_part(call, out, read, plain(0), begins[k], count, streaming, its_tile)
+                    if written[k] < count:
+                        write_part(call, out, read, written[k], count, count, streaming, its_tile)
+                for k in range(number if reads > 1 and with_residual(stored) else 0):
+                    step, piece = locate(call, numbers[k])
+                    keep_residual(call, rows, reads * k, step, piece, its_channel, its_group, stored)
+                # Only now: what is gathered or scattered goes through the buffer that held the rows above.
+                for k in range(number if writing and not direct else 0):
+                    write_rows(call, numbers[k], numbers[k] + 1, tile, buffer, stored)
             row += 1 if many else number
             if many and row == first + far:
                 row = first + at_once * far
