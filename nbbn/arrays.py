@@ -76,13 +76,15 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
     """
     if value is None:
         return ABSENT
+    if value.shape != (channels,):
+        raise ValueError(f"{name} must have shape {(channels,)}, a number per channel, got {value.shape}")
     storage = parameter_storage(name, value, (channels,), x)
     stride = value.strides[0]
     if updated:
         if not value.flags.writeable:
             raise ValueError(
                 f"{name} must be writable, since training updates it, got a read-only array; "
-                "batch_norm_forward writes to nothing"
+                "the functions whose names end with _forward write to nothing"
             )
         if channels > 1 and abs(stride) < value.itemsize:
             raise ValueError(f"{name} must not overlap itself, got stride {stride}")
@@ -99,8 +101,7 @@ def parameter_storage(name: str, value: Any, shape: tuple[int, ...], x: np.ndarr
         allowed = f"{wide}, or of x's type," if x.itemsize < 4 else wide
         raise TypeError(f"{name} must be {allowed} for x of {type_name(x.dtype)}, got {storage.name}")
     if value.shape != shape:
-        per_channel = ", a number per channel" if len(shape) == 1 else ""
-        raise ValueError(f"{name} must have shape {shape}{per_channel}, got {value.shape}")
+        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
     return storage
 
 

@@ -1,6 +1,7 @@
 """What all modules have in common: columns of numbers on a device, a mode, states, copies and pickles."""
 
 import logging
+import math
 import os
 import threading
 import weakref
@@ -37,6 +38,32 @@ def _renew_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
+
+
+class Checked:
+    """An attribute that is checked whenever it is set, as the argument of its name is."""
+
+    def __init__(self, check: Callable[[str, Any], Any]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        return self if module is None else vars(module)[self._name]
+
+    def __set__(self, module: Any, value: Any) -> None:
+        vars(module)[self._name] = self._check(self._name, value)
+
+
+def weight_of_a_batch(name: str, value: Any) -> float | None:
+    """Return a momentum: a number, or None for a cumulative average; or raise."""
+    return None if value is None else arrays.number(name, value, 0.0, 1.0)
+
+
+def values_lost(name: str, value: Any) -> float:
+    """Return a correction, or raise."""
+    return arrays.number(name, value, 0.0, math.inf)
 
 
 class Module:

@@ -46,7 +46,8 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
         The layer's bias, of any of these kinds and types, shape (C,). None: 0.
     bn : BatchNorm
         What follows the layer, with C = ``bn.num_features``, on any device. It has to have running
-        statistics. Whether it has parameters does not matter, nor its mode. It is not changed.
+        statistics. Whether it has parameters does not matter, nor its mode. It is not changed. An activation
+        cannot be folded: it follows the folded layer.
     axis : int, default 0
         The axis of `weight` that has the output channels. In PyTorch it is 0 for a dense layer (out, in) and
         a convolution (out, in / groups, ...), and 1 for a transposed one (in, out / groups, ...). In Keras

@@ -154,12 +154,18 @@ def unbiased(var, count, correction):
     return var * (count / (count - correction))
 
 
+LARGEST_UNIT32, LARGEST_UNIT64 = 2.0**126, 2.0**1000  # twice as much is a number, and so is one over it
+
+
 @formula
-def power_of_two(invstd):
-    """Return a power of two near invstd: x - mean is scaled with it into range, without rounding."""
-    one = like(invstd, 1.0)
-    near = at_most_zero(invstd - like(invstd, 2.0**120), power_above(invstd), one)
-    return at_most_zero(like(invstd, 2.0**-120) - invstd, near, one)
+def power_of_two(invstd, largest):
+    """Return a power of two near invstd: x - mean is scaled with it into range, without rounding.
+
+    It is between 1 / largest and 2 · largest, which are numbers of x's type.
+    """
+    most, least = like(invstd, largest), like(invstd, 1.0 / largest)
+    near = at_most_zero(invstd - most, power_above(invstd), most)
+    return at_most_zero(least - invstd, near, least)
 
 
 @formula

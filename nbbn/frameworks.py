@@ -361,13 +361,13 @@ class Torch(Framework):
         if dtype is None or not plain or stream not in (None, NO_ORDER):
             return read(name, value, stream)
         try:
-            address = value.data_ptr()
-        except RuntimeError as error:  # inside of a transformation
+            address, steps = value.data_ptr(), value.stride()
+        except RuntimeError as error:  # inside of a transformation, or where there are no strides
             raise _refused(name, value, error) from error
         if not address:
             return read(name, value, stream)
         size = dtype.itemsize
-        strides = tuple([size * step for step in value.stride()])
+        strides = tuple([size * step for step in steps])
         return view(address, tuple(value.shape), strides, dtype, value)
 
     def stream(self, x: Any, index: int) -> int:  # noqa: D102

@@ -895,7 +895,8 @@ def warmup(
     Raises
     ------
     TypeError
-        If a dtype is not one of float32, float64, float16 and bfloat16, or `device` or a norm not a str.
+        If `dtypes` is no iterable, or one of them not float32, float64, float16 or bfloat16, or `device` or a
+        norm not a str.
     ValueError
         If a norm is not one of these.
     nbbn.DeviceError
@@ -909,6 +910,8 @@ def warmup(
     >>> with contextlib.suppress(nbbn.DeviceError):  # where there is no GPU
     ...     nbbn.warmup(device="cuda", training=False, backward=False)
     """
+    if isinstance(dtypes, str) or not isinstance(dtypes, Iterable):
+        raise TypeError(f"dtypes must be an iterable of types, got {dtypes!r}")
     storages = [arrays.storage(dtype) for dtype in dtypes]
     chosen = _norms(norms)
     device = columns_on(device).device

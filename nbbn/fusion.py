@@ -65,11 +65,9 @@ def fusion(
 ) -> Fusion:
     """Return what goes along with a batch normalization, or raise."""
     slope = arrays.number("negative_slope", negative_slope, -math.inf, math.inf)
-    where = None
-    if mask is not None or lengths is not None:
-        where = Where(mask, lengths, lengths_axis)
-    elif lengths_axis is not None:
+    if lengths_axis is not None and lengths is None:
         raise ValueError(f"lengths_axis must be None without lengths, got {lengths_axis!r}")
+    where = None if mask is lengths is None else Where(mask, lengths, lengths_axis)
     if activation is None:
         alone = residual is None and where is None and slope == SLOPE
         return ALONE if alone else Fusion("", slope, residual, where)

@@ -86,6 +86,8 @@ def _from_lengths(where: Where, x: np.ndarray, axis: int, device: str) -> np.nda
     lengths = _given("lengths", where.lengths, "ints", device)
     if lengths.dtype.kind not in "iu":
         raise TypeError(f"lengths must be an array of ints, got {lengths.dtype}")
+    if isinstance(where.lengths, np.ma.MaskedArray):
+        raise TypeError("lengths must be an array of ints without a mask, got a masked one")
     if lengths.shape != x.shape[samples : samples + 1]:
         raise ValueError(
             f"lengths must have shape ({x.shape[samples]},), a number per sample, got {lengths.shape}"

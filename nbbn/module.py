@@ -7,7 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn import arrays, conventions
-from nbbn.base import COUNTER, MOST_ELEMENTS, NEUTRAL, PARAMETERS, STATISTICS, Module
+from nbbn.base import (
+    COUNTER,
+    MOST_ELEMENTS,
+    NEUTRAL,
+    PARAMETERS,
+    STATISTICS,
+    Checked,
+    Module,
+    values_lost,
+    weight_of_a_batch,
+)
 from nbbn.compiler import in_one
 from nbbn.frameworks import CPU, Place, place
 from nbbn.functional import _channels, differentiate, evaluate, train, with_x
@@ -151,6 +161,9 @@ class BatchNorm(Module):
     _options: Options | None = None  # None: the default ones
     _of_last = {"_saved": None, "grad_residual": None}  # noqa: RUF012
 
+    momentum = Checked(weight_of_a_batch)
+    correction = Checked(values_lost)
+
     def __init__(
         self,
         num_features: int,
@@ -176,11 +189,11 @@ class BatchNorm(Module):
         if not 1 <= self.num_features <= MOST_ELEMENTS:
             raise ValueError(f"num_features must be in [1, 2**59], got {num_features}")
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
-        self.momentum = None if momentum is None else arrays.number("momentum", momentum, 0.0, 1.0)
+        self.momentum = momentum
         self.affine = arrays.flag("affine", affine)
         self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
         self.axis = arrays.integer("axis", axis)
-        self.correction = arrays.number("correction", correction, 0.0, float("inf"))
+        self.correction = correction
         self._fused = fusion(activation, negative_slope)
         self.grad_residual: Any = None
         super().__init__(dtype, device)

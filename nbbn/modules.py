@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn import arrays
-from nbbn.base import MOST_ELEMENTS, Module
+from nbbn.base import MOST_ELEMENTS, Checked, Module, weight_of_a_batch
 from nbbn.compiler import Step
 from nbbn.family import (
     differentiate_channels,
@@ -203,7 +203,7 @@ class RMSNorm(_RowNorm):
     normalized_shape : int or sequence of int
         The last dimensions of x, which are normalized together.
     eps : float, optional
-        Added to the mean square; at least 0. Without it, the distance from 1 to the next number of x's type.
+        Added to the mean square; at least 0. Without it, 2⁻⁵² of float64, and 2⁻²³, about 1.2e-7, of others.
     elementwise_affine : bool, default True
         Whether there is a weight.
     dtype : str or numpy.dtype, default "float32"
@@ -460,6 +460,8 @@ class InstanceNorm(Module):
             [-1.,  1.]]])
     """
 
+    momentum = Checked(weight_of_a_batch)
+
     def __init__(
         self,
         num_features: int,
@@ -474,7 +476,7 @@ class InstanceNorm(Module):
     ) -> None:
         self.num_features = _sized("num_features", num_features)
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
-        self.momentum = None if momentum is None else arrays.number("momentum", momentum, 0.0, 1.0)
+        self.momentum = momentum
         self.affine = arrays.flag("affine", affine)
         self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
         self.axis = arrays.integer("axis", axis)

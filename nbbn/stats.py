@@ -48,7 +48,8 @@ class BatchStats(NamedTuple):
         Raises
         ------
         TypeError
-            If `other` is not a BatchStats, or its arrays are not such, or have no arithmetic.
+            If `other` is not a BatchStats, or its arrays are not such, or of another kind, or without
+            arithmetic.
         ValueError
             If it has another number of channels, or a count or a shape that no such statistics have.
 
@@ -67,6 +68,11 @@ class BatchStats(NamedTuple):
         if not isinstance(other, BatchStats):
             raise TypeError(f"other must be a BatchStats, got {type(other).__name__}")
         own, others = _checked_count("self", self), _checked_count("other", other)
+        if framework_of("other.mean", other.mean) is not framework_of("self.mean", self.mean):
+            raise TypeError(
+                f"other must have arrays of these statistics' kind, {type(self.mean).__name__}, got "
+                f"{type(other.mean).__name__}: copy one of them to the other's kind"
+            )
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"other must have {self.mean.shape[0]} channels, got {other.mean.shape[0]}")
         if others == 0 or own == 0:

@@ -377,7 +377,6 @@ class BackwardRows:
 
     count: int  # m
     shared: int  # k
-    samples: int  # whose sums may be added one after another
     x: Twofold  # (R, m): the gradient of x
     weight: Twofold  # (P, 1)
     bias: Twofold  # (P, 1)
@@ -417,7 +416,6 @@ def backward_rows(of, grad_out, x, weight=None, *, mean=None, invstd, centered=T
     return BackwardRows(
         count,
         x_hat.hi.size // max(math.prod(of.parameters), 1),
-        0 if of.along else of.statistics[0],
         x=(g - sum_g / count - x_hat * (sum_products / count)) * invstd,
         weight=of.gathered(terms),
         bias=of.gathered(dy),
@@ -441,13 +439,8 @@ def _rounding_of_weights(of, x, weight):
 
 
 def parameter_tolerance(expected, scale, dtype):
-    """c u Σ|dy · x_hat| for a weight, c u Σ|dy| for a bias: their `scale`, of as many terms as share one
-
-    And N u_stat of it: samples that do not lie at equal distances with their channels are gone through one by
-    one, and each adds its sums to those before, in float64.
-    """
-    added = expected.samples * unit(STATISTICS)
-    return (depth(expected.shared) * unit(dtype) + added) * scale
+    """c u Σ|dy · x_hat| for a weight, c u Σ|dy| for a bias: their `scale`, of as many terms as share one"""
+    return depth(expected.shared) * unit(dtype) * scale
 
 
 def out_rows_tolerance(expected, dtype):

@@ -147,7 +147,10 @@ def test_halves_with_means_of_their_own(rng, jump, shape, dtype):
 # --- magnitudes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sigma, dtype", with_types(1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e20, 1e30), ids=type_id)
+MAGNITUDES = (1e-36, 1e-30, 1e-20, 1e-10, 1e10, 1e18, 1e20, 1e30, 1e37)
+
+
+@pytest.mark.parametrize("sigma, dtype", with_types(*MAGNITUDES), ids=type_id)
 @pytest.mark.parametrize("shape", [*GRID[:2], GRID[3], Shape((12, 13, 40, 3), -1)], ids=str)
 def test_tiny_and_huge_values(rng, shape, sigma, dtype):
     """A square of 1e30 is more than a float32 holds, and a square of 1e-30 less; eps 0 shows both."""
@@ -156,6 +159,22 @@ def test_tiny_and_huge_values(rng, shape, sigma, dtype):
         result = check_forward(x, eps=eps, axis=shape.axis)
         assert (result.var > 0).all() and np.isfinite(result.var).all()
         check_backward(dy, x, axis=shape.axis, **statistics_of(result))
+
+
+@pytest.mark.parametrize("sigma, dtype", with_types(1e-25, 1e-18), ids=type_id)
+@pytest.mark.parametrize(
+    "shape", [Shape((2, 3)), Shape((3, 5)), Shape((2, 3, 40)), Shape((64, 7), -1)], ids=str
+)
+def test_squares_that_are_no_numbers(rng, shape, sigma, dtype):
+    """Each is 0 in x's type, and the mean is the guess exactly: that is not a constant channel."""
+    x = activations(rng, shape, dtype, sigma=sigma)
+    x[1::2] = -x[: len(x) // 2]
+    if len(x) % 2:
+        x[-1] = 0
+    result = check_forward(x, eps=0.0, axis=shape.axis)
+    assert (result.var > 0).all()
+    constant = np.full_like(x, x.flat[0])
+    assert not nbbn.batch_stats(constant, axis=shape.axis).var.any()
 
 
 @pytest.mark.parametrize("shape", GRID[:3], ids=str)

@@ -324,6 +324,33 @@ def test_warmup(dtype):
         nbbn.warmup([dtype])
 
 
+@pytest.mark.parametrize("dtypes", ["float32", None, 1])
+def test_warmup_of_what_is_no_list(dtypes):
+    with pytest.raises(TypeError, match=r"^dtypes must be an iterable of types, got"):
+        nbbn.warmup(dtypes)
+
+
+@pytest.mark.parametrize("module", [nbbn.BatchNorm, nbbn.InstanceNorm])
+@pytest.mark.parametrize(
+    ("value", "error"), [(2.0, ValueError), (-0.1, ValueError), (np.nan, ValueError), ("0.1", TypeError)]
+)
+def test_momentum_is_checked_when_it_is_set(module, value, error):
+    bn = module(3, momentum=0.3)
+    with pytest.raises(error, match=r"^momentum must be "):
+        bn.momentum = value
+    assert bn.momentum == 0.3
+    bn.momentum = None
+    assert bn.momentum is None
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (np.inf, ValueError), (None, TypeError)])
+def test_correction_is_checked_when_it_is_set(value, error):
+    bn = nbbn.BatchNorm(3)
+    with pytest.raises(error, match=r"^correction must be "):
+        bn.correction = value
+    assert bn.correction == 1
+
+
 @pytest.mark.parametrize(
     ("value", "error"), [(-1, ValueError), (1.5, TypeError), (None, TypeError), ("1", TypeError)]
 )

@@ -509,3 +509,17 @@ def test_modes_and_devices(module):
     with pytest.raises(TypeError, match="mode"):
         module.train("yes")
     assert module.training and state(module) == before
+
+
+def test_evaluation_of_instances_says_what_it_needs():
+    x = np.ones((4, 6, 5), np.float32)
+    with pytest.raises(ValueError, match=r"^running_mean must be given with use_input_stats=False"):
+        nbbn.instance_norm(x, use_input_stats=False)
+    with pytest.raises(ValueError, match=r"^x must have at least 3 dimensions, got 2"):
+        nbbn.instance_norm(x[0], np.ones(5), np.ones(5), use_input_stats=False)
+
+
+def test_normalized_shape_is_no_array():
+    with pytest.raises(TypeError, match=r"^normalized_shape must be an int or a sequence of ints"):
+        nbbn.layer_norm(np.ones((4, 3, 5)), np.array([3, 5]))
+    assert nbbn.layer_norm(np.ones((4, 3, 5)), np.int64(5)).shape == (4, 3, 5)

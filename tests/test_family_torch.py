@@ -72,11 +72,20 @@ def test_functions(rng, case, eps, dtype):
 @IN_EVERY_TYPE
 @pytest.mark.parametrize("given", [(), (None,), (1e-3,)], ids=str)
 def test_rms_eps(rng, given, dtype):
-    """Left out, it is finfo(x.dtype).eps: for x so small that it shows."""
+    """Left out, it is that of the type that is computed with: for x so small that it shows."""
     x = (np.finfo(dtype).eps ** 0.5 * rng.normal(size=(5, 16))).astype(dtype)
     weight = rng.normal(size=16).astype(dtype)
     expected = functional.rms_norm(tensor(x), (16,), tensor(weight), *given)
     close(nbbn.rms_norm(x, 16, weight, *given), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rms_eps_of_sixteen_bits(rng, dtype):
+    """It is float32's, which they are computed in: theirs would be of the size of these results."""
+    x = torch.from_numpy(2.0**-10 * rng.normal(size=(5, 16))).to(dtype)
+    expected = functional.rms_norm(x, (16,)).double()
+    close = 2 * torch.finfo(dtype).eps * expected.abs()
+    assert ((nbbn.rms_norm(x, 16).double() - expected).abs() <= close).all()
 
 
 @pytest.mark.parametrize("norm", ["layer", "instance", "group"])

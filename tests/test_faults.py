@@ -192,6 +192,11 @@ try_all()
 )
 
 
+def at_points(code, seed, every):
+    """Return code that disturbs calls at one in so many points."""
+    return code.replace("{seed}", str(seed)).replace("{every}", str(every))
+
+
 @pytest.mark.parametrize(
     ("environment", "every"),
     [({"NUMBA_THREADING_LAYER": "workqueue"}, 4), ({"NUMBA_NUM_THREADS": "1"}, 1)],
@@ -202,8 +207,7 @@ def test_interrupt_at_every_point(python, seed, environment, every):
 
     On one thread at every point; on several, which differ in little, at every fourth, others in each run.
     """
-    code = POINTS.replace("{seed}", str(seed)).replace("{every}", str(every))
-    python(code, timeout=300, **environment)
+    python(at_points(POINTS, seed, every), timeout=300, **environment)
 
 
 SENT = (

@@ -362,6 +362,12 @@ ERRORS = [
     ({"lengths": [1, 2, 3, 4], "lengths_axis": 3}, ValueError, r"lengths_axis must be in \[-3, 3\)"),
     ({"lengths": [1, 2, 3, 4], "lengths_axis": 1.5}, TypeError, "lengths_axis must be an int, got float"),
     ({"lengths_axis": 1}, ValueError, "lengths_axis must be None without lengths, got 1"),
+    (
+        {"lengths_axis": "one", "mask": np.ones((4, 5), bool)},
+        ValueError,
+        "lengths_axis must be None without lengths, got 'one'",
+    ),
+    ({"lengths": np.ma.array([1, 2, 3, 4])}, TypeError, "lengths must be an array of ints without a mask"),
     ({"lengths": [1, 2, 3, 4], "mask": np.ones((4, 5), bool)}, ValueError, "mask and lengths must not both"),
 ]
 

@@ -15,7 +15,7 @@ import reference
 from cases import Shape, activations, channels_last, type_id
 from checks import assert_same_bits, assert_within, bits, check_running
 from reference import column, rows
-from test_faults import POINTS
+from test_faults import POINTS, at_points
 from test_module import KEYS, randomized, state_bits
 
 EPS = 1e-3
@@ -702,9 +702,10 @@ try_all()
 """
 
 
-def test_interrupt_at_every_point(python):
+def test_interrupt_at_every_point(python, seed):
     """State is whole wherever an exception comes from a signal's handler."""
-    python(POINTS.partition("\nmake(")[0] + INTERRUPTED, timeout=300, NUMBA_NUM_THREADS="1")
+    code = at_points(POINTS.partition("\nmake(")[0], seed, 1) + INTERRUPTED
+    python(code, timeout=300, NUMBA_NUM_THREADS="1")
 
 
 # --- on a GPU --------------------------------------------------------------------------------------

@@ -191,3 +191,18 @@ def test_agreement_on_errors(rng):
     ):
         with pytest.raises(ValueError, match=r"more than (1|one) value"):
             call()
+
+
+def test_statistics_of_different_kinds(rng):
+    x = rng.normal(size=(4, 3))
+    stats, of_torch = nbbn.batch_stats(x), nbbn.batch_stats(torch.from_numpy(x))
+    for one, other in ((stats, of_torch), (of_torch, stats)):
+        with pytest.raises(TypeError, match=r"^other must have arrays of these statistics' kind"):
+            one.merge(other)
+
+
+def test_nested_tensor():
+    with pytest.warns(UserWarning, match="nested"):
+        x = torch.nested.nested_tensor([torch.randn(3, 4)])
+    with pytest.raises(TypeError, match=r"^x cannot be used where it lies, got torch.Tensor"):
+        nbbn.batch_norm(x, training=True)

@@ -56,7 +56,10 @@ ARGUMENTS = [
     ("slope", np.float64),  # of leaky_relu
     ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
-    ("adds", _WORD),  # 1: the gradients of parameters are added to what is there
+    (
+        "adds",
+        _WORD,
+    ),  # of parameters' gradients: 1, what is lost is kept; 2, they are added to what is there
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
 ]
 

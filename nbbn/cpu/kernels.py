@@ -6,6 +6,8 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 `finish_stats`, `normalize`. The chunks are the same, so the bits are.
 """
 
+import math
+
 import numpy as np
 
 from nbbn.compiler import by_type, in_line, kernel, loop, out_of_line
@@ -92,6 +94,7 @@ from nbbn.cpu.sums import (
     LookAtBoth,
     add_to,
     exact,
+    plus_product,
     to_channels,
 )
 from nbbn.cpu.tiles import (
@@ -100,6 +103,8 @@ from nbbn.cpu.tiles import (
     square_down,
 )
 from nbbn.formulas import (
+    LARGEST_UNIT32,
+    LARGEST_UNIT64,
     about_mean,
     gradient_parameters,
     inverse_deviation,
@@ -173,16 +178,18 @@ def no_tile(tables):
 
 
 @loop
-def trusted(count, squares, offset, real):
+def trusted(count, squares, offset, guess, real):
     """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
 
     It is not where the guess was more than twice as far from the mean as the values are (`offset` is
-    n · (mean - guess)², and 5 offset > 4 squares), or where the squares left the range of x's type.
+    n · (mean - guess)², and 5 offset > 4 squares), or where the squares left the range of x's type. Where
+    there are none at all, the channel is constant; but next to 0 values may be so close that each is 0.
     """
     smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
     finite = at_most(squares, splat(LARGEST))
     near = at_most(offset * 1.25, squares) & at_most(smallest, squares) & finite
-    constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0))
+    apart = splat(2.0**-480 if exact(real) else 2.0**-48)  # from here on, other values are far enough off
+    constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0)) & at_most(apart, math.fabs(guess))
     return near | constant
 
 
@@ -306,9 +313,10 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
         bad = False
         for g in range(0, group, LANES):
             mean, rest = mean_of(load(sums, g), load(lost, g), count)
-            off = (mean - widen(load(guess_of, g))) + rest
+            guess = widen(load(guess_of, g))
+            off = (mean - guess) + rest
             offset = off * off * count
-            good = trusted(count, load(squares, g), offset, real)
+            good = trusted(count, load(squares, g), offset, guess, real)
             trust[g] = good
             bad = bad or good | (-1 << min(LANES, group - g)) != -1
             store(sums, g, mean)
@@ -389,20 +397,24 @@ def pool_sets(call, first, last):
     sets = call.channels // call.pool
     each = call.count
     for s in range(first, last):
-        mean = rest = m2 = count = 0.0
+        mean = rest = m2 = lost = count = 0.0
         for c in range(s * call.pool, (s + 1) * call.pool):
             its_mean, its_var, its_rest = (
                 channels[c],
                 channels[call.channels + c],
                 channels[2 * call.channels + c],
             )
+            between = 0.0
             if count == 0.0:
-                mean, rest, m2 = its_mean, its_rest, its_var * each
+                mean, rest = its_mean, its_rest
             else:
-                mean, rest, m2 = merge(count, mean, rest, m2, each, its_mean, its_rest, its_var * each)
+                mean, rest, between = merge(count, mean, rest, 0.0, each, its_mean, its_rest, 0.0)
+            m2, small = two_sum(m2, its_var * each)
+            m2, more = two_sum(m2, between)
+            lost += small + more
             count += each
         stats[s] = mean
-        stats[sets + s] = variance(m2, count)
+        stats[sets + s] = variance(m2 + lost, count)
         stats[2 * sets + s] = rest
 
 
@@ -800,16 +812,17 @@ def finish_set_gradients(call, s, stored):
     out_of_line()
     gradients = pointer(call.channel_stats, np.float64)
     mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
-    total = 0.0
-    product = 0.0
+    total = product = total_lost = product_lost = 0.0
     begin, end = s * call.pool, (s + 1) * call.pool
     for c in range(begin, end):
         gradients[c] *= invstd
         weight, _ = affine_of(call, c, stored)
-        product += weight * gradients[c]
+        product, product_lost = plus_product(product, product_lost, weight, gradients[c], np.float64)
         if call.centered == 1:
-            total += weight * gradients[call.channels + c]
-    mean, factor, product, total = splat(mean), splat(invstd), splat(product), splat(total)
+            its = gradients[call.channels + c]
+            total, total_lost = plus_product(total, total_lost, weight, its, np.float64)
+    mean, factor = splat(mean), splat(invstd)
+    product, total = splat(product + product_lost), splat(total + total_lost)
     for c in range(begin, end, LANES):
         here = min(LANES, end - c)
         weight, _ = affines_of(call, c, here, stored)
@@ -826,7 +839,7 @@ def for_apply(call, tables, c, here, known, real):
     mean, invstd, scale, factor, grad_weight, grad_bias, count = known
     rounded = quieted(mean, real)
     lost = mean - widen(rounded)
-    unit = power_of_two(invstd)
+    unit = power_of_two(invstd, LARGEST_UNIT64 if exact(real) else LARGEST_UNIT32)
     slope, offset = gradient_parameters(factor, lost, grad_bias, grad_weight, invstd, unit, count)
     third = quieted(slope, real)
     if call.activates == 1:
@@ -900,18 +913,23 @@ def finish_across(first, last, address, stored):
 
 @kernel
 def sum_parameters(first, last, address, stored):
-    """The gradients of parameters that several channels have. Tasks: parameters."""
+    """The gradients of parameters that several channels, or several calls, have. Tasks: parameters."""
     call = read(address)
     of_channels = pointer(call.channel_stats, np.float64)
     gradients = pointer(call.stats, np.float64)
+    kept = after(gradients, 2 * call.parameters)
     for row in range(2):
         for p in range(first, last):
-            total = gradients[row * call.parameters + p] if call.adds == 1 else 0.0
-            lost = 0.0
+            at = row * call.parameters + p
+            total = gradients[at] if call.adds == 2 else 0.0
+            lost = kept[at] if call.adds == 2 else 0.0
             for c in range(p, call.channels, call.parameters):
                 total, more = two_sum(total, of_channels[row * call.channels + c])
                 lost += more
-            gradients[row * call.parameters + p] = total + lost
+            total, lost = two_sum(total, lost)
+            gradients[at] = total
+            if call.adds > 0:
+                kept[at] = lost
 
 
 @kernel

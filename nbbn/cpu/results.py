@@ -331,7 +331,7 @@ def precise_gradient(call, place, row, j, doubtful, grad_x):
         mean, scale, slope = tables[c], tables[c + room], tables[c + 2 * room]
         offset, unit = tables[c + 3 * room], tables[c + 4 * room]
         dy = passed(row, dy, x, (mean, scale, tables[c + 5 * room]))
-        scale = precisely_scaled(call, row, j + k, scale)
+        scale = precisely_scaled(row, j + k, scale)
         set_number(results, k, gradient(dy, x, mean, unit, scale, slope, offset))
     return load(results, 0)
 

@@ -366,12 +366,13 @@ class Run:
         mean: Parameter,
         invstd: Parameter,
         training: bool,
-        adds: bool = False,
+        adds: int = 0,
         extras: Extras = NOTHING,
     ) -> None:
         """grad_x, and the gradients of weight and bias into float64[2, parameters] at `gradients`.
 
-        Those are added to what is there, if it `adds`. With a residual, its gradient too.
+        With a residual, its gradient too. Of the first of several calls whose gradients are added up, `adds`
+        is 1, and then 2: there are two rows more, for what the sums have lost.
         """
         plan = self.plan
         if self._across is not None:
@@ -417,7 +418,7 @@ class Run:
             self._give_back(call)
 
     def _sum_columns(
-        self, x: int, grad_out: int, gradients: int, mean: Parameter, invstd: Parameter, adds: bool
+        self, x: int, grad_out: int, gradients: int, mean: Parameter, invstd: Parameter, adds: int
     ) -> None:
         """The gradients of the parameters of each column, where rows have statistics of their own."""
         plan = self.plan

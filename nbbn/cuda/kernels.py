@@ -36,6 +36,8 @@ from nbbn.cuda.target import (
     widened,
 )
 from nbbn.formulas import (
+    LARGEST_UNIT32,
+    LARGEST_UNIT64,
     about_mean,
     gradient,
     gradient_parameters,
@@ -90,7 +92,7 @@ PERIODIC = False  # whether several channels share their parameters
 CENTERED = True  # whether the mean is subtracted
 ELEMENTWISE = False  # whether each element of a channel has parameters of its own
 ACROSS = False  # whether statistics are of the steps, not of the channels: sums for elementwise parameters
-ADDS = False  # whether gradients of parameters are added to what is there
+ADDS = 0  # of gradients of parameters: 1, what is lost is kept; 2, they are added to what is there
 TOGETHER = 0  # elementwise parameters of a vector; 1: each alone; 0: weight and bias differ in type
 of_parameters = np.float32  # what they are stored as
 PARAMETER_SIZE = 4  # bytes
@@ -231,12 +233,19 @@ def put(address, row, pitch, c, value):
 
 @part
 def put_gradients(address, pitch, c, grad_weight, grad_bias):
-    """Set those of a weight and a bias in float64[2, pitch], or add to them."""
-    if ADDS:
-        grad_weight += load(address + 8 * c, np.float64)
-        grad_bias += load(address + 8 * (pitch + c), np.float64)
+    """Set those of a weight and a bias in float64[2, pitch], or add to them, with what is lost in [2:4]."""
+    weight_lost = bias_lost = float64(0)
+    if ADDS == 2:
+        four = get_four(address, int64(0), pitch, c)
+        total, lost = plus(four[0], four[2], grad_weight)
+        grad_weight, weight_lost = two_sum(total, lost)
+        total, lost = plus(four[1], four[3], grad_bias)
+        grad_bias, bias_lost = two_sum(total, lost)
     put(address, 0, pitch, c, grad_weight)
     put(address, 1, pitch, c, grad_bias)
+    if ADDS:
+        put(address, 2, pitch, c, weight_lost)
+        put(address, 3, pitch, c, bias_lost)
 
 
 @part
@@ -1308,7 +1317,7 @@ def finish_gradients(arrays, cut, c, four, report, table):
     scale = weight_of(arrays, cut, c) * invstd
     near = real(mean)
     lost = mean - float64(near)
-    unit = float64(power_of_two(invstd))
+    unit = float64(power_of_two(invstd, LARGEST_UNIT64 if REAL_SIZE == 8 else LARGEST_UNIT32))
     slope, offset = gradient_parameters(
         invstd if POOLED else scale,
         lost,

@@ -24,7 +24,7 @@ Kernel = Callable[..., Any]
 Where = tuple[int, int, int]  # a parameter: address, stride in bytes and code of the storage
 
 
-ADDING: target.Names = (("ADDS", True),)
+ADDING: tuple[target.Names, ...] = ((), (("ADDS", 1),), (("ADDS", 2),))
 CONSTANT: target.Names = (("CONSTANT", True),)
 
 
@@ -285,16 +285,17 @@ class Run:
         mean: Where,
         invstd: Where,
         training: bool,
-        adds: bool = False,
+        adds: int = 0,
         extras: Extras = NOTHING,
         stream: int = 0,
     ) -> None:
-        """grad_x, and grad_weight and grad_bias into, or added to, float64[2, parameters] at `gradients`.
+        """grad_x, and the gradients of weight and bias into float64[2, parameters] at `gradients`.
 
-        With a residual, its gradient too.
+        With a residual, its gradient too. Of the first of several calls whose gradients are added up, `adds`
+        is 1, and then 2: there are two rows more, for what the sums have lost.
         """
         plan, across = self.plan, self.across
-        names = ADDING if adds else ()
+        names = ADDING[adds]
         with target.current(self.device):
             call = _Call(self, stream, extras)
             residual = [extras.residual, extras.grad_residual] * plan.form.residual
