@@ -56,10 +56,7 @@ ARGUMENTS = [
     ("slope", np.float64),  # of leaky_relu
     ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
-    (
-        "adds",
-        _WORD,
-    ),  # of parameters' gradients: 1, what is lost is kept; 2, they are added to what is there
+    ("adds", _WORD),  # to gradients of parameters: 1, others will be added; 2, they are added to those there
     ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
 ]
 

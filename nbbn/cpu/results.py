@@ -125,6 +125,8 @@ class Work(NamedTuple):
         The column that the first whole line begins at, and that after the last one.
     written : int64[ROWS]
         Up to where, from there on, they have been written.
+    before : int64[ROWS]
+        How many columns before the first whole line are to be written, too.
     """
 
     call: Any
@@ -136,6 +138,7 @@ class Work(NamedTuple):
     begins: Any
     ends: Any
     written: Any
+    before: Any
 
 
 # --- what is written -------------------------------------------------------------------------------

@@ -296,6 +296,61 @@ def _down(name, reads, look, write_border, write_part, write_rows):
     """Return a loop over the rows of a tile that looks at them, and writes those of another one."""
 
     @variant(name)
+    def find_rows(call, row, pitch, number, channel, group, buffer, rows, state, work, direct, stored):
+        """Note where `number` rows are, from `row` on, and those of the other tile. Return how wide they are.
+
+        That is of each channel.
+        """
+        in_line()
+        tile, streaming = work.tile, call.stream == 1
+        to_x = (tile[0] - channel) * call.at_x.channel
+        to_second = (tile[0] - channel) * call.at_second.channel
+        width = plain(0)
+        for k in range(number):
+            work.rows[k] = row + k * pitch
+            step, piece = locate(call, work.rows[k])
+            steps, count = extent(call, step, piece)
+            width = steps * count
+            room = after(buffer, reads * k * row_room(buffer))
+            x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
+            rows[reads * k + reads - 1] = address(x)
+            note_bits(call, rows, reads * k, work.rows[k], stored)
+            if reads > 1:
+                room = after(room, row_room(buffer))
+                dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored)
+                rows[reads * k] = address(dy)
+                note_beside(call, rows, state[-1], reads * k, work.rows[k], stored)
+                note_residual(call, rows, reads * k, step, piece, channel, group, buffer, stored)
+            if direct:
+                work.xs[k] = rows[reads * k + reads - 1] + to_x
+                work.seconds[k] = rows[reads * k] + to_second
+                if with_residual(stored):
+                    work.seconds[k] = row_address(call, call.second, call.at_second, step, piece, tile[0])
+                work.outs[k] = row_address(call, call.out, call.at_out, step, piece, tile[0])
+                out, count = pointer(work.outs[k], stored), width * tile[1]
+                goes_on = piece + 1 < call.pieces
+                work.begins[k], work.ends[k] = whole_lines(out, count, goes_on, streaming)
+                work.written[k] = work.begins[k]
+                # What comes before is a row's own, or has been written with the piece before.
+                work.before[k] = work.begins[k] if piece == 0 else 0
+                if streaming:
+                    ask_for_ends(work.outs[k], count * size_of(x), work.before[k] > 0, not goes_on)
+        return width
+
+    @variant(name)
+    def write_ends(call, rows, number, width, work, tile, stored):
+        """Write what is left over of rows of another tile: their ends, or all where nothing was looked at."""
+        in_line()
+        streaming = call.stream == 1
+        for k in range(number):
+            out, count = pointer(work.outs[k], stored), max(width * tile[1], work.ends[k])
+            read = operands_of(work, rows, reads, k, stored)
+            if work.before[k] > 0:
+                write_part(call, out, read, plain(0), work.begins[k], count, streaming, tile)
+            if work.written[k] < count:
+                write_part(call, out, read, work.written[k], count, count, streaming, tile)
+
+    @variant(name)
     def down(call, first, last, channel, group, buffer, state, mask, tile, stored):
         """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels."""
         rows = scratch(NOTED, np.int64)
@@ -306,19 +361,16 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         begins = scratch(ROWS, np.int64)
         ends = scratch(ROWS, np.int64)
         written = scratch(ROWS, np.int64)
-        befores = scratch(ROWS, np.int64)
+        before = scratch(ROWS, np.int64)
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
         direct = writing and gathers == 0
-        streaming = call.stream == 1
         # Channels that come in pieces take turns, piece by piece.
         turns = max(group, tile[1]) if call.pieces > 1 else 1
         apiece = call.single == 1 and group > 1 and turns == 1  # a part is a channel, with sums of its own
         span = call.inner if apiece else HALF_COLUMNS
         for k in range(ROWS):
             begins[k] = ends[k] = written[k] = 0
-        to_x = (tile[0] - channel) * call.at_x.channel
-        to_second = (tile[0] - channel) * call.at_second.channel
         # Squares of as many rows as are looked at together are summed in x's type.
         at_once = ROWS if reads == 1 and mask == 0 else AT_ONCE
         far = 0 if mask == 0 else apart(call, first, last, at_once)
@@ -329,52 +381,12 @@ def _down(name, reads, look, write_border, write_part, write_rows):
             number = number if turns == 1 else 1
             pitch = far if many else 1
             for turn in range(turns):
-                its_channel, its_group, its_tile = one_of(channel, group, tile, turn, turns)
-                work = Work(call, its_tile, numbers, outs, xs, seconds, begins, ends, written)
-                width = plain(0)
-                for k in range(number):
-                    numbers[k] = row + k * pitch
-                    step, piece = locate(call, numbers[k])
-                    steps, count = extent(call, step, piece)
-                    width = steps * count
-                    room = after(buffer, reads * k * row_room(buffer))
-                    x = row_of(call, call.x, call.at_x, step, piece, its_channel, its_group, room, stored)
-                    rows[reads * k + reads - 1] = address(x)
-                    note_bits(call, rows, reads * k, numbers[k], stored)
-                    if reads > 1:
-                        room = after(room, row_room(buffer))
-                        dy = row_of(
-                            call,
-                            call.grad_out,
-                            call.at_grad_out,
-                            step,
-                            piece,
-                            its_channel,
-                            its_group,
-                            room,
-                            stored,
-                        )
-                        rows[reads * k] = address(dy)
-                        note_beside(call, rows, state[-1], reads * k, numbers[k], stored)
-                        note_residual(
-                            call, rows, reads * k, step, piece, its_channel, its_group, buffer, stored
-                        )
-                    if direct:
-                        xs[k] = rows[reads * k + reads - 1] + to_x
-                        seconds[k] = rows[reads * k] + to_second
-                        if with_residual(stored):
-                            seconds[k] = row_address(
-                                call, call.second, call.at_second, step, piece, its_tile[0]
-                            )
-                        outs[k] = row_address(call, call.out, call.at_out, step, piece, its_tile[0])
-                        out, count = pointer(outs[k], stored), width * its_tile[1]
-                        goes_on = piece + 1 < call.pieces
-                        begins[k], ends[k] = whole_lines(out, count, goes_on, streaming)
-                        written[k] = begins[k]
-                        befores[k] = begins[k] if piece == 0 else 0  # otherwise the row before has written it
-                        if streaming:
-                            ask_for_ends(outs[k], count * size_of(x), befores[k] > 0, not goes_on)
-                columns = width * its_group
+                its, count, its_tile = one_of(channel, group, tile, turn, turns)
+                work = Work(call, its_tile, numbers, outs, xs, seconds, begins, ends, written, before)
+                width = find_rows(
+                    call, row, pitch, number, its, count, buffer, rows, state, work, direct, stored
+                )
+                columns = width * count
                 for part in range(-(-columns // span)):
                     begin = part * span
                     end = min(begin + span, columns)
@@ -384,17 +396,12 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                         write_border(work, rows, k, begin, end, base, stored)
                         if reads > 1:
                             pass_channel(call, rows, reads * k, stored)
-                its_tile = with_tables_of(its_tile, turn)
-                for k in range(number if direct else 0):
-                    out, count = pointer(outs[k], stored), max(width * its_tile[1], ends[k])
-                    read = operands_of(work, rows, reads, k, stored)
-                    if befores[k] > 0:
-                        write_part(call, out, read, plain(0), begins[k], count, streaming, its_tile)
-                    if written[k] < count:
-                        write_part(call, out, read, written[k], count, count, streaming, its_tile)
+                if direct:
+                    its_tile = with_tables_of(its_tile, turn)
+                    write_ends(call, rows, number, width, work, its_tile, stored)
                 for k in range(number if reads > 1 and with_residual(stored) else 0):
                     step, piece = locate(call, numbers[k])
-                    keep_residual(call, rows, reads * k, step, piece, its_channel, its_group, stored)
+                    keep_residual(call, rows, reads * k, step, piece, its, count, stored)
                 # Only now: what is gathered or scattered goes through the buffer that held the rows above.
                 for k in range(number if writing and not direct else 0):
                     write_rows(call, numbers[k], numbers[k] + 1, tile, buffer, stored)
