@@ -76,9 +76,7 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
     """
     if value is None:
         return ABSENT
-    if value.shape != (channels,):
-        raise ValueError(f"{name} must have shape {(channels,)}, a number per channel, got {value.shape}")
-    storage = parameter_storage(name, value, (channels,), x)
+    storage = parameter_storage(name, value, (channels,), x, ", a number per channel")
     stride = value.strides[0]
     if updated:
         if not value.flags.writeable:
@@ -91,7 +89,9 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
     return address(value), stride, storage.code
 
 
-def parameter_storage(name: str, value: Any, shape: tuple[int, ...], x: np.ndarray) -> Storage:
+def parameter_storage(
+    name: str, value: Any, shape: tuple[int, ...], x: np.ndarray, which_is: str = ""
+) -> Storage:
     """Check the type and the shape of a parameter; return how its elements are stored."""
     storage = storage_of(value.dtype)
     if storage is None:
@@ -101,7 +101,7 @@ def parameter_storage(name: str, value: Any, shape: tuple[int, ...], x: np.ndarr
         allowed = f"{wide}, or of x's type," if x.itemsize < 4 else wide
         raise TypeError(f"{name} must be {allowed} for x of {type_name(x.dtype)}, got {storage.name}")
     if value.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {value.shape}")
+        raise ValueError(f"{name} must have shape {shape}{which_is}, got {value.shape}")
     return storage
 
 

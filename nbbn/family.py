@@ -353,18 +353,16 @@ def differentiate_rows(
         arrays.output(out, x, grad_out=grad_out, weight=weight, mean=mean, invstd=invstd)
     if x.size == 0:
         return _finish(here, out, given), here.put(np.zeros((2, *shape))), here
-    walk = _by_row(x, (grad_out, out), len(shape), centered)
+    near, dy, grad_x = x, grad_out, out
+    walk = _by_row(near, (dy, grad_x), len(shape), centered)
     if walk is None:
-        near, dy = _near(here, x), _near(here, grad_out)
-        room = here.room(x.shape, x.dtype)
-        walk = _by_row(near, (dy, room), len(shape), centered)
+        near, dy, grad_x = _near(here, x), _near(here, grad_out), here.room(x.shape, x.dtype)
+        walk = _by_row(near, (dy, grad_x), len(shape), centered)
         assert walk is not None
-        gradients = here.room((_rows(walk), *shape), STATISTICS)  # they may be many
-        _backward(here, walk, near, dy, room, gradients, gamma, mu, sigma)
-        _copy(here, room, out)
-    else:
-        gradients = here.room((_rows(walk), *shape), STATISTICS)
-        _backward(here, walk, x, grad_out, out, gradients, gamma, mu, sigma)
+    gradients = here.room((_rows(walk), *shape), STATISTICS)  # they may be many
+    _backward(here, walk, near, dy, grad_x, gradients, gamma, mu, sigma)
+    if grad_x is not out:
+        _copy(here, grad_x, out)
     return _finish(here, out, given), gradients, here
 
 

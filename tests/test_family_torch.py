@@ -84,8 +84,8 @@ def test_rms_eps_of_sixteen_bits(rng, dtype):
     """It is float32's, which they are computed in: theirs would be of the size of these results."""
     x = torch.from_numpy(2.0**-10 * rng.normal(size=(5, 16))).to(dtype)
     expected = functional.rms_norm(x, (16,)).double()
-    close = 2 * torch.finfo(dtype).eps * expected.abs()
-    assert ((nbbn.rms_norm(x, 16).double() - expected).abs() <= close).all()
+    tolerance = 2 * torch.finfo(dtype).eps * expected.abs()
+    assert ((nbbn.rms_norm(x, 16).double() - expected).abs() <= tolerance).all()
 
 
 @pytest.mark.parametrize("norm", ["layer", "instance", "group"])

@@ -247,12 +247,11 @@ class Plan:
         self.bits_at = self.words
         columns = geometry.inner * (1 if tiling.pieces > 1 else tiling.fold * self.group)
         bits_pitch = -(-columns // 32) * 4 + 16  # eight bytes are written at a time, and zeros behind
-        if geometry.inner == 1 and tiling.fold > 1 and columns % 8 == 0:
+        steps_of_one = geometry.inner == 1 and tiling.fold > 1
+        if steps_of_one and columns % 8 == 0:
             bits_pitch = columns // 8  # one row's follow the other's, so that many are written as one
         bit_rows = tiling.rows // tiling.pieces
-        self.mask_tasks = bit_rows
-        if geometry.inner == 1 and tiling.fold > 1:
-            self.mask_tasks = -(-tiling.rows // tiling.block)
+        self.mask_tasks = -(-tiling.rows // tiling.block) if steps_of_one else bit_rows
         if form.masked:
             self.words += -(-bits_pitch * bit_rows // 8) + 1  # more are read at the end
         self.counts_at = self.words

@@ -165,6 +165,15 @@ def tile_of(call, channel, group, number, spread, real):
 
 
 @loop
+def one_of(channel, group, tile, turn, turns):
+    """Return the first channel, the number of channels, and the tile to be written, of one turn."""
+    if turns == 1:
+        return channel, group, tile
+    its_tile = tile[0] + turn, min(1, max(0, tile[1] - turn)), tile[2], tile[3], tile[4]
+    return channel + turn, min(1, max(0, group - turn)), its_tile
+
+
+@loop
 def with_tables_of(tile, number):
     """Return a tile of one channel with its tables, where they are those of a tile of several long ones."""
     return tile[0], tile[1], after(tile[2], number * LANES), tile[3], tile[4]
@@ -580,10 +589,8 @@ def _write_rows(name, reads, write_part):
         turns = tile[1] if call.pieces > 1 else 1
         for each in range(first * turns, last * turns):
             row, turn = each // turns, each % turns
-            channel, group, its = tile[0], tile[1], tile
-            if turns > 1:
-                channel, group = channel + turn, 1
-                its = with_tables_of((channel, group, tile[2], tile[3], tile[4]), turn)
+            channel, group, its = one_of(tile[0], tile[1], tile, turn, turns)
+            its = with_tables_of(its, turn)
             step, piece = locate(call, row)
             steps, count = extent(call, step, piece)
             count *= steps * group

@@ -14,6 +14,7 @@ from nbbn.cpu.results import (
     Work,
     gradient_lines,
     normalized_lines,
+    one_of,
     operands_of,
     whole_lines,
     with_tables_of,
@@ -254,15 +255,6 @@ def alike(call, row):
     if call.pieces * call.width == call.inner:
         return call.rows - row
     return max(1, call.pieces - 1 - row % call.pieces)
-
-
-@loop
-def one_of(channel, group, tile, turn, turns):
-    """Return the first channel, the number of channels, and the tile to be written, of one turn."""
-    if turns == 1:
-        return channel, group, tile
-    its_tile = tile[0] + turn, min(1, max(0, tile[1] - turn)), tile[2], tile[3], tile[4]
-    return channel + turn, min(1, max(0, group - turn)), its_tile
 
 
 @loop
