@@ -58,11 +58,11 @@ def checked(name: str, value: Any) -> np.ndarray:
     return value
 
 
-def channel_axis(x: np.ndarray, axis: Any) -> int:
-    """Return the channel axis of x, not negative."""
+def channel_axis(x: np.ndarray, axis: Any, least: int = 2) -> int:
+    """Return the channel axis of x, which must have `least` dimensions; not negative."""
     ndim = x.ndim
-    if ndim < 2:
-        raise ValueError(f"x must have at least 2 dimensions, got {ndim} (shape {x.shape})")
+    if ndim < least:
+        raise ValueError(f"x must have at least {least} dimensions, got {ndim} (shape {x.shape})")
     channel = integer("axis", axis)
     if not -ndim <= channel < ndim:
         raise ValueError(f"axis must be in [-{ndim}, {ndim}) for x of shape {x.shape}, got {channel}")

@@ -28,6 +28,7 @@ from nbbn.functional import evaluate, runner, threads_for
 from nbbn.geometry import Strides
 from nbbn.problem import Form
 
+INSTANCE_DIMENSIONS = 3  # of x, at least: samples, channels, and what is normalized
 MANY = 16  # rows that a walk of its own is worth while for, where others would have to be copied
 
 
@@ -459,10 +460,7 @@ def _normalized(x: np.ndarray, normalized_shape: Any) -> tuple[int, ...]:
 
 def _grouped(x: np.ndarray, groups: Any, axis: Any, features: int | None) -> tuple[int, tuple[int, int], int]:
     """Return the channel axis, the shape of the statistics, and how many values are normalized together."""
-    least = 3 if groups is None else 2
-    if x.ndim < least:
-        raise ValueError(f"x must have at least {least} dimensions, got {x.ndim} (shape {x.shape})")
-    axis = arrays.channel_axis(x, axis)
+    axis = arrays.channel_axis(x, axis, INSTANCE_DIMENSIONS if groups is None else 2)
     samples, channels = x.shape[0 if axis != 0 else 1], x.shape[axis]
     if features is not None and channels != features:
         raise ValueError(f"x must have {features} channels on axis {axis}, got {channels} (shape {x.shape})")
@@ -1104,14 +1102,9 @@ def instance_norm(
     if momentum is not None:
         momentum = arrays.number("momentum", momentum, 0.0, 1.0)
     if not use_input_stats:
-        for name, value in (("running_mean", running_mean), ("running_var", running_var)):
-            if value is None:
-                raise ValueError(f"{name} must be given with use_input_stats=False, got None")
-        if len(getattr(x, "shape", (0, 0, 0))) < 3:
-            raise ValueError(
-                f"x must have at least 3 dimensions, got {len(x.shape)} (shape {tuple(x.shape)})"
-            )
-        return evaluate(x, running_mean, running_var, weight, bias, eps, axis, out)[0]
+        running = running_mean, running_var
+        asked = "use_input_stats=False"
+        return evaluate(x, *running, weight, bias, eps, axis, out, least=INSTANCE_DIMENSIONS, asked=asked)[0]
     return normalize_instances(x, running_mean, running_var, weight, bias, momentum, eps, axis, out)[0]
 
 

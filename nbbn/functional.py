@@ -586,8 +586,13 @@ def evaluate(
     out: Any = None,
     features: int | None = None,
     fused: Fusion = ALONE,
+    least: int = 2,
+    asked: str = "training=False",
 ) -> tuple[Any, Place]:
-    """Check, and normalize with the running statistics; return the output, and where that was."""
+    """Check, and normalize with the running statistics; return the output, and where that was.
+
+    x has at least `least` dimensions; `asked` is what the caller was told.
+    """
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -611,11 +616,11 @@ def evaluate(
             written=("out",),
         )
     x = arrays.checked("x", x)
-    axis = arrays.channel_axis(x, axis)
+    axis = arrays.channel_axis(x, axis, least)
     channels = _channels(x, axis, features)
     for name, value in (("running_mean", running_mean), ("running_var", running_var)):
         if value is None:
-            raise ValueError(f"{name} must be given in evaluation (training=False), got None")
+            raise ValueError(f"{name} must be given with {asked}, got None")
     mean = arrays.parameter("running_mean", running_mean, channels, x)
     var = arrays.parameter("running_var", running_var, channels, x)
     gamma = arrays.parameter("weight", weight, channels, x)

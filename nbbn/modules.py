@@ -10,6 +10,7 @@ from nbbn import arrays
 from nbbn.base import MOST_ELEMENTS, Checked, Module, weight_of_a_batch
 from nbbn.compiler import Step
 from nbbn.family import (
+    INSTANCE_DIMENSIONS,
     differentiate_channels,
     differentiate_rows,
     normalize_channels,
@@ -529,7 +530,15 @@ class InstanceNorm(Module):
         mean, var = self.running_mean, self.running_var
         if mean is not None and not self.training:
             out, here = evaluate(
-                x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features
+                x,
+                mean,
+                var,
+                self.weight,
+                self.bias,
+                self.eps,
+                self.axis,
+                features=self.num_features,
+                least=INSTANCE_DIMENSIONS,
             )
             self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
             return out

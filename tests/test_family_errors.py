@@ -517,6 +517,9 @@ def test_evaluation_of_instances_says_what_it_needs():
         nbbn.instance_norm(x, use_input_stats=False)
     with pytest.raises(ValueError, match=r"^x must have at least 3 dimensions, got 2"):
         nbbn.instance_norm(x[0], np.ones(5), np.ones(5), use_input_stats=False)
+    module = nbbn.InstanceNorm(5, track_running_stats=True).eval()
+    with pytest.raises(ValueError, match=r"^x must have at least 3 dimensions, got 2"):
+        module(x[0])
 
 
 def test_normalized_shape_is_no_array():
