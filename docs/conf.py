@@ -2,8 +2,11 @@
 
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
+
+from docutils import nodes
 
 import nbbn
 
@@ -67,6 +70,14 @@ def write_command_line(app: object) -> None:
     (HERE / "reference" / "_commands.md").write_text(commands)
 
 
+def number_citations(app: object, doctree: nodes.document, page: str) -> None:
+    """Show citations as the numbers that they are in docstrings; numpydoc makes unique labels of them."""
+    for text in list(doctree.findall(nodes.Text)):
+        if label := re.fullmatch(r"\[R[0-9a-f]+-([0-9]+)\]", text):
+            text.parent.replace(text, nodes.Text(f"[{label[1]}]"))
+
+
 def setup(app: object) -> None:
     """Let Sphinx call what is above."""
     app.connect("builder-inited", write_command_line)  # type: ignore[attr-defined]
+    app.connect("doctree-resolved", number_citations)  # type: ignore[attr-defined]

@@ -6,13 +6,15 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from nbbn import arrays
 from nbbn.columns import Columns, columns_on
-from nbbn.dtypes import BFLOAT16, bfloat16_as_float32
+from nbbn.compiler import Step
+from nbbn.dtypes import BFLOAT16, bfloat16_as_float32, narrowed
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Place, read
 
@@ -50,7 +52,7 @@ class Checked:
         self._name = name
 
     def __get__(self, module: Any, owner: Any = None) -> Any:
-        return self if module is None else vars(module)[self._name]
+        return self if module is None else vars(module).get(self._name)
 
     def __set__(self, module: Any, value: Any) -> None:
         vars(module)[self._name] = self._check(self._name, value)
@@ -66,6 +68,18 @@ def values_lost(name: str, value: Any) -> float:
     return arrays.number(name, value, 0.0, math.inf)
 
 
+def number_of_batches(name: str, value: Any) -> np.ndarray | None:
+    """Return a counter, the array itself where it can be counted in, or raise."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.shape != ():
+        raise ValueError(f"{name} must be a single int, got shape {array.shape}")
+    count = _count(name, array)
+    in_place = type(value) is np.ndarray and array.dtype == count.dtype and array.flags.writeable
+    return array if in_place else count
+
+
 class Module:
     """A normalization with parameters, and perhaps with running statistics."""
 
@@ -73,7 +87,8 @@ class Module:
     bias: Any
     running_mean: Any = None
     running_var: Any = None
-    num_batches_tracked: np.ndarray | None = None
+    num_batches_tracked = Checked(number_of_batches)
+    momentum: Any = None
     # Arrays of the last call and the last backward pass, which stay behind where a module goes.
     _of_last: Mapping[str, None] = {"_saved": None}
 
@@ -93,8 +108,15 @@ class Module:
 
     # What cannot be copied or pickled is made anew; the x of the last call stays behind.
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, **self._of_last, "_lock": None, "_columns": self.device}
-        return state if self.device == CPU else state | self._moved(self._columns.host)
+        kept = {**self._of_last, "_lock": None, "_columns": self.device}
+        with self._lock:
+            if self.device != CPU:
+                return self.__dict__ | kept | self._moved(self._columns.host)
+            # Copies of what another thread may be about to update.
+            tracked = {name: self._columns.snapshot(getattr(self, name)) for name in (*STATISTICS, COUNTER)}
+            return (
+                self.__dict__ | kept | {name: value for name, value in tracked.items() if value is not None}
+            )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _columns=Columns())
@@ -106,12 +128,12 @@ class Module:
 
     def __copy__(self) -> Any:
         twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, **self._of_last)
-        twin._renew_lock()
+        twin.__dict__.update(self.__dict__, **self._of_last)  # the lock is of the arrays, which it shares
+        _modules.add(twin)
         return twin
 
     def _renew_lock(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may come in between, and look at the module
         _modules.add(self)
 
     def _moved(self, move: Callable[[Any], Any]) -> dict[str, Any]:
@@ -124,8 +146,26 @@ class Module:
         self.weight = self._columns.new(np.ones(shape, self.dtype)) if weight else None
         self.bias = self._columns.new(np.zeros(shape, self.dtype)) if bias else None
 
+    def _without_bias(self) -> str:
+        """Return what a repr says where there is a weight alone."""
+        return ", bias=False" if self.weight is not None and self.bias is None else ""
+
+    def _momenta(self, batches: int = 1) -> list[float]:
+        """Return the weights of the next batches in the running statistics."""
+        if self.momentum is not None:
+            return [self.momentum] * batches
+        if self.num_batches_tracked is None:
+            raise ValueError("momentum must be a number where num_batches_tracked is None, got None")
+        tracked = int(self.num_batches_tracked)
+        return [1.0 / (tracked + k) for k in range(1, batches + 1)]
+
+    def _counting(self, batches: int = 1) -> tuple[Step, ...]:
+        """Return what counts the next batches."""
+        counter = self.num_batches_tracked
+        return () if counter is None else (partial(counter.fill, int(counter) + batches),)
+
     def train(self, mode: bool = True) -> Any:
-        """Set the mode: batch statistics, and running ones updated; return self.
+        """Set the mode, which only a module with running statistics goes by; return self.
 
         Parameters
         ----------
@@ -141,7 +181,7 @@ class Module:
         return self
 
     def eval(self) -> Any:
-        """Set the mode: the running statistics, if any, are used and not updated; return self."""
+        """Set the mode: the running statistics, if there are any, are used and not updated; return self."""
         return self.train(False)
 
     def to(self, device: str) -> Any:
@@ -193,10 +233,16 @@ class Module:
         dict of str to numpy.ndarray
             With the keys of PyTorch's module of this name. Always in the memory of the host.
         """
-        return {
-            name: getattr(self, name).copy() if name == COUNTER else self._columns.host(getattr(self, name))
-            for name in self._state_names()
-        }
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                name: getattr(self, name).copy()
+                if name == COUNTER
+                else self._columns.host(getattr(self, name))
+                for name in self._state_names()
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Set parameters and running statistics.
@@ -225,22 +271,25 @@ class Module:
         self._load({name: self._loadable(name, name, state[name]) for name in names if name in state})
 
     def _load(self, loaded: dict[str, np.ndarray]) -> None:
+        for name in loaded:
+            if name != COUNTER:
+                self._columns.check(name, getattr(self, name))
         with self._lock:
             for name, value in loaded.items():
                 if name == COUNTER:
-                    getattr(self, name)[...] = value
+                    self.num_batches_tracked[...] = value
                 else:
                     self._columns.write(getattr(self, name), value)
 
     def _loadable(self, name: str, key: str, value: Any) -> np.ndarray:
         """Return what a state has under `key` as an array that can be stored under `name`, or raise."""
-        own: np.ndarray = getattr(self, name)
+        own: np.ndarray = self._columns.view(name, getattr(self, name))
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"state[{key!r}] must be an array of numbers, got a masked array")
         try:
             array = _numbers(key, value)
             if name != COUNTER:
-                array = array.astype(own.dtype, casting="same_kind")
+                array = _stored(array, own.dtype)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"state[{key!r}] must be an array of numbers: {error}") from None
         # Some savers make a 1-element array of the 0-d counter.
@@ -248,7 +297,7 @@ class Module:
             array = array.reshape(())
         if array.shape != own.shape:
             raise ValueError(f"state[{key!r}] must have shape {own.shape}, got {array.shape}")
-        return _count(array) if name == COUNTER else array
+        return _count(f"state[{key!r}]", array) if name == COUNTER else array
 
 
 def _numbers(key: str, value: Any) -> np.ndarray:
@@ -263,11 +312,18 @@ def _numbers(key: str, value: Any) -> np.ndarray:
     return bfloat16_as_float32(array) if array.dtype in (BFLOAT16.dtype, np.dtype("V2")) else array
 
 
-def _count(array: np.ndarray) -> np.ndarray:
+def _stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return numbers of any type in a module's, rounded once, or raise a TypeError."""
+    if array.dtype == np.float64:
+        return narrowed(array, dtype)
+    return array.astype(dtype, casting="same_kind")
+
+
+def _count(name: str, array: np.ndarray) -> np.ndarray:
     """Return the value of a 0-d array as a number of batches, or raise."""
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"state[{COUNTER!r}] must be an int, got dtype {array.dtype}")
+        raise TypeError(f"{name} must be an int, got dtype {array.dtype}")
     count = array.item()
     if not 0 <= count <= _MOST_BATCHES or count != int(count):
-        raise ValueError(f"state[{COUNTER!r}] must be an int in [0, 2**62], got {count}")
-    return np.array(int(count))
+        raise ValueError(f"{name} must be an int in [0, 2**62], got {count}")
+    return np.array(int(count), np.int64)

@@ -9,9 +9,9 @@ import numpy as np
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dispatch import find
 from nbbn.dlpack import NO_ORDER
-from nbbn.dtypes import BFLOAT16, FLOAT64, storage_of
+from nbbn.dtypes import BFLOAT16, FLOAT64, narrowed, storage_of
 from nbbn.errors import DeviceError
-from nbbn.frameworks import CPU, NUMBA_CUDA, Place
+from nbbn.frameworks import CPU, NUMBA_CUDA, Place, read
 
 
 class Columns:
@@ -23,17 +23,30 @@ class Columns:
         """Return a new column of these values."""
         return np.array(values)
 
+    def view(self, name: str, column: Any) -> np.ndarray:
+        """Return a view of a column, which may be anything that was put in the place of one."""
+        return column if isinstance(column, np.ndarray) else read(name, column, None)
+
+    def check(self, name: str, column: Any) -> None:
+        """Raise where a column cannot be written to."""
+        if not self.view(name, column).flags.writeable:
+            raise ValueError(f"{name} of this module must be writable, got a read-only array")
+
     def host(self, column: Any) -> np.ndarray:
         """Return a copy in the memory of the host."""
-        return np.array(column)
+        return np.array(self.view("column", column))
+
+    def snapshot(self, column: Any) -> Any:
+        """Return a column that no other thread changes meanwhile, where this is NumPy's."""
+        return column.copy() if isinstance(column, np.ndarray) else column
 
     def write(self, column: Any, values: np.ndarray) -> None:
         """Set a column."""
-        column[...] = values
+        self.view("column", column)[...] = values
 
     def copied(self, column: Any, here: Place) -> Any:
         """Return a copy that a call at a place can work on."""
-        return np.array(column)
+        return self.host(column)
 
     def assign(self, column: Any, source: Any, here: Place) -> None:
         """Set a column to what `copied` returned."""
@@ -45,15 +58,15 @@ class Columns:
 
     def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:
         """Return a mean, and invstd = 1 / sqrt(var + eps), that do not change when `mean` and `var` do."""
-        invstd = var.astype(np.float64)
+        invstd = self.view("running_var", var).astype(np.float64)
         invstd += eps
         with np.errstate(divide="ignore", invalid="ignore"):
             np.divide(1.0, np.sqrt(invstd, out=invstd), out=invstd)
-        return mean.astype(np.float64), invstd
+        return self.view("running_mean", mean).astype(np.float64), invstd
 
     def rounded(self, rows: np.ndarray, row: int, dtype: np.dtype, here: Place) -> Any:
         """Return a row of the float64 result of a call as a column of another type."""
-        return rows[row].astype(dtype)
+        return narrowed(rows[row], dtype)
 
 
 class CudaColumns(Columns):
@@ -76,6 +89,12 @@ class CudaColumns(Columns):
             )
         return NUMBA_CUDA.on_gpu(np.asarray(values), self._index)
 
+    def view(self, name: str, column: Any) -> np.ndarray:  # noqa: D102
+        return NUMBA_CUDA.read(name, column, NO_ORDER)
+
+    def check(self, name: str, column: Any) -> None:  # noqa: D102
+        self.view(name, column)
+
     def host(self, column: Any) -> np.ndarray:  # noqa: D102
         cuda = importlib.import_module("numba.cuda")
         with cuda.gpus[self._index]:
@@ -89,11 +108,11 @@ class CudaColumns(Columns):
             _device_array(column).copy_to_device(values)
 
     def copied(self, column: Any, here: Place) -> Any:  # noqa: D102
-        dtype = NUMBA_CUDA.read("column", column, NO_ORDER).dtype
+        dtype = self.view("column", column).dtype
         return self._evaluate(0.0, dtype, column.shape[0], self._parameter(column), ABSENT, 0.0, here)
 
     def assign(self, column: Any, source: Any, here: Place) -> None:  # noqa: D102
-        out = NUMBA_CUDA.read("column", column, NO_ORDER)
+        out = self.view("column", column)
         self._evaluate(0.0, out.dtype, out.shape[0], self._parameter(source), ABSENT, 0.0, here, out)
 
     def numbers(self, rows: np.ndarray, here: Place) -> np.ndarray:  # noqa: D102
@@ -112,7 +131,7 @@ class CudaColumns(Columns):
         return self._evaluate(0.0, dtype, rows.shape[1], values, ABSENT, 0.0, here)
 
     def _parameter(self, column: Any) -> Parameter:
-        view = NUMBA_CUDA.read("column", column, NO_ORDER)
+        view = self.view("column", column)
         storage = storage_of(view.dtype)
         assert storage is not None
         return address(view), view.strides[0], storage.code

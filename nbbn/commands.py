@@ -201,7 +201,10 @@ def bench(
         Path | None, typer.Option(metavar="FILE", help="Write the tables as Markdown.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw it, as .png or .svg: percent of the limit.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Draw it, as .png or .svg: percent of the limit; of four batches, times."
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -221,6 +224,9 @@ def bench(
     console = Console()
     try:
         if compare is not None:
+            for name, file in (("json", json), ("markdown", markdown), ("plot", plot)):
+                if file is not None:
+                    raise request.Refused(f"--{name}", "got a file with --compare, which writes none")
             compare_files(*compare, console)
             return 0
         files = {

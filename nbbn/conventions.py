@@ -110,10 +110,13 @@ def find(convention: str) -> Convention:
     return CONVENTIONS[convention]
 
 
+LEFT_OUT: Any = type("LeftOut", (), {"__repr__": lambda self: "the library's"})()
+
+
 def options(
     convention: str,
     *,
-    momentum: float | None = None,
+    momentum: float | None = LEFT_OUT,
     eps: float | None = None,
     axis: int | None = None,
 ) -> dict[str, Any]:
@@ -125,15 +128,18 @@ def options(
     ----------
     convention : str
         "torch", "keras", "flax" or "onnx".
-    momentum, eps : float or None, default None
-        As the library means them: the momentum of "keras", "flax" and "onnx" is the weight of the old value,
-        and is turned into nbbn's, that of the new one. None: the default of the library.
+    momentum : float or None, optional
+        As the library means it: that of "keras", "flax" and "onnx" is the weight of the old value, and is
+        turned into nbbn's, that of the new one. None, which only "torch" has, is a cumulative average. Left
+        out, it is the default of the library.
+    eps : float or None, default None
+        None: the default of the library.
     axis : int or None, default None
         The channel axis. None: the default of the library.
 
     Returns
     -------
-    dict of str to float or int
+    dict of str to float, int or None
         ``eps``, ``momentum``, ``correction`` and ``axis``.
 
     Raises
@@ -151,10 +157,14 @@ def options(
     >>> bn = nbbn.BatchNorm(3, **nbbn.conventions.options("keras", momentum=0.75), dtype="float64")
     """
     theirs = find(convention)
-    weight = theirs.momentum if momentum is None else arrays.number("momentum", momentum, 0.0, 1.0)
+    weight: float | None = None
+    if momentum is not None or not theirs.momentum_of_new:
+        given = theirs.momentum if momentum is LEFT_OUT else momentum
+        weight = arrays.number("momentum", given, 0.0, 1.0)
+        weight = weight if theirs.momentum_of_new else 1.0 - weight
     return {
         "eps": theirs.eps if eps is None else arrays.number("eps", eps, 0.0, float("inf")),
-        "momentum": weight if theirs.momentum_of_new else 1.0 - weight,
+        "momentum": weight,
         "correction": theirs.correction,
         "axis": theirs.axis if axis is None else arrays.integer("axis", axis),
     }

@@ -52,7 +52,7 @@ _known: dict[np.dtype, Storage] = {storage.dtype: storage for storage in STORAGE
 def storage_of(dtype: np.dtype) -> Storage | None:
     """Return how elements of a NumPy dtype are stored, or None if nothing is computed with them."""
     found = _known.get(dtype)
-    if found is None and dtype.name == BFLOAT16.name and dtype.itemsize == 2:
+    if found is None and dtype.name == BFLOAT16.name and dtype == dtype.newbyteorder("="):
         found = _known[dtype] = BFLOAT16  # that of ml_dtypes
     return found
 
@@ -67,6 +67,17 @@ def widened(values: np.ndarray) -> np.ndarray:
     if storage_of(values.dtype) is BFLOAT16:
         values = bfloat16_as_float32(values)
     return np.asarray(values.astype(np.float64))
+
+
+def narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Return float64 values in a supported type, rounded once."""
+    if storage_of(dtype) is not BFLOAT16:
+        return np.asarray(values.astype(dtype))
+    # Rounded to 8 bits here: by way of float32, as ml_dtypes does it, they would be rounded twice.
+    exponent = np.frexp(values)[1]
+    exponent = np.maximum(exponent, -125)  # below, numbers are subnormal, and have fewer bits
+    rounded = np.ldexp(np.rint(np.ldexp(values, 8 - exponent)), exponent - 8).astype(np.float32)
+    return np.asarray((rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(dtype))
 
 
 def named(dtype: object) -> Storage | None:

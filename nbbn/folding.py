@@ -6,7 +6,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import checked
-from nbbn.dtypes import BFLOAT16, storage_of, widened
+from nbbn.dtypes import narrowed, widened
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Array, Place, place
 from nbbn.module import BatchNorm
@@ -54,7 +54,8 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
         and Flax it is -1 for a dense layer and a convolution.
     groups : int, default 1
         The layer's groups. They matter where that axis has the output channels of one group only, which is
-        so for a transposed convolution. Then axis 0 has the input channels, group after group.
+        so for a transposed convolution. Then axis 0 has the input channels, group after group. Where the
+        axis is as long as `bn` has channels, they make no difference.
 
     Returns
     -------
@@ -175,12 +176,5 @@ def _along(scale: np.ndarray, shape: tuple[int, ...], axis: int, groups: int) ->
 def _result(here: Place, like: np.ndarray, values: np.ndarray) -> Any:
     """Return float64 numbers, rounded once, as an array of the caller's kind that is like another one."""
     out = here.empty_like(like)
-    if storage_of(out.dtype) is BFLOAT16:
-        # Rounded to 8 bits here: by way of float32, as ml_dtypes does it, they would be rounded twice.
-        exponent = np.frexp(values)[1]
-        exponent = np.maximum(exponent, -125)  # below, numbers are subnormal, and have fewer bits
-        values = np.ldexp(np.rint(np.ldexp(values, 8 - exponent)), exponent - 8)
-        out.view(np.uint16)[...] = values.astype(np.float32).view(np.uint32) >> np.uint32(16)
-    else:
-        out[...] = values
+    out[...] = narrowed(values, out.dtype)
     return here.result(out)

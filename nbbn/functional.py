@@ -25,7 +25,7 @@ from nbbn.dtypes import FLOAT64
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
-from nbbn.masks import counted
+from nbbn.masks import counted, seen
 from nbbn.problem import BATCH, NOTHING, Extras, Form
 from nbbn.stats import BatchStats
 
@@ -331,7 +331,14 @@ def train(
         out = here.empty_like(x)
     else:
         arrays.output(
-            out, x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+            out,
+            x,
+            residual,
+            weight=weight,
+            bias=bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            **seen(fused.where, here.device),
         )
     if count == 0:
         _clear(out, x, axis, here, fused)
@@ -632,7 +639,14 @@ def evaluate(
         out = here.empty_like(x)
     else:
         arrays.output(
-            out, x, residual, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+            out,
+            x,
+            residual,
+            weight=weight,
+            bias=bias,
+            running_mean=running_mean,
+            running_var=running_var,
+            **seen(fused.where, here.device),
         )
     if x.size:
         if fused is ALONE:
@@ -804,7 +818,15 @@ def differentiate(
         out = here.empty_like(x)
     else:
         arrays.output(
-            out, x, grad_out=grad_out, weight=weight, bias=bias, mean=mean, invstd=invstd, residual=residual
+            out,
+            x,
+            grad_out=grad_out,
+            weight=weight,
+            bias=bias,
+            mean=mean,
+            invstd=invstd,
+            residual=residual,
+            **seen(fused.where, here.device),
         )
     grad_residual = None if fused.residual is None else here.empty_like(x)
     if count == 0:
@@ -875,6 +897,9 @@ def warmup(
     training: bool = True,
     evaluation: bool = True,
     backward: bool = True,
+    activation: str | None = None,
+    residual: bool = False,
+    mask: bool = False,
     device: str = CPU,
 ) -> None:
     """Compile ahead of first use what the operations run, or load it from the cache on disk.
@@ -890,20 +915,24 @@ def warmup(
         The types of the arrays to come.
     norms : iterable of str, default ("batch",)
         The normalizations to come: "batch", "layer", "rms", "group" and "instance"; on a GPU "batch" only.
-        What goes along, an activation, a residual or a mask, is compiled at its first use, and so is what
-        updates the running statistics of instance norm.
     training, evaluation, backward : bool, default True
         The operations to come.
+    activation : str or None, default None
+        What is applied to the results of batch norm in the same pass (`nbbn.batch_norm`).
+    residual, mask : bool, default False
+        Whether a residual, and a mask or lengths, go along with batch norm. What is compiled for them, and
+        for an activation, serves calls with just these; each combination is a warm-up of its own. On a GPU
+        they are compiled at their first use.
     device : str, default "cpu"
         Where the arrays will lie: "cpu", "cuda:N", or "cuda" for the GPU that is current.
 
     Raises
     ------
     TypeError
-        If `dtypes` is no iterable, or one of them not float32, float64, float16 or bfloat16, or `device` or a
-        norm not a str.
+        If `dtypes` is no iterable, or one of them not float32, float64, float16 or bfloat16, or `device`, a
+        norm or an activation not a str.
     ValueError
-        If a norm is not one of these.
+        If a norm or an activation is not one of these.
     nbbn.DeviceError
         If there is no such device, or it cannot be computed with; the message says why.
 
@@ -926,6 +955,11 @@ def warmup(
         "backward": arrays.flag("backward", backward),
     }
     operations = [operation for operation, is_wanted in wanted.items() if is_wanted]
+    form = Form(
+        activation=fusion(activation).activation,
+        residual=arrays.flag("residual", residual),
+        masked=arrays.flag("mask", mask),
+    )
     if device != CPU:
         from nbbn.cuda.warmup import warm_up
 
@@ -934,6 +968,8 @@ def warmup(
         return
     pool.threads()
     for storage in storages:
-        cpu().compile_for(storage, chosen, operations)
+        cpu().compile_for(storage, chosen, operations, form)
     if storages and set(chosen) - {"batch"}:  # which copy statistics, where they are computed apart
         cpu().compile_for(FLOAT64, ["batch"], ["evaluation"])
+    if storages and "instance" in chosen and "training" in operations:  # and update running ones
+        cpu().compile_for(FLOAT64, ["batch"], ["training"])

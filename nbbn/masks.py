@@ -6,7 +6,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.errors import DeviceError
-from nbbn.frameworks import on_host
+from nbbn.frameworks import CPU, on_host
 
 
 class Where(NamedTuple):
@@ -39,12 +39,20 @@ def counted(where: Where, x: np.ndarray, axis: int, device: str) -> np.ndarray:
     if mask.shape == shape and mask.flags.c_contiguous and x.flags.c_contiguous:
         return mask
     # Its axes in the order in which x has them.
-    found = np.empty_like(x[(slice(None),) * axis + (slice(0, 1),)], dtype=np.bool_, subok=False)
-    found = found[(slice(None),) * axis + (0,)]
+    one = np.empty_like(x, dtype=np.bool_, subok=False, shape=(*x.shape[:axis], 1, *x.shape[axis + 1 :]))
+    found = one[(slice(None),) * axis + (0,)]
     if mask.shape == shape and mask.strides == found.strides:
         return mask
     found[...] = mask
     return found
+
+
+def seen(where: Where | None, device: str) -> dict[str, np.ndarray]:
+    """Return the arrays that say which positions count, where a result could lie over them: on the CPU."""
+    if where is None or device != CPU:
+        return {}
+    arrays_of_it = {"mask": where.mask, "lengths": where.lengths}
+    return {name: on_host(name, value, device) for name, value in arrays_of_it.items() if value is not None}
 
 
 def _given(name: str, value: Any, numbers: str, device: str) -> np.ndarray:
@@ -58,7 +66,7 @@ def _given(name: str, value: Any, numbers: str, device: str) -> np.ndarray:
 
 def _mask(value: Any, shape: tuple[int, ...], device: str) -> np.ndarray:
     mask = _given("mask", value, "bools", device)
-    if mask.dtype != np.bool_ or isinstance(value, np.ma.MaskedArray):
+    if (mask.dtype != np.bool_ and mask.size) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"mask must be an array of bools, got {type(value).__name__} of {mask.dtype}")
     if mask.shape == shape:
         return mask
@@ -73,6 +81,10 @@ def _mask(value: Any, shape: tuple[int, ...], device: str) -> np.ndarray:
 def _from_lengths(where: Where, x: np.ndarray, axis: int, device: str) -> np.ndarray:
     """Return True for the first lengths[n] positions of sample n."""
     others = [d for d in range(x.ndim) if d != axis]
+    if len(others) < 2:
+        raise ValueError(
+            f"lengths need an x of at least 3 dimensions, got shape {x.shape}; a mask takes one of 2"
+        )
     samples = others[0]
     along = others[-1] if where.lengths_axis is None else arrays.integer("lengths_axis", where.lengths_axis)
     if not -x.ndim <= along < x.ndim:
@@ -84,7 +96,7 @@ def _from_lengths(where: Where, x: np.ndarray, axis: int, device: str) -> np.nda
         what = "channel" if along == axis else "samples'"
         raise ValueError(f"lengths_axis must not be the {what} axis, got {along} for x of shape {x.shape}")
     lengths = _given("lengths", where.lengths, "ints", device)
-    if lengths.dtype.kind not in "iu":
+    if lengths.dtype.kind not in "iu" and lengths.size:  # NumPy takes an empty list for floats
         raise TypeError(f"lengths must be an array of ints, got {lengths.dtype}")
     if isinstance(where.lengths, np.ma.MaskedArray):
         raise TypeError("lengths must be an array of ints without a mask, got a masked one")

@@ -10,12 +10,16 @@ The pool holds at most `set_recycling(max_bytes)` bytes; what was returned longe
 """
 
 import collections
+import logging
 import math
+import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+log = logging.getLogger("nbbn")
 
 SMALLEST = 1 << 20  # bytes: malloc recycles what is smaller by itself
 ALIGNMENT = 64  # a cache line, for streaming stores
@@ -25,7 +29,11 @@ DEFAULT_BYTES = 1 << 30
 
 def _configured() -> int:
     value = os.environ.get("NBBN_RECYCLE_BYTES", "")
-    return int(value) if value.isdecimal() else DEFAULT_BYTES
+    if value.isdecimal():
+        return int(value)
+    if value:
+        log.warning("NBBN_RECYCLE_BYTES must be a whole number of bytes, got %r: it is passed over", value)
+    return DEFAULT_BYTES
 
 
 class _Pool:
@@ -135,8 +143,12 @@ def set_recycling(max_bytes: int) -> int:
     >>> nbbn.set_recycling(before)
     0
     """
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-        raise TypeError(f"max_bytes must be an int, got {type(max_bytes).__name__}")
+    try:
+        if isinstance(max_bytes, (bool, np.bool_)):
+            raise TypeError
+        max_bytes = operator.index(max_bytes)
+    except TypeError:
+        raise TypeError(f"max_bytes must be an int, got {type(max_bytes).__name__}") from None
     if max_bytes < 0:
         raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
     before = _pool.limit

@@ -18,7 +18,8 @@ from nbbn.base import (
     values_lost,
     weight_of_a_batch,
 )
-from nbbn.compiler import in_one
+from nbbn.compiler import Step, in_one
+from nbbn.dtypes import narrowed
 from nbbn.frameworks import CPU, Place, place
 from nbbn.functional import _channels, differentiate, evaluate, train, with_x
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
@@ -53,6 +54,8 @@ class BatchNorm(Module):
         average over all batches so far.
     affine : bool, default True
         Whether there are a weight and a bias.
+    bias : bool, default True
+        Whether there is a bias among them.
     track_running_stats : bool, default True
         Whether there are running statistics. Without them, evaluation uses the batch's own.
     axis : int, default 1
@@ -103,7 +106,7 @@ class BatchNorm(Module):
     running_mean, running_var : numpy.ndarray, Numba device array, or None
         Shape (C,).
     num_batches_tracked : numpy.ndarray or None
-        0-d, int64.
+        0-d, int64. It can be set to an int.
     training : bool
         The mode; see `train` and `eval`.
     renorm, virtual_batch_size, single_value, nonfinite, use_running_stats, update_running_stats
@@ -130,8 +133,9 @@ class BatchNorm(Module):
     Calls from several threads are safe as far as the running statistics go. On a GPU a call works on the
     stream that is current for x's library: calls on several streams have to be put in order by the caller.
 
-    A copy or a pickle holds copies in the memory of the host. It comes back on its device, or, where there
-    is no such device, on the CPU, with a warning in the log.
+    A deep copy or a pickle holds copies in the memory of the host. It comes back on its device, or, where
+    there is no such device, on the CPU, with a warning in the log. A shallow copy, of ``copy.copy``, shares
+    its arrays with the original.
 
     References
     ----------
@@ -171,6 +175,7 @@ class BatchNorm(Module):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
+        bias: bool = True,
         track_running_stats: bool = True,
         axis: int = 1,
         correction: float = 1,
@@ -196,6 +201,7 @@ class BatchNorm(Module):
         self.correction = correction
         self._fused = fusion(activation, negative_slope)
         self.grad_residual: Any = None
+        has_bias = arrays.flag("bias", bias) and self.affine
         super().__init__(dtype, device)
         self._set_options(
             renorm=renorm,
@@ -205,7 +211,8 @@ class BatchNorm(Module):
             use_running_stats=use_running_stats,
             update_running_stats=update_running_stats,
         )
-        self.reset_parameters()
+        self.reset_running_stats()
+        self._fill((self.num_features,), self.affine, has_bias)
 
     def _set_options(self, **changes: Any) -> None:
         options = (self._options or DEFAULT)._replace(**changes)
@@ -248,6 +255,7 @@ class BatchNorm(Module):
     def __repr__(self) -> str:
         options = zip(Options._fields, self._options or DEFAULT, DEFAULT, strict=True)
         changed = "".join(f", {name}={value!r}" for name, value, default in options if value != default)
+        changed = self._without_bias() + changed
         if self.activation is not None:
             changed += f", activation={self.activation!r}"
         if self.activation == "leaky_relu":
@@ -259,18 +267,16 @@ class BatchNorm(Module):
         )
 
     def reset_running_stats(self) -> None:
-        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0."""
-        if not self.track_running_stats:
-            self.running_mean = self.running_var = self.num_batches_tracked = None
-            return
-        self.running_mean = self._columns.new(np.zeros(self.num_features, self.dtype))
-        self.running_var = self._columns.new(np.ones(self.num_features, self.dtype))
-        self.num_batches_tracked = np.zeros((), np.int64)
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if they are tracked."""
+        if self.track_running_stats:
+            self.running_mean = self._columns.new(np.zeros(self.num_features, self.dtype))
+            self.running_var = self._columns.new(np.ones(self.num_features, self.dtype))
+            self.num_batches_tracked = 0
 
     def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, and reset the running statistics."""
+        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
         self.reset_running_stats()
-        self._fill((self.num_features,), self.affine, self.affine)
+        self._fill((self.num_features,), self.weight is not None, self.bias is not None)
 
     def train(self, mode: bool = True) -> "BatchNorm":
         """Set the mode: batch statistics, and running ones updated; return self.
@@ -375,19 +381,28 @@ class BatchNorm(Module):
         if not (residual is mask is lengths is lengths_axis is None):
             fused = fusion(self.activation, self.negative_slope, residual, mask, lengths, lengths_axis)
         if self._options is None and update_running_stats is None:
-            if self.training or self.running_mean is None:
+            if self.training or not self._has_running:
                 return self._normalize_with_own(x, fused)
         elif (found := self._normalize_with_options(x, fused, update_running_stats)) is not None:
             return found
         return self._normalize_with_running(x, fused)
 
+    @property
+    def _has_running(self) -> bool:
+        return not (self.running_mean is self.running_var is None)
+
+    @property
+    def _tracks(self) -> bool:
+        return self.track_running_stats and self._has_running
+
     def _normalize_with_running(self, x: Any, fused: Fusion) -> Any:
         """Normalize x with the running statistics."""
-        mean, var = self.running_mean, self.running_var
+        with self._lock:
+            mean, var = map(self._columns.snapshot, (self.running_mean, self.running_var))
         out, here = evaluate(
             x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features, fused=fused
         )
-        # Copies: a later training step must not reach into this call's gradient.
+        # Copies, on a GPU too: a later training step must not reach into this call's gradient.
         constants = self._columns.constants(mean, var, self.eps, here)
         self._saved = _Saved(x, *constants, training=False, fused=fused)
         return out
@@ -399,10 +414,7 @@ class BatchNorm(Module):
                 x, self.weight, self.bias, self.eps, self.axis, features=self.num_features, fused=fused
             )
         else:
-            assert self.num_batches_tracked is not None
             with self._lock:
-                tracked = int(self.num_batches_tracked) + 1
-                momentum = 1.0 / tracked if self.momentum is None else self.momentum
                 out, stats, _, here = train(
                     x,
                     self.weight,
@@ -412,10 +424,10 @@ class BatchNorm(Module):
                     None,
                     self.running_mean,
                     self.running_var,
-                    momentum,
+                    self._momenta()[0],
                     self.correction,
                     self.num_features,
-                    (partial(self.num_batches_tracked.fill, tracked),),
+                    self._counting(),
                     fused,
                 )
         kept = here.kept_rows(stats)
@@ -427,16 +439,16 @@ class BatchNorm(Module):
         options = self._options or DEFAULT
         if update is None:
             update = options.update_running_stats
-        elif arrays.flag("update_running_stats", update) and not self.track_running_stats:
+        elif arrays.flag("update_running_stats", update) and not self._tracks:
             raise ValueError(
                 "update_running_stats must be False or None without running statistics "
                 "(track_running_stats=False), got True"
             )
         use = options.use_running_stats
         if use is None:
-            use = self.track_running_stats and not self.training
+            use = self._has_running and not self.training
         if update is None:
-            update = self.track_running_stats and self.training
+            update = self._tracks and self.training
         if use and not update:
             return None
         with self._lock:
@@ -466,18 +478,15 @@ class BatchNorm(Module):
             step = renormalize(view, axis, here, seen, bounds, self.eps, columns, running, weight, bias)
             if step is not None:
                 weight, bias = step.weight, step.bias
-        tracked, momenta = 0, [0.0] * max(1, len(parts))
+        momenta = [0.0] * max(1, len(parts))
         # The statistics are updated in copies of them, which are then taken over or not.
         mean = var = None
         if update:
-            assert self.num_batches_tracked is not None
-            tracked = int(self.num_batches_tracked)
-            momenta = [
-                1.0 / (tracked + k) if self.momentum is None else self.momentum
-                for k in range(1, len(momenta) + 1)
-            ]
-            mean = self._columns.copied(self.running_mean, here)
-            var = self._columns.copied(self.running_var, here)
+            momenta = self._momenta(len(momenta))
+            mean, var = (
+                None if column is None else self._columns.copied(column, here)
+                for column in (self.running_mean, self.running_var)
+            )
         if len(parts) > 1:
             out, stats, here = train_parts(
                 x, weight, bias, self.eps, self.axis, parts, mean, var, momenta, self.correction, fused
@@ -516,7 +525,8 @@ class BatchNorm(Module):
                 )
             update = False
         if update:
-            self._take_over(mean, var, tracked + len(momenta), partial(self._columns.assign, here=here))
+            counting = self._counting(len(momenta))
+            self._take_over(mean, var, counting, partial(self._columns.assign, here=here))
         self._saved = saved
         return out
 
@@ -545,19 +555,20 @@ class BatchNorm(Module):
             tracked = rows[:, 0], rows[:, 1] * unbiased[:, None]
             return all(bool(np.isfinite(new.astype(self.dtype)).all()) for new in tracked)
 
-    def _take_over(self, mean: Any, var: Any, tracked: int, write: Callable[[Any, Any], None]) -> None:
-        """Set the running statistics and the counter; on the CPU all of them or none."""
-        assert self.num_batches_tracked is not None
+    def _take_over(
+        self, mean: Any, var: Any, counting: tuple[Step, ...], write: Callable[[Any, Any], None]
+    ) -> None:
+        """Set the running statistics that there are, and the counter; on the CPU all of them or none."""
+        new = [
+            (column, values)
+            for column, values in ((self.running_mean, mean), (self.running_var, var))
+            if column is not None
+        ]
         if self.device == CPU:
-            in_one(
-                partial(self.running_mean.__setitem__, ..., mean),
-                partial(self.running_var.__setitem__, ..., var),
-                partial(self.num_batches_tracked.fill, tracked),
-            )
+            views = ((self._columns.view("column", column), values) for column, values in new)
+            in_one(*(partial(view.__setitem__, ..., values) for view, values in views), *counting)
         else:
-            write(self.running_mean, mean)
-            write(self.running_var, var)
-            self.num_batches_tracked.fill(tracked)
+            in_one(*(partial(write, column, values) for column, values in new), *counting)
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> "BatchNorm":
         """Set the running statistics to those of all values of many batches at once; return self.
@@ -615,7 +626,7 @@ class BatchNorm(Module):
         >>> int(bn.num_batches_tracked)
         2
         """
-        if not self.track_running_stats:
+        if self.running_mean is None or self.running_var is None:
             raise ValueError("calibrate needs running statistics (track_running_stats=True)")
         stats, used = pooled(batches, self.axis, progress, self.num_features)
         if stats.count <= self.correction:
@@ -623,13 +634,16 @@ class BatchNorm(Module):
                 f"batches must have more than {self.correction:g} values per channel (correction), got "
                 f"{stats.count}"
             )
-        assert self.num_batches_tracked is not None
+        for name in STATISTICS:
+            self._columns.check(name, getattr(self, name))
         with self._lock:
             with np.errstate(over="ignore"):  # float16 ends at 65504
-                mean = stats.mean.astype(self.running_mean.dtype)
+                mean = narrowed(stats.mean, self._columns.view("running_mean", self.running_mean).dtype)
                 var = stats.var * (stats.count / (stats.count - self.correction))
-                var = var.astype(self.running_var.dtype)
-            self._take_over(mean, var, used, self._columns.write)
+                var = narrowed(var, self._columns.view("running_var", self.running_var).dtype)
+            counter = self.num_batches_tracked
+            counting = () if counter is None else (partial(counter.fill, used),)
+            self._take_over(mean, var, counting, self._columns.write)
         return self
 
     def backward(self, grad_out: Any) -> Any:
@@ -696,12 +710,7 @@ class BatchNorm(Module):
         >>> list(nbbn.BatchNorm(3).state_dict(convention="keras"))
         ['gamma', 'beta', 'moving_mean', 'moving_variance']
         """
-        theirs = conventions.find(convention)
-        state = {
-            name: getattr(self, name).copy() if name == COUNTER else self._columns.host(getattr(self, name))
-            for name in self._state_names()
-        }
-        return theirs.named(state)
+        return conventions.find(convention).named(self._state())
 
     def load_state_dict(self, state: Mapping[str, Any], *, convention: str = "torch") -> None:
         """Set parameters and running statistics.

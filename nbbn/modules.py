@@ -1,14 +1,12 @@
 """class LayerNorm, RMSNorm, GroupNorm and InstanceNorm, with the arguments and states of PyTorch's."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbbn import arrays
 from nbbn.base import MOST_ELEMENTS, Checked, Module, weight_of_a_batch
-from nbbn.compiler import Step
 from nbbn.family import (
     INSTANCE_DIMENSIONS,
     differentiate_channels,
@@ -140,6 +138,8 @@ class LayerNorm(_RowNorm):
         Of shape `normalized_shape`.
     grad_weight, grad_bias : numpy.ndarray, Numba device array, or None
         Of the last `backward`, in the module's dtype; not accumulated.
+    training : bool
+        The mode. It changes nothing here.
 
     Raises
     ------
@@ -219,6 +219,8 @@ class RMSNorm(_RowNorm):
         Of shape `normalized_shape`.
     grad_weight : numpy.ndarray, Numba device array, or None
         Of the last `backward`, in the module's dtype; not accumulated.
+    training : bool
+        The mode. It changes nothing here.
 
     Raises
     ------
@@ -277,6 +279,8 @@ class GroupNorm(Module):
         Added to the variance; at least 0.
     affine : bool, default True
         Whether there are a weight and a bias.
+    bias : bool, default True
+        Whether there is a bias among them.
     axis : int, default 1
         The channel axis.
     dtype : str or numpy.dtype, default "float32"
@@ -291,6 +295,8 @@ class GroupNorm(Module):
         Shape (C,).
     grad_weight, grad_bias : numpy.ndarray, Numba device array, or None
         Of the last `backward`, in the module's dtype; not accumulated.
+    training : bool
+        The mode. It changes nothing here.
 
     Raises
     ------
@@ -319,6 +325,7 @@ class GroupNorm(Module):
         eps: float = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         axis: int = 1,
         dtype: Any = "float32",
         device: str = "cpu",
@@ -332,18 +339,19 @@ class GroupNorm(Module):
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
         self.affine = arrays.flag("affine", affine)
         self.axis = arrays.integer("axis", axis)
+        has_bias = arrays.flag("bias", bias) and self.affine
         super().__init__(dtype, device)
-        self.reset_parameters()
+        self._fill((self.num_channels,), self.affine, has_bias)
 
     def __repr__(self) -> str:
         return (
             f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, "
-            f"axis={self.axis}, dtype='{self.dtype}', device='{self.device}')"
+            f"axis={self.axis}, dtype='{self.dtype}', device='{self.device}'{self._without_bias()})"
         )
 
     def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0."""
-        self._fill((self.num_channels,), self.affine, self.affine)
+        """Set weight to 1 and bias to 0, those that there are."""
+        self._fill((self.num_channels,), self.weight is not None, self.bias is not None)
 
     def __call__(self, x: Any) -> Any:
         """Normalize x.
@@ -421,6 +429,8 @@ class InstanceNorm(Module):
         Whether there are a weight and a bias.
     track_running_stats : bool, default False
         Whether there are running statistics, which evaluation uses.
+    bias : bool, default True
+        Whether there is a bias, where there is a weight.
     axis : int, default 1
         The channel axis.
     dtype : str or numpy.dtype, default "float32"
@@ -439,6 +449,8 @@ class InstanceNorm(Module):
         Shape (C,): averages over the samples of their means and unbiased variances.
     num_batches_tracked : numpy.ndarray or None
         0-d, int64: how many batches there were that were not empty. PyTorch has it, and does not count.
+    training : bool
+        The mode: see `train` and `eval`.
 
     Raises
     ------
@@ -471,6 +483,7 @@ class InstanceNorm(Module):
         affine: bool = False,
         track_running_stats: bool = False,
         *,
+        bias: bool = True,
         axis: int = 1,
         dtype: Any = "float32",
         device: str = "cpu",
@@ -481,27 +494,29 @@ class InstanceNorm(Module):
         self.affine = arrays.flag("affine", affine)
         self.track_running_stats = arrays.flag("track_running_stats", track_running_stats)
         self.axis = arrays.integer("axis", axis)
+        has_bias = arrays.flag("bias", bias) and self.affine
         super().__init__(dtype, device)
-        self.reset_parameters()
+        self.reset_running_stats()
+        self._fill((self.num_features,), self.affine, has_bias)
 
     def __repr__(self) -> str:
         return (
             f"InstanceNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
-            f"dtype='{self.dtype}', device='{self.device}')"
+            f"dtype='{self.dtype}', device='{self.device}'{self._without_bias()})"
         )
 
     def reset_running_stats(self) -> None:
-        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if there are any."""
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if they are tracked."""
         if self.track_running_stats:
             self.running_mean = self._columns.new(np.zeros(self.num_features, self.dtype))
             self.running_var = self._columns.new(np.ones(self.num_features, self.dtype))
-            self.num_batches_tracked = np.zeros((), np.int64)
+            self.num_batches_tracked = 0
 
     def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, and reset the running statistics."""
+        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
         self.reset_running_stats()
-        self._fill((self.num_features,), self.affine, self.affine)
+        self._fill((self.num_features,), self.weight is not None, self.bias is not None)
 
     def __call__(self, x: Any) -> Any:
         """Normalize x.
@@ -527,8 +542,13 @@ class InstanceNorm(Module):
         nbbn.DeviceError
             If `x` lies on another device. In all three cases the running statistics are unchanged.
         """
-        mean, var = self.running_mean, self.running_var
-        if mean is not None and not self.training:
+        mean = var = None
+        if self.track_running_stats:
+            mean, var = self.running_mean, self.running_var
+        tracks = not (mean is var is None)
+        if tracks and not self.training:
+            with self._lock:
+                mean, var = map(self._columns.snapshot, (mean, var))
             out, here = evaluate(
                 x,
                 mean,
@@ -543,24 +563,18 @@ class InstanceNorm(Module):
             self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
             return out
         with self._lock:
-            momentum = 0.0
-            then: tuple[Step, ...] = ()
-            if self.num_batches_tracked is not None:
-                tracked = int(self.num_batches_tracked) + 1
-                momentum = 1.0 / tracked if self.momentum is None else self.momentum
-                then = (partial(self.num_batches_tracked.fill, tracked),)
             out, stats, _, here = normalize_instances(
                 x,
                 mean,
                 var,
                 self.weight,
                 self.bias,
-                momentum,
+                self._momenta()[0] if tracks else 0.0,
                 self.eps,
                 self.axis,
                 None,
                 self.num_features,
-                then,
+                self._counting() if tracks else (),
             )
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2])

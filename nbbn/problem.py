@@ -41,6 +41,11 @@ class Form(NamedTuple):
     masked: bool = False
 
     @property
+    def through(self) -> bool:
+        """Whether grad_x is computed from the gradient at an activation's result, not at its argument."""
+        return self.activation != "" and not self.residual
+
+    @property
     def alone(self) -> "Form":
         """The same without what goes along with batch normalization."""
         return self._replace(activation="", residual=False, masked=False)

@@ -148,7 +148,7 @@ class BatchStats(NamedTuple):
             zipfile.BadZipFile,
             zlib.error,
         ) as error:
-            raise ValueError(f"file must be an .npz file that BatchStats.save wrote: {error}") from error
+            raise ValueError("file must be an .npz file that BatchStats.save wrote, got another") from error
         if sorted(found) != ["count", "mean", "var"]:
             raise ValueError(
                 f"file must have count, mean and var, as BatchStats.save wrote them, got {list(found)}"

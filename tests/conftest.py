@@ -50,6 +50,21 @@ def pytest_configure_node(node):
     node.workerinput["nbbn_seed"] = node.config.nbbn_seed
 
 
+def pytest_collection_modifyitems(config, items):
+    """Of tests that are drawn, take this run's share; all of them in a long run, and those that are named."""
+    if os.environ.get("NBBN_TEST_PROFILE") == "long" or any("::" in argument for argument in config.args):
+        return
+    left = []
+    for item in items:
+        drawn = item.get_closest_marker("drawn")
+        lot = np.random.default_rng([config.nbbn_seed, zlib.crc32(item.nodeid.encode())]).random()
+        if drawn is not None and lot >= drawn.args[0]:
+            left.append(item)
+    if left:
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=left)
+
+
 def pytest_report_header(config):
     return f"nbbn: --seed={config.nbbn_seed}"
 

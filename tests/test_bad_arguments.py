@@ -710,7 +710,7 @@ def test_warmup_and_set_recycling(data, value):
     try:
         with kept([value], ["max_bytes"]) as call:
             assert nbbn.set_recycling(value) == 1 << 20
-        is_good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        is_good = contract.is_int(value) and value >= 0
         assert (call.error is None) == is_good
         assert nbbn.set_recycling(bound) == (value if is_good else 1 << 20)
     finally:

@@ -491,6 +491,7 @@ def refused(capsys, *arguments):
         ("--threads", "0", "at least 1"),
         ("--threads", "1000000", "at most"),
         ("--peer", "tensorflow", "torch"),
+        ("--peer", "tensorflow", "none"),
         ("--rounds", "0", "at least 1"),
         ("--seed", "-1", "at least 0"),
         ("--json", "no/such/place.json", "can be written"),
@@ -534,6 +535,10 @@ def test_compare_refuses(capsys, tmp_path):
     file.write_text("{}")
     assert "not a file of nbbn bench" in refused(capsys, "--compare", str(file), str(file))
     assert "cannot be read" in refused(capsys, "--compare", str(tmp_path / "none.json"), str(file))
+    for name in ("json", "markdown", "plot"):
+        other = tmp_path / "other.png"
+        line = refused(capsys, "--compare", str(file), str(file), f"--{name}", str(other))
+        assert f"--{name}" in line and "writes none" in line and not other.exists()
 
 
 def test_from_measuring_to_comparing(no_large_arrays, capsys, tmp_path):

@@ -239,6 +239,8 @@ def work(x):
     given = {{"layer": (shape,), "rms": (shape,), "group": (2,), "instance": ()}}[{norm!r}]
     forward = getattr(nbbn, "{norm}_norm_forward")(x, *given)
     found = {{"mean": forward.mean, "invstd": forward.invstd}}
+    if {norm!r} == "instance":
+        nbbn.InstanceNorm(x.shape[1], track_running_stats=True)(x)
     if {norm!r} == "rms":
         del found["mean"]
     backward = getattr(nbbn, "{norm}_norm_backward")
@@ -253,6 +255,42 @@ for dims in ((3, 4, 5), (4, 8, 70, 80), (600, 4, 40), (2, 4, 200_000)):
     work(x)
     work(np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1))
     work(x[:, :, ::2])
+assert kernels() == before, opened[-3:]
+nbbn.batch_norm_forward(x.astype(np.float16))
+assert kernels() > before, "this test does not see what is loaded"
+"""
+    )
+
+
+@pytest.mark.parametrize("along", ["activation", "residual, mask", "activation, residual, mask"])
+def test_warmup_of_what_goes_along(python, along):
+    """The same with an activation, a residual and lengths, in all modes."""
+    python(
+        f"""
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+import numpy as np, nbbn
+
+def kernels():
+    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
+
+along = {along!r}.split(", ")
+activation = "relu" if "activation" in along else None
+options = {{name: name in along for name in ("residual", "mask")}}
+nbbn.warmup(["float32"], activation=activation, **options)
+before = kernels()
+assert before
+for dims in ((3, 4, 5), (16, 8, 70, 80), (600, 4, 40), (2, 4, 200_000)):
+    x = np.random.default_rng(0).normal(size=dims).astype(np.float32)
+    for x in (x, np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1), x[:, :, ::2]):
+        given = {{"residual": x}} if options["residual"] else {{}}
+        if options["mask"]:
+            given["lengths"] = np.full(len(x), x.shape[-1] - 1)
+        norm = nbbn.BatchNorm(x.shape[1], activation=activation)
+        for mode in (True, False):
+            norm.train(mode)(x, **given)
+            norm.backward(x)
 assert kernels() == before, opened[-3:]
 nbbn.batch_norm_forward(x.astype(np.float16))
 assert kernels() > before, "this test does not see what is loaded"

@@ -613,6 +613,8 @@ def test_options(convention):
     assert (given["eps"], given["axis"], given["correction"]) == (0.5, 2, meant.correction)
     bn = nbbn.BatchNorm(C, **given)
     assert (bn.eps, bn.momentum, bn.axis, bn.correction) == (0.5, given["momentum"], 2, meant.correction)
+    if convention == "torch":
+        assert options(convention, momentum=None)["momentum"] is None
     # 0 is a value, and not none.
     assert options(convention, momentum=0.0, eps=0.0, axis=0) == {
         "eps": 0.0,
@@ -631,6 +633,7 @@ def test_options(convention):
         ({"eps": -1}, ValueError),
         ({"eps": "small"}, TypeError),
         ({"axis": 1.0}, TypeError),
+        ({"momentum": None}, TypeError),  # a cumulative average, which only PyTorch has
     ],
 )
 def test_bad_options(given, error):

@@ -142,9 +142,10 @@ def registers_allowed(key):
     return min(128, record["registers"].get(key, 128) + 8)
 
 
+@pytest.mark.drawn(0.5)
 @pytest.mark.parametrize("cases", WAYS.values(), ids=WAYS)
 def test_machine_code(monkeypatch, rng, cases):
-    """Of each way, one case in every run, which is another one in the next."""
+    """Of each way that is drawn, one case, which is another one in the next run."""
     check_machine_code(monkeypatch, cases[rng.integers(len(cases))])
 
 
@@ -183,6 +184,7 @@ INSTANCE, GROUP = Form(period=64), Form(pool=8, period=64)
 LONG, PLANES = (4096, 1024), (2048, 14, 14)
 
 
+@pytest.mark.drawn(0.5)
 @pytest.mark.parametrize(
     ("kernel", "which", "form", "shape", "storage"),
     [
@@ -227,6 +229,7 @@ MASKED, GELU = Form(masked=True), Form(activation="gelu")
 RESIDUAL, ALL = Form(activation="relu", residual=True), Form(activation="silu", residual=True, masked=True)
 
 
+@pytest.mark.drawn(0.5)
 @pytest.mark.parametrize(
     ("kernel", "form", "way", "storage"),
     [

@@ -324,6 +324,21 @@ def test_warmup(dtype):
         nbbn.warmup([dtype])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("activation", "tanh", ValueError),
+        ("activation", 1, TypeError),
+        ("residual", 1, TypeError),
+        ("mask", np.ones(3, bool), TypeError),
+        ("training", None, TypeError),
+    ],
+)
+def test_warmup_of_what_is_to_come(name, value, error):
+    with pytest.raises(error, match=f"^{name} must be"):
+        nbbn.warmup(**{name: value})
+
+
 @pytest.mark.parametrize("dtypes", ["float32", None, 1])
 def test_warmup_of_what_is_no_list(dtypes):
     with pytest.raises(TypeError, match=r"^dtypes must be an iterable of types, got"):
@@ -352,7 +367,8 @@ def test_correction_is_checked_when_it_is_set(value, error):
 
 
 @pytest.mark.parametrize(
-    ("value", "error"), [(-1, ValueError), (1.5, TypeError), (None, TypeError), ("1", TypeError)]
+    ("value", "error"),
+    [(-1, ValueError), (1.5, TypeError), (None, TypeError), ("1", TypeError), (np.True_, TypeError)],
 )
 def test_set_recycling(value, error):
     before = nbbn.set_recycling(1 << 20)

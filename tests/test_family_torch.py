@@ -218,20 +218,30 @@ MODULES = [
         for k, eps, affine in ((1, None, True), (2, 1e-3, True), (3, 0.1, False))
     ),
     *(
-        (Case("group", (4, 6, 5), groups), {"eps": eps, "affine": affine})
-        for groups, eps, affine in ((1, 1e-5, True), (3, 1e-3, True), (6, 0.1, False))
+        (Case("group", (4, 6, 5), groups), {"eps": eps, "affine": affine, "bias": bias})
+        for groups, eps, affine, bias in (
+            (1, 1e-5, True, True),
+            (3, 1e-3, True, False),
+            (6, 0.1, False, True),
+        )
     ),
     *(
         (
             Case("instance", dims),
-            {"eps": 1e-3, "momentum": momentum, "affine": affine, "track_running_stats": tracked},
+            {
+                "eps": 1e-3,
+                "momentum": momentum,
+                "affine": affine,
+                "track_running_stats": tracked,
+                "bias": bias,
+            },
         )
         for dims in ((4, 6, 5), (3, 6, 4, 5), (2, 6, 2, 3, 2))
-        for momentum, affine, tracked in (
-            (0.1, False, False),
-            (0.3, True, True),
-            (1.0, False, True),
-            (0.1, True, False),
+        for momentum, affine, tracked, bias in (
+            (0.1, False, False, True),
+            (0.3, True, True, True),
+            (1.0, False, True, False),
+            (0.1, True, False, False),
         )
     ),
     (Case("layer", (4, 6)), {}),

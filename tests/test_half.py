@@ -5,8 +5,10 @@ All other tests take these types along with the wider ones.
 
 import io
 import platform
+import sys
 
 import llvmlite.binding
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -289,3 +291,41 @@ except TypeError as error:
 else:
     raise AssertionError
 """)
+
+
+def test_the_other_byte_order_is_refused(rng):
+    """ml_dtypes has bfloat16 in both; the numbers are the same, and not where they lie."""
+    bfloat16 = np.dtype(ml_dtypes.bfloat16)
+    swapped = bfloat16.newbyteorder(">" if sys.byteorder == "little" else "<")
+    x = rng.normal(2, 3, (8, 6, 9)).astype(bfloat16)
+    column = np.ones(6, bfloat16)
+    refused = pytest.raises(TypeError, match=r"must be .*bfloat16")
+    for call in (
+        lambda: nbbn.batch_norm_forward(x.astype(swapped)),
+        lambda: nbbn.layer_norm(x.astype(swapped), 9),
+        lambda: nbbn.batch_norm_forward(x, column.astype(swapped)),
+        lambda: nbbn.batch_norm(x, column.astype(swapped), column),
+        lambda: nbbn.batch_norm_forward(x, out=np.empty_like(x, swapped)),
+        lambda: nbbn.BatchNorm(6, dtype=swapped),
+    ):
+        with refused:
+            call()
+    explicit = bfloat16.newbyteorder("<" if sys.byteorder == "little" else ">")
+    assert_same_bits(
+        nbbn.batch_norm_forward(x.view(explicit)).out.view(np.uint16),
+        nbbn.batch_norm_forward(x).out.view(np.uint16),
+    )
+
+
+def test_modules_of_bfloat16_round_once(rng):
+    """By way of float32 the first of these would be a tie, and go to 1."""
+    above = 1 + 2.0**-8 + 2.0**-30
+    norm = nbbn.BatchNorm(1, dtype="bfloat16")
+    norm.load_state_dict({**norm.state_dict(), "weight": np.array([above])})
+    assert float(norm.weight[0]) == 1.0078125
+    x = np.array([[1.0], [2.0**-8], [2.0**-30]]).astype(ml_dtypes.bfloat16)
+    norm(x)
+    norm.backward(x)
+    assert float(norm.grad_bias[0]) == 1.0078125
+    norm.calibrate([np.array([[2.0], [2.0**-7 + 2.0**-29]])])
+    assert float(norm.running_mean[0]) == 1.0078125

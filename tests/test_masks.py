@@ -372,6 +372,61 @@ ERRORS = [
 ]
 
 
+def test_lengths_need_a_position_that_is_neither_sample_nor_channel():
+    x = np.ones((4, 3), np.float32)
+    with pytest.raises(ValueError, match=r"^lengths need an x of at least 3 dimensions, got shape \(4, 3\)"):
+        nbbn.batch_norm_forward(x, lengths=[1, 0, 1, 1])
+    assert nbbn.batch_norm_forward(x, mask=np.array([1, 0, 1, 1], bool)).count == 3
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 5), (0, 3, 5), (4, 3, 0), (0, 0, 0)], ids=str)
+def test_nothing_at_all(shape):
+    """Of an empty x, whatever its mask is laid out like."""
+    samples, channels, length = shape
+    masks = [
+        {"mask": np.ones(length, bool)},
+        {"mask": np.ones((length, samples), bool).T},
+        {"mask": np.ones((samples, length), bool)},
+        {"lengths": [length] * samples},
+        {"lengths": np.full(samples, length)},
+    ]
+    if samples == 0:
+        masks.append({"mask": np.empty((0, length))})  # what NumPy makes of an empty list
+    for x in (np.zeros(shape, np.float32), np.zeros(shape[::-1], np.float32).T):
+        for given in masks:
+            result = nbbn.batch_norm_forward(x, **given)
+            assert result.out.shape == shape and result.count == 0
+            stats = nbbn.batch_stats(x, **given)
+            assert stats.count == 0 and stats.mean.shape == (channels,)
+            out = nbbn.batch_norm(x, np.zeros(channels), np.ones(channels), **given)
+            assert out.shape == shape
+            gradients = nbbn.batch_norm_backward(x, x, mean=result.mean, invstd=result.invstd, **given)
+            assert gradients.x.shape == shape and not gradients.weight.any()
+
+
+@pytest.mark.parametrize("name", ["mask", "lengths"])
+def test_out_is_not_what_says_which_count(rng, name):
+    """It would be written over, and a backward pass be told something else."""
+    x = rng.normal(size=(8, 6, 9)).astype(np.float32)
+    out = np.zeros_like(x)
+    if name == "mask":
+        given = out.view(np.bool_).reshape(-1)[: 8 * 9].reshape(8, 9)
+        given[...] = rng.random((8, 9)) < 0.7
+    else:
+        given = out.view(np.int32)[:, 0, 0]
+        given[...] = 9
+    before = out.tobytes()
+    mean, var = np.zeros(6), np.ones(6)
+    for call in (
+        lambda: nbbn.batch_norm_forward(x, out=out, **{name: given}),
+        lambda: nbbn.batch_norm(x, mean, var, out=out, **{name: given}),
+        lambda: nbbn.batch_norm_backward(x, x, mean=mean, invstd=var, out=out, **{name: given}),
+    ):
+        with pytest.raises(ValueError, match=f"^out must not overlap {name}, unless it is x itself"):
+            call()
+    assert out.tobytes() == before
+
+
 @pytest.mark.parametrize(("given", "error", "message"), ERRORS)
 def test_errors(given, error, message):
     mean, var = np.zeros(3), np.ones(3)

@@ -293,3 +293,17 @@ def test_peak_memory(python, case):
     malloc is told to give back at once what it is given back, so that nothing hides in its pools.
     """
     python(PEAK.format(case=case), MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+
+
+@pytest.mark.parametrize("value", ["64MB", "1e6", " 5 ", "-1", ""])
+def test_a_bound_that_is_no_number_is_told(python, value):
+    code = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+import nbbn
+print(nbbn.set_recycling(1))
+"""
+    *told, bound = python(code, NBBN_RECYCLE_BYTES=value).splitlines()
+    assert int(bound) == 1 << 30
+    expected = f"WARNING NBBN_RECYCLE_BYTES must be a whole number of bytes, got {value!r}: it is passed over"
+    assert told == ([expected] if value else [])

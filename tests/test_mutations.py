@@ -30,3 +30,11 @@ def test_likely_tests_are_there(mutation):
 def test_names_are_unique():
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
     assert len({mutation.bug for mutation in MUTATIONS}) == len(MUTATIONS)
+
+
+def test_the_page_is_of_these_bugs():
+    """Each in its order, and where it is planted now; who caught it is what the run found out."""
+    page = (ROOT / "docs" / "mutations.md").read_text()
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert [(row[0], row[1]) for row in rows] == [(f"| {m.bug}", f"`{m.place()}`") for m in MUTATIONS]
+    assert all("**nothing**" not in row[3] for row in rows) and f"plants {len(MUTATIONS)} known bugs" in page

@@ -457,3 +457,87 @@ threading.Thread(target=run).start()
 def test_end(python, layer, name):
     """Nothing is said, and the exit status is 0."""
     assert python(END + ENDS[name], NUMBA_THREADING_LAYER=layer) == ""
+
+
+LOOK = {
+    "state_dict": "looked = bn.state_dict()['running_mean']",
+    "pickle": "looked = pickle.loads(pickle.dumps(bn)).running_mean",
+    "deepcopy": "looked = copy.deepcopy(bn).running_mean",
+    "evaluation": "looked = still(zeros)[0]",
+}
+
+
+@pytest.mark.parametrize("how", LOOK)
+def test_what_is_seen_of_a_module_in_training_is_of_one_batch(python, how):
+    """Its running mean is 0 everywhere or 1 everywhere, and so is all that is made of it."""
+    out = python(
+        f"""
+import copy, pickle, threading
+import numpy as np, nbbn
+bn = nbbn.BatchNorm(4096, momentum=1.0, affine=False, eps=1.0)
+still = copy.copy(bn).eval()  # of the same statistics
+zeros = np.zeros((1, 4096), np.float32)
+batches = [np.full((4, 4096), k, np.float32) for k in (0, 1)]
+bn(batches[0]), still(zeros)
+ended, steps = threading.Event(), 0
+
+def train():
+    global steps
+    while not ended.is_set():
+        steps += 1
+        bn(batches[steps % 2])
+
+thread = threading.Thread(target=train)
+thread.start()
+torn = 0
+for _ in range(1500):
+    {LOOK[how]}
+    torn += len(np.unique(looked)) > 1
+ended.set()
+thread.join()
+assert steps > 100, steps
+print(torn)
+""",
+        NUMBA_NUM_THREADS="1",
+    )
+    assert int(out) == 0
+
+
+def test_a_shallow_copy_counts_with_the_original(python):
+    """They share their statistics: no batch of the one gets lost in one of the other."""
+    python(
+        """
+import copy, threading
+import numpy as np, nbbn
+bn = nbbn.BatchNorm(8)
+twin = copy.copy(bn)
+x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+bn(x)
+threads = [threading.Thread(target=lambda norm=norm: [norm(x) for _ in range(2000)]) for norm in (bn, twin)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert bn.num_batches_tracked is twin.num_batches_tracked
+assert bn.num_batches_tracked == 4001, bn.num_batches_tracked
+"""
+    )
+
+
+def test_a_signals_handler_may_look_at_a_module_that_works(python):
+    """In the thread that is in the middle of a training step."""
+    python(
+        """
+import signal
+import numpy as np, nbbn
+bn = nbbn.BatchNorm(8, nonfinite="skip")
+x = np.random.default_rng(0).normal(size=(64, 8, 20)).astype(np.float32)
+bn(x)
+looked = []
+signal.signal(signal.SIGALRM, lambda *_: looked.append(bn.state_dict()))
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+while len(looked) < 200:
+    bn(x)
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+    )

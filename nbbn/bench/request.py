@@ -27,14 +27,16 @@ class Refused(ValueError):
         self.option = option
 
 
-def chosen(option: str, text: str, names: Sequence[str], every: str = "") -> tuple[str, ...]:
-    """Return the names in a list with commas, each once; `every` stands for all of them."""
+def chosen(option: str, text: str, names: Sequence[str], every: str = "", none: str = "") -> tuple[str, ...]:
+    """Return the names in a list with commas, each once; `every` stands for all of them, `none` for none."""
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if every and found == (every,):
         return tuple(names)
+    if none and found == (none,):
+        return ()
     for name in found:
         if name not in names:
-            also = f", {every}" if every else ""
+            also = "".join(f", {alone}" for alone in (every, none) if alone)
             raise Refused(
                 option, f"got {name!r}, needs some of {', '.join(names)}{also}, with commas between"
             )
@@ -104,9 +106,7 @@ def groups(paths: str | None, threads: str | None) -> tuple[Group, ...]:
 def wanted_peers(text: str) -> tuple[Contender, ...]:
     """Return the peers that are asked for, or all that are installed."""
     by_name = {peer.name: peer for peer in PEERS}
-    if text == "none":
-        return ()
-    names = chosen("--peer", text, list(by_name), every="all")
+    names = chosen("--peer", text, list(by_name), every="all", none="none")
     if text == "all":
         return tuple(peer for peer in PEERS if peer.missing() is None)
     for name in names:

@@ -173,6 +173,12 @@ def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
     return Tiling(outer, fold, pieces, width, rows, block, chunk, -(-rows // chunk))
 
 
+def way_for(form: Form, across: bool = False) -> Way:
+    """Return what kernels are compiled for, for a form."""
+    parameters = ACROSS if across else ALONG if form.along else ""
+    return Way(parameters, form.activation, form.residual, form.masked)
+
+
 class Plan:
     """A problem, cut and scheduled: the plan part of every call record, and what runs in which order.
 
@@ -199,11 +205,10 @@ class Plan:
         across: bool = False,
     ) -> None:
         size = storage.dtype.itemsize
-        parameters = ACROSS if across else ALONG if form.along else ""
-        self.stored = stored_as(storage.name, Way(parameters, form.activation, form.residual, form.masked))
-        self.plain = stored_as(storage.name, Way(parameters, masked=form.masked))
-        # Whether grad_x is computed from the gradient at an activation's result, not at its argument.
-        self.through = form.activation != "" and not form.residual
+        way = way_for(form, across)
+        self.stored = stored_as(storage.name, way)
+        self.plain = stored_as(storage.name, way.alone)
+        self.through = form.through
         self.threads = threads
         self.channels = geometry.channels
         self.sets = self.channels // form.pool

@@ -10,12 +10,12 @@ from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import Step, entry, pool
 from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
-from nbbn.cpu.plan import Plan
+from nbbn.cpu.plan import Plan, way_for
 from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
 from nbbn.dtypes import STATISTICS, Storage
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.memory import empty_aligned
-from nbbn.problem import BATCH, NOTHING, Extras, Problem
+from nbbn.problem import BATCH, NOTHING, Extras, Form, Problem
 
 _ARGUMENTS = struct.Struct("8q12q5d3q")  # see nbbn.cpu.call.ARGUMENTS
 _ROOMS = struct.Struct("5q")
@@ -32,6 +32,7 @@ _KERNELS = {
         kernels.finish_stats,
         kernels.normalize,
         kernels.normalize_columns,
+        kernels.normalize_planes,
         kernels.update_running_stats,
     ),
     "evaluation": (
@@ -46,11 +47,11 @@ _KERNELS = {
         kernels.finish_backward,
         kernels.backward_apply,
         kernels.apply_columns,
-        kernels.normalize,
-        kernels.normalize_columns,
     ),
 }
-
+# Where the statistics are constants, grad_x is computed through an activation, or it is scale · dy.
+_CONSTANT = kernels.apply_constant, kernels.apply_constant_columns
+_SCALED = kernels.normalize, kernels.normalize_columns
 
 _ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
     "forward": {
@@ -75,25 +76,32 @@ _ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
 }
 
 
-def _kernels_of(norm: str, operations: Collection[str]) -> Iterator[tuple[Way, tuple[str, ...]]]:
-    """Yield what the operations of a normalization may run."""
+def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[tuple[Way, tuple[str, ...]]]:
+    """Yield what the operations of a normalization may run; those of batch norm, in a form of it."""
     if norm == "batch":
+        way = way_for(form)
         for operation in operations:
-            yield Way(), _KERNELS[operation]
+            yield way, _KERNELS[operation]
+        if form.masked:
+            yield way, (kernels.set_mask,)
+        if "backward" in operations:
+            yield (way, _CONSTANT) if form.through else (way.alone, _SCALED)
         return
     of_rows = norm in ("layer", "rms")
     if "training" in operations or "evaluation" in operations:  # there is no difference
         yield Way(), _KERNELS["evaluation"]  # copies what is too scattered
         yield from _ROW_KERNELS["forward"].items() if of_rows else ((Way(), _KERNELS["training"]),)
     if "backward" in operations:
-        plain = Way(), (*_KERNELS["backward"], kernels.sum_parameters)
+        plain = Way(), (*_KERNELS["backward"], *_SCALED, kernels.sum_parameters)
         yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
 
 
-def compile_for(storage: Storage, norms: Iterable[str], operations: Collection[str]) -> None:
+def compile_for(
+    storage: Storage, norms: Iterable[str], operations: Collection[str], form: Form = BATCH
+) -> None:
     """Compile all that the operations of these normalizations may run on arrays that are stored so."""
     for norm in norms:
-        for way, names in _kernels_of(norm, operations):
+        for way, names in _kernels_of(norm, operations, form):
             for name in names:
                 entry(name, stored_as(storage.name, way))
 

@@ -71,6 +71,11 @@ class Way(NamedTuple):
     residual: bool = False
     masked: bool = False
 
+    @property
+    def alone(self) -> "Way":
+        """The same without an activation and a residual."""
+        return self._replace(activation="", residual=False)
+
 
 PLAIN = Way()
 
