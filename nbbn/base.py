@@ -283,7 +283,9 @@ class Module:
 
     def _loadable(self, name: str, key: str, value: Any) -> np.ndarray:
         """Return what a state has under `key` as an array that can be stored under `name`, or raise."""
-        own: np.ndarray = self._columns.view(name, getattr(self, name))
+        own: np.ndarray = getattr(self, name)
+        if name != COUNTER:
+            own = self._columns.view(name, own)
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"state[{key!r}] must be an array of numbers, got a masked array")
         try:

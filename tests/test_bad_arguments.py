@@ -10,6 +10,7 @@ import datetime
 import decimal
 import fractions
 import math
+import operator
 import pathlib
 import re
 
@@ -710,8 +711,8 @@ def test_warmup_and_set_recycling(data, value):
     try:
         with kept([value], ["max_bytes"]) as call:
             assert nbbn.set_recycling(value) == 1 << 20
-        is_good = contract.is_int(value) and value >= 0
+        is_good = contract.is_int(value) and operator.index(value) >= 0
         assert (call.error is None) == is_good
-        assert nbbn.set_recycling(bound) == (value if is_good else 1 << 20)
+        assert nbbn.set_recycling(bound) == (operator.index(value) if is_good else 1 << 20)
     finally:
         nbbn.set_recycling(bound)

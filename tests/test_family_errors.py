@@ -369,8 +369,8 @@ GOOD_OPTIONS = {
     "LayerNorm": {"normalized_shape": (6, 5), "eps": 1e-5, "elementwise_affine": True, "bias": True},
     "RMSNorm": {"normalized_shape": (5,), "eps": None, "elementwise_affine": True},
     "InstanceNorm": {"num_features": 6, "eps": 1e-5, "momentum": 0.1, "affine": True}
-    | {"track_running_stats": True, "axis": 1},
-    "GroupNorm": {"num_groups": 3, "num_channels": 6, "eps": 1e-5, "affine": True, "axis": 1},
+    | {"track_running_stats": True, "bias": True, "axis": 1},
+    "GroupNorm": {"num_groups": 3, "num_channels": 6, "eps": 1e-5, "affine": True, "bias": True, "axis": 1},
 }
 COMMON = {"dtype": "float32", "device": "cpu"}
 POSITIONAL = {
@@ -401,10 +401,11 @@ WRONG_OPTIONS = {
 def test_signatures_of_modules(kind):
     parameters = inspect.signature(getattr(nbbn, kind)).parameters.values()
     found = {p.name: p.default for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD}
-    wanted = [name for name in GOOD_OPTIONS[kind] if name != "axis"]
+    keywords = {"bias": True, "axis": 1} if "axis" in GOOD_OPTIONS[kind] else {}
+    wanted = [name for name in GOOD_OPTIONS[kind] if name not in keywords]
     assert list(found.items()) == list(zip(wanted, POSITIONAL[kind], strict=True))
     found = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
-    assert found == ({"axis": 1} if "axis" in GOOD_OPTIONS[kind] else {}) | COMMON
+    assert found == keywords | COMMON
 
 
 OPTIONS = [
