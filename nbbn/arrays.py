@@ -212,7 +212,7 @@ def storage(dtype: Any) -> Storage:
     """Return how the elements of a supported dtype, however it is named, are stored; or raise."""
     found = named(dtype)
     if found is None:
-        raise TypeError(f"dtype must be {NAMES}, got {dtype!r}")
+        raise TypeError(f"dtype must be {NAMES}, as a str or NumPy's, got {dtype!r}")
     return found
 
 

@@ -330,16 +330,8 @@ def train(
     if out is None:
         out = here.empty_like(x)
     else:
-        arrays.output(
-            out,
-            x,
-            residual,
-            weight=weight,
-            bias=bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            **seen(fused.where, here.device),
-        )
+        columns = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+        arrays.output(out, x, residual, **columns, **seen(fused.where, here.device))
     if count == 0:
         _clear(out, x, axis, here, fused)
         stats = np.zeros((3, channels))
@@ -638,16 +630,8 @@ def evaluate(
     if out is None:
         out = here.empty_like(x)
     else:
-        arrays.output(
-            out,
-            x,
-            residual,
-            weight=weight,
-            bias=bias,
-            running_mean=running_mean,
-            running_var=running_var,
-            **seen(fused.where, here.device),
-        )
+        columns = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+        arrays.output(out, x, residual, **columns, **seen(fused.where, here.device))
     if x.size:
         if fused is ALONE:
             run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
@@ -817,17 +801,9 @@ def differentiate(
     if out is None:
         out = here.empty_like(x)
     else:
-        arrays.output(
-            out,
-            x,
-            grad_out=grad_out,
-            weight=weight,
-            bias=bias,
-            mean=mean,
-            invstd=invstd,
-            residual=residual,
-            **seen(fused.where, here.device),
-        )
+        columns = {"weight": weight, "bias": bias, "mean": mean, "invstd": invstd}
+        read = {"grad_out": grad_out, "residual": residual, **seen(fused.where, here.device)}
+        arrays.output(out, x, **columns, **read)
     grad_residual = None if fused.residual is None else here.empty_like(x)
     if count == 0:
         gradients = here.put(np.zeros((2, channels)))

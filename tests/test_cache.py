@@ -43,6 +43,16 @@ def test_import_writes_nothing(python, tmp_path):
     assert not list(package.rglob("*.nb[ci]"))
 
 
+# What is loaded from the cache, and what is written to it.
+WATCH = """
+import sys
+opened = []
+sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+import numpy as np, nbbn
+
+def kernels():
+    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
+"""
 # Evaluation: the quickest to compile.
 EVALUATE = """
 import numpy as np, nbbn
@@ -197,16 +207,9 @@ assert stats.mean.tolist() == list(range(100)) and not stats.var.any()
 def test_warmup_compiles_all_that_is_used(python):
     """After it, calls of these types load and compile nothing more; nor does a second warm-up."""
     python(
-        """
-import sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-"""
+        WATCH
         + WORK
         + """
-def kernels():
-    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
-
 nbbn.warmup(["float32"])
 before = kernels()
 assert before
@@ -225,15 +228,8 @@ assert kernels() > before, "this test does not see what is loaded"
 def test_warmup_of_the_other_normalizations(python, norm):
     """After it a normalization loads and compiles nothing, in any layout, of long rows and of short ones."""
     python(
-        f"""
-import sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-import numpy as np, nbbn
-
-def kernels():
-    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
-
+        WATCH
+        + f"""
 def work(x):
     shape = x.shape[1:]
     given = {{"layer": (shape,), "rms": (shape,), "group": (2,), "instance": ()}}[{norm!r}]
@@ -266,15 +262,8 @@ assert kernels() > before, "this test does not see what is loaded"
 def test_warmup_of_what_goes_along(python, along):
     """The same with an activation, a residual and lengths, in all modes."""
     python(
-        f"""
-import sys
-opened = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
-import numpy as np, nbbn
-
-def kernels():
-    return sum(name.endswith((".nbi", ".nbc")) for name in opened)
-
+        WATCH
+        + f"""
 along = {along!r}.split(", ")
 activation = "relu" if "activation" in along else None
 options = {{name: name in along for name in ("residual", "mask")}}
