@@ -2,6 +2,7 @@
 
 import logging
 import math
+import operator
 import os
 import threading
 import weakref
@@ -42,20 +43,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_locks)
 
 
-class Checked:
-    """An attribute that is checked whenever it is set, as the argument of its name is."""
+def checked(name: str, check: Callable[[str, Any], Any]) -> Any:
+    """Return an attribute that is checked whenever it is set, as the argument of its name is."""
+    kept = f"_{name}"
 
-    def __init__(self, check: Callable[[str, Any], Any]) -> None:
-        self._check = check
+    def set_checked(module: Any, value: Any) -> None:
+        setattr(module, kept, check(name, value))
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, module: Any, owner: Any = None) -> Any:
-        return self if module is None else vars(module).get(self._name)
-
-    def __set__(self, module: Any, value: Any) -> None:
-        vars(module)[self._name] = self._check(self._name, value)
+    return property(operator.attrgetter(kept), set_checked)
 
 
 def weight_of_a_batch(name: str, value: Any) -> float | None:
@@ -87,8 +82,9 @@ class Module:
     bias: Any
     running_mean: Any = None
     running_var: Any = None
-    num_batches_tracked = Checked(number_of_batches)
+    num_batches_tracked = checked("num_batches_tracked", number_of_batches)
     momentum: Any = None
+    _num_batches_tracked: np.ndarray | None = None
     # Arrays of the last call and the last backward pass, which stay behind where a module goes.
     _of_last: Mapping[str, None] = {"_saved": None}
 
@@ -108,15 +104,14 @@ class Module:
 
     # What cannot be copied or pickled is made anew; the x of the last call stays behind.
     def __getstate__(self) -> dict[str, Any]:
-        kept = {**self._of_last, "_lock": None, "_columns": self.device}
+        kept: dict[str, Any] = {**self._of_last, "_lock": None, "_columns": self.device}
         with self._lock:
             if self.device != CPU:
                 return self.__dict__ | kept | self._moved(self._columns.host)
             # Copies of what another thread may be about to update.
-            tracked = {name: self._columns.snapshot(getattr(self, name)) for name in (*STATISTICS, COUNTER)}
-            return (
-                self.__dict__ | kept | {name: value for name, value in tracked.items() if value is not None}
-            )
+            for name in (*STATISTICS, f"_{COUNTER}"):
+                kept[name] = self._columns.snapshot(getattr(self, name))
+            return self.__dict__ | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _columns=Columns())

@@ -13,8 +13,8 @@ from nbbn.base import (
     NEUTRAL,
     PARAMETERS,
     STATISTICS,
-    Checked,
     Module,
+    checked,
     values_lost,
     weight_of_a_batch,
 )
@@ -23,7 +23,7 @@ from nbbn.dtypes import narrowed
 from nbbn.frameworks import CPU, Place, place
 from nbbn.functional import _channels, differentiate, evaluate, train, with_x
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
-from nbbn.options import DEFAULT, Option, Options, Renorm, checked
+from nbbn.options import DEFAULT, Option, Options, Renorm, checked_options
 from nbbn.population import pooled
 from nbbn.renorm import Renormalized, renormalize
 from nbbn.virtual import Part, Parts, cut, train_parts
@@ -165,8 +165,8 @@ class BatchNorm(Module):
     _options: Options | None = None  # None: the default ones
     _of_last = {"_saved": None, "grad_residual": None}  # noqa: RUF012
 
-    momentum = Checked(weight_of_a_batch)
-    correction = Checked(values_lost)
+    momentum = checked("momentum", weight_of_a_batch)
+    correction = checked("correction", values_lost)
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class BatchNorm(Module):
 
     def _set_options(self, **changes: Any) -> None:
         options = (self._options or DEFAULT)._replace(**changes)
-        options = checked(options, self.track_running_stats)
+        options = checked_options(options, self.track_running_stats)
         self._options = None if options == DEFAULT else options
 
     @property
@@ -398,7 +398,8 @@ class BatchNorm(Module):
     def _normalize_with_running(self, x: Any, fused: Fusion) -> Any:
         """Normalize x with the running statistics."""
         with self._lock:
-            mean, var = map(self._columns.snapshot, (self.running_mean, self.running_var))
+            snapshot = self._columns.snapshot
+            mean, var = snapshot(self.running_mean), snapshot(self.running_var)
         out, here = evaluate(
             x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features, fused=fused
         )

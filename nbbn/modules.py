@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn import arrays
-from nbbn.base import MOST_ELEMENTS, Checked, Module, weight_of_a_batch
+from nbbn.base import MOST_ELEMENTS, Module, checked, weight_of_a_batch
 from nbbn.family import (
     INSTANCE_DIMENSIONS,
     differentiate_channels,
@@ -473,7 +473,7 @@ class InstanceNorm(Module):
             [-1.,  1.]]])
     """
 
-    momentum = Checked(weight_of_a_batch)
+    momentum = checked("momentum", weight_of_a_batch)
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ class Option:
         module._set_options(**{self._name: value})
 
 
-def checked(options: Options, tracked: bool) -> Options:
+def checked_options(options: Options, tracked: bool) -> Options:
     """Return options that a module can have, with running statistics or without, or raise."""
     renorm, virtual = _renorm(options.renorm), options.virtual_batch_size
     if virtual is not None:
