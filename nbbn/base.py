@@ -84,6 +84,7 @@ class Module:
     running_var: Any = None
     num_batches_tracked = checked("num_batches_tracked", number_of_batches)
     momentum: Any = None
+    track_running_stats = False
     _num_batches_tracked: np.ndarray | None = None
     # Arrays of the last call and the last backward pass, which stay behind where a module goes.
     _of_last: Mapping[str, None] = {"_saved": None}
@@ -140,6 +141,19 @@ class Module:
         """Set those parameters that there are to what changes nothing."""
         self.weight = self._columns.new(np.ones(shape, self.dtype)) if weight else None
         self.bias = self._columns.new(np.zeros(shape, self.dtype)) if bias else None
+
+    @property
+    def _has_running(self) -> bool:
+        return not (self.running_mean is self.running_var is None)
+
+    @property
+    def _tracks(self) -> bool:
+        return self.track_running_stats and self._has_running
+
+    def _snapshots(self) -> tuple[Any, Any]:
+        """Return running mean and variance of one batch, whatever other threads do."""
+        with self._lock:
+            return self._columns.snapshot(self.running_mean), self._columns.snapshot(self.running_var)
 
     def _without_bias(self) -> str:
         """Return what a repr says where there is a weight alone."""

@@ -387,19 +387,9 @@ class BatchNorm(Module):
             return found
         return self._normalize_with_running(x, fused)
 
-    @property
-    def _has_running(self) -> bool:
-        return not (self.running_mean is self.running_var is None)
-
-    @property
-    def _tracks(self) -> bool:
-        return self.track_running_stats and self._has_running
-
     def _normalize_with_running(self, x: Any, fused: Fusion) -> Any:
         """Normalize x with the running statistics."""
-        with self._lock:
-            snapshot = self._columns.snapshot
-            mean, var = snapshot(self.running_mean), snapshot(self.running_var)
+        mean, var = self._snapshots()
         out, here = evaluate(
             x, mean, var, self.weight, self.bias, self.eps, self.axis, features=self.num_features, fused=fused
         )

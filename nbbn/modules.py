@@ -542,13 +542,9 @@ class InstanceNorm(Module):
         nbbn.DeviceError
             If `x` lies on another device. In all three cases the running statistics are unchanged.
         """
-        mean = var = None
-        if self.track_running_stats:
-            mean, var = self.running_mean, self.running_var
-        tracks = not (mean is var is None)
+        tracks = self._tracks
         if tracks and not self.training:
-            with self._lock:
-                mean, var = map(self._columns.snapshot, (mean, var))
+            mean, var = self._snapshots()
             out, here = evaluate(
                 x,
                 mean,
@@ -565,8 +561,8 @@ class InstanceNorm(Module):
         with self._lock:
             out, stats, _, here = normalize_instances(
                 x,
-                mean,
-                var,
+                self.running_mean if tracks else None,
+                self.running_var if tracks else None,
                 self.weight,
                 self.bias,
                 self._momenta()[0] if tracks else 0.0,

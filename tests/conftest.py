@@ -56,10 +56,10 @@ def pytest_collection_modifyitems(config, items):
         return
     left = []
     for item in items:
-        drawn = item.get_closest_marker("drawn")
-        lot = np.random.default_rng([config.nbbn_seed, zlib.crc32(item.nodeid.encode())]).random()
-        if drawn is not None and lot >= drawn.args[0]:
-            left.append(item)
+        if (drawn := item.get_closest_marker("drawn")) is not None:
+            lot = np.random.default_rng([config.nbbn_seed, zlib.crc32(item.nodeid.encode())]).random()
+            if lot >= drawn.args[0]:
+                left.append(item)
     if left:
         items[:] = [item for item in items if item not in left]
         config.hook.pytest_deselected(items=left)
