@@ -592,6 +592,8 @@ def on_host(name: str, value: Any, device: str) -> np.ndarray:
 
     They may be in anything that NumPy makes an array of, or in an array on x's device, which is copied.
     """
+    if type(value) is np.ndarray:
+        return value
     framework = next((framework for framework in FRAMEWORKS if framework.owns(value)), None)
     if framework is None:
         return np.asarray(value)
@@ -731,8 +733,10 @@ class _OnStream:
         self._stream = stream
         self._held_back = held_back
 
-    def __getattr__(self, operation: str) -> Callable[..., None]:
-        start = getattr(self._run, operation)
+    def __getattr__(self, operation: str) -> Callable[..., Any]:
+        start: Callable[..., Any] = getattr(self._run, operation)
+        if operation == "mark":  # in the memory of the host
+            return start
         if self._held_back is None:
             return functools.partial(start, stream=self._stream)
         return functools.partial(self._start_and_hold_back, start)

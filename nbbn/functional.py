@@ -26,7 +26,7 @@ from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
 from nbbn.masks import counted, seen
-from nbbn.problem import BATCH, NOTHING, Extras, Form
+from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks
 from nbbn.stats import BatchStats
 
 # Up to this many elements, waking the threads costs more than they save.
@@ -114,46 +114,46 @@ def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place, 
 
 
 def fused_forward(
-    x: np.ndarray, axis: int, out: np.ndarray, here: Place, fused: Fusion
-) -> tuple[Any, Extras]:
-    """Return what runs a forward pass with what goes along, and what that is given."""
-    if fused.residual is None:
-        operands, extras = [x, out], Extras(slope=fused.slope)
-    else:
-        operands = [x, fused.residual, out]
-        extras = Extras(slope=fused.slope, residual=address(fused.residual))
-    return _with_mask(x, axis, operands, here, fused, extras)
+    x: np.ndarray, axis: int, out: np.ndarray, here: Place, fused: Fusion, counting: bool = True
+) -> tuple[Any, Extras, int]:
+    """Return what runs a forward pass with what goes along, what that is given, and how many values count."""
+    operands, residual = [x, out], 0
+    if fused.residual is not None:
+        operands, residual = [x, fused.residual, out], address(fused.residual)
+    run, marks, count = _with_mask(x, axis, operands, here, fused, counting)
+    return run, Extras(residual, slope=fused.slope, marks=marks), count
 
 
 def _with_mask(
-    x: np.ndarray, axis: int, operands: list[np.ndarray], here: Place, fused: Fusion, extras: Extras
-) -> tuple[Any, Extras]:
-    """Return what runs the stages on such operands, and what that is given; with a mask, if there is one."""
-    strides = tuple(a.strides for a in operands)
-    if fused.counted is not None:
-        extras = extras._replace(mask=address(fused.counted), counted=fused.values)
-        of_mask = fused.counted.strides
-        strides += ((*of_mask[:axis], 0, *of_mask[axis:]),)
-    return run_of(x, axis, strides, here, fused.form), extras
+    x: np.ndarray, axis: int, operands: list[np.ndarray], here: Place, fused: Fusion, counting: bool = True
+) -> tuple[Any, Marks | None, int]:
+    """Return what runs the stages on such operands, what a mask leaves, and how many values that is.
 
-
-def with_x(
-    fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place, counting: bool = True
-) -> tuple[Fusion, int]:
-    """Return what goes along, checked against x, and how many values of a channel count.
-
-    `residual` is NumPy's view of the one that there is. Where nobody asks how many count, all do.
+    That is of a channel; without a mask, all. Where nobody asks how many count, they are not counted.
     """
+    strides = tuple(a.strides for a in operands)
+    if fused.counted is None:
+        return run_of(x, axis, strides, here, fused.form), None, x.size // x.shape[axis]
+    of_mask = fused.counted.strides
+    strides += ((*of_mask[:axis], 0, *of_mask[axis:]),)
+    run = run_of(x, axis, strides, here, fused.form)
+    marks = run.mark(address(fused.counted), counting)
+    return run, marks, marks.values
+
+
+def with_x(fused: Fusion, x: np.ndarray, residual: Any, axis: int, here: Place) -> Fusion:
+    """Return what goes along, checked against x; `residual` is NumPy's view of the one that there is."""
     if residual is not None:
-        fused = fused._replace(residual=arrays.like("residual", residual, x))
-    channels = x.shape[axis]
-    count = x.size // channels if x.size else 0
-    if fused.where is None:
-        return fused, count
-    which = counted(fused.where, x, axis, here.device)
-    if counting and count:
-        count = int(np.count_nonzero(which))
-    return fused._replace(counted=which, values=count), count
+        residual = arrays.like("residual", residual, x)
+    which = None if fused.where is None else counted(fused.where, x, axis, here.device)
+    return Fusion(fused.activation, fused.slope, residual, fused.where, which)
+
+
+def values_of(fused: Fusion, x: np.ndarray, axis: int) -> int:
+    """Return how many values of a channel count, where nothing else looks at x."""
+    if fused.counted is not None:
+        return int(np.count_nonzero(fused.counted))
+    return x.size // x.shape[axis] if x.size else 0
 
 
 def _clear(array: np.ndarray | None, x: np.ndarray, axis: int, here: Place, fused: Fusion) -> None:
@@ -163,7 +163,8 @@ def _clear(array: np.ndarray | None, x: np.ndarray, axis: int, here: Place, fuse
     if here.device == CPU:
         array[...] = 0
     else:  # evaluation sets to 0 what does not count
-        run, extras = fused_forward(x, axis, array, here, Fusion(counted=fused.counted))
+        alone = Fusion(counted=fused.counted)
+        run, extras, _ = fused_forward(x, axis, array, here, alone, counting=False)
         run.evaluate(address(x), address(array), ABSENT, ABSENT, ABSENT, ABSENT, 0.0, extras)
 
 
@@ -236,24 +237,23 @@ def batch_stats(
     fused = ALONE
     if not (mask is lengths is lengths_axis is None):
         fused = fusion(mask=mask, lengths=lengths, lengths_axis=lengths_axis)
-    fused, count = with_x(fused, x, None, axis, here)
-    if count == 0:
-        stats = here.rows(here.put(np.zeros((2, channels))))
-        return BatchStats(0, stats[0], stats[1])
     stats = here.empty((3, channels))
-    take_stats(x, axis, here, fused, stats)
-    stats = here.rows(stats)
+    count = take_stats(x, axis, here, with_x(fused, x, None, axis, here), stats)
+    stats = here.rows(stats if count else here.put(np.zeros((2, channels))))
     return BatchStats(count, stats[0], stats[1])
 
 
-def take_stats(x: np.ndarray, axis: int, here: Place, fused: Fusion, stats: np.ndarray) -> None:
-    """Take the statistics of those values that count, into float64[3, C]."""
-    if fused.counted is None:
-        run_of(x, axis, (x.strides,), here).stats(address(x), address(stats))
-    else:
-        alone = Fusion(counted=fused.counted, values=fused.values)
-        run, extras = _with_mask(x, axis, [x], here, alone, NOTHING)
-        run.stats(address(x), address(stats), extras)
+def take_stats(x: np.ndarray, axis: int, here: Place, fused: Fusion, stats: np.ndarray) -> int:
+    """Take the statistics of those values of a channel that count, if any do, into float64[3, C].
+
+    Return how many these are.
+    """
+    if not x.size:
+        return 0
+    run, marks, count = _with_mask(x, axis, [x], here, Fusion(counted=fused.counted))
+    if count:
+        run.stats(address(x), address(stats), Extras(marks=marks))
+    return count
 
 
 def train(
@@ -308,10 +308,8 @@ def train(
     beta = arrays.parameter("bias", bias, channels, x)
     mean = arrays.parameter("running_mean", running_mean, channels, x, updated=True)
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
-    if fused is ALONE:
-        count = x.size // channels if x.size else 0
-    else:
-        fused, count = with_x(fused, x, residual, axis, here)
+    if fused is not ALONE:
+        fused = with_x(fused, x, residual, axis, here)
     if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
         raise ValueError("running_var must not overlap running_mean, since training updates both")
     if here.device != CPU:
@@ -324,14 +322,20 @@ def train(
             residual=residual,
         )
     eps = arrays.number("eps", eps, 0.0, math.inf)
-    _enough(count, x, axis, fused)
-    if count and running_var is not None and count <= correction:
-        raise ValueError(f"x must have more than {correction:g} values per channel (correction), got {count}")
     if out is None:
         out = here.empty_like(x)
     else:
         columns = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
         arrays.output(out, x, residual, **columns, **seen(fused.where, here.device))
+    count = 0
+    if x.size and fused is ALONE:
+        run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
+        count = x.size // channels
+    elif x.size:
+        run, extras, count = fused_forward(x, axis, out, here, fused)
+    _enough(count, x, axis, fused)
+    if count and running_var is not None and count <= correction:
+        raise ValueError(f"x must have more than {correction:g} values per channel (correction), got {count}")
     if count == 0:
         _clear(out, x, axis, here, fused)
         stats = np.zeros((3, channels))
@@ -346,10 +350,6 @@ def train(
     stats = here.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
-    if fused is ALONE:
-        run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
-    else:
-        run, extras = fused_forward(x, axis, out, here, fused)
     run.forward(
         address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then,
         extras,
@@ -625,7 +625,7 @@ def evaluate(
     gamma = arrays.parameter("weight", weight, channels, x)
     beta = arrays.parameter("bias", bias, channels, x)
     if fused is not ALONE:
-        fused, _ = with_x(fused, x, residual, axis, here, counting=False)
+        fused = with_x(fused, x, residual, axis, here)
     eps = arrays.number("eps", eps, 0.0, math.inf)
     if out is None:
         out = here.empty_like(x)
@@ -636,7 +636,7 @@ def evaluate(
         if fused is ALONE:
             run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
         else:
-            run, extras = fused_forward(x, axis, out, here, fused)
+            run, extras, _ = fused_forward(x, axis, out, here, fused, counting=False)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps, extras)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
@@ -792,12 +792,8 @@ def differentiate(
     beta = ABSENT if bias is None else arrays.parameter("bias", bias, channels, x)
     mu = _needed("mean", mean, channels, x)
     sigma = _needed("invstd", invstd, channels, x)
-    if fused is ALONE:
-        count = x.size // channels if x.size else 0
-    else:
-        fused, count = with_x(fused, x, residual, axis, here)
-    if training:
-        _enough(count, x, axis, fused)
+    if fused is not ALONE:
+        fused = with_x(fused, x, residual, axis, here)
     if out is None:
         out = here.empty_like(x)
     else:
@@ -805,16 +801,20 @@ def differentiate(
         read = {"grad_out": grad_out, "residual": residual, **seen(fused.where, here.device)}
         arrays.output(out, x, **columns, **read)
     grad_residual = None if fused.residual is None else here.empty_like(x)
+    count = 0
+    if x.size and fused is ALONE:
+        run, extras = run_of(x, axis, (x.strides, grad_out.strides, out.strides), here), NOTHING
+        count = x.size // channels
+    elif x.size:
+        run, extras, count = fused_backward(x, grad_out, out, grad_residual, axis, here, fused, beta)
+    if training:
+        _enough(count, x, axis, fused)
     if count == 0:
         gradients = here.put(np.zeros((2, channels)))
         for array in (out, grad_residual):
             _clear(array, x, axis, here, fused)
     else:
         gradients = here.empty((2, channels))
-        if fused is ALONE:
-            run, extras = run_of(x, axis, (x.strides, grad_out.strides, out.strides), here), NOTHING
-        else:
-            run, extras = fused_backward(x, grad_out, out, grad_residual, axis, here, fused, beta)
         run.backward(
             address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training,
             False, extras,
@@ -834,14 +834,14 @@ def fused_backward(
     here: Place,
     fused: Fusion,
     bias: Parameter,
-) -> tuple[Any, Extras]:
-    """Return what runs a backward pass and what comes before it, and what that is given."""
-    extras = Extras(bias=bias, slope=fused.slope)
-    operands = [x, grad_out, grad_x]
+) -> tuple[Any, Extras, int]:
+    """Return the same as `fused_forward` of a backward pass and what comes before it."""
+    operands, residuals = [x, grad_out, grad_x], (0, 0)
     if grad_residual is not None:
         operands[2:2] = fused.residual, grad_residual
-        extras = extras._replace(residual=address(fused.residual), grad_residual=address(grad_residual))
-    return _with_mask(x, axis, operands, here, fused, extras)
+        residuals = address(fused.residual), address(grad_residual)
+    run, marks, count = _with_mask(x, axis, operands, here, fused)
+    return run, Extras(*residuals, bias, fused.slope, marks), count
 
 
 def _needed(name: str, value: Any, channels: int, x: np.ndarray) -> Parameter:

@@ -30,9 +30,7 @@ class Fusion(NamedTuple):
     where : Where or None
         Not checked: which positions count.
     counted : numpy.ndarray or None
-        Which positions count, where that is known (`nbbn.masks.counted`).
-    values : int
-        How many of a channel's do then.
+        Which positions count, where that is checked (`nbbn.masks.counted`).
     """
 
     activation: str = ""
@@ -40,7 +38,6 @@ class Fusion(NamedTuple):
     residual: Any = None
     where: Where | None = None
     counted: np.ndarray | None = None
-    values: int = 0
 
     @property
     def form(self) -> Form:
@@ -64,7 +61,9 @@ def fusion(
     lengths_axis: Any = None,
 ) -> Fusion:
     """Return what goes along with a batch normalization, or raise."""
-    slope = arrays.number("negative_slope", negative_slope, -math.inf, math.inf)
+    slope = negative_slope
+    if slope is not SLOPE:
+        slope = arrays.number("negative_slope", slope, -math.inf, math.inf)
     if lengths_axis is not None and lengths is None:
         raise ValueError(f"lengths_axis must be None without lengths, got {lengths_axis!r}")
     where = None if mask is lengths is None else Where(mask, lengths, lengths_axis)

@@ -1,5 +1,6 @@
 """Which positions of x count: from a mask, or from how long each sample is."""
 
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,6 +8,8 @@ import numpy as np
 from nbbn import arrays
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, on_host
+
+_BOOL = np.dtype(np.bool_)
 
 
 class Where(NamedTuple):
@@ -33,18 +36,26 @@ def counted(where: Where, x: np.ndarray, axis: int, device: str) -> np.ndarray:
     if where.mask is not None and where.lengths is not None:
         raise ValueError("mask and lengths must not both be given")
     shape = x.shape[:axis] + x.shape[axis + 1 :]
-    mask = (
-        _mask(where.mask, shape, device) if where.lengths is None else _from_lengths(where, x, axis, device)
-    )
-    if mask.shape == shape and mask.flags.c_contiguous and x.flags.c_contiguous:
+    mask: np.ndarray = where.mask
+    if where.lengths is not None:
+        mask = _from_lengths(where, x, axis, device)
+    elif type(mask) is not np.ndarray or mask.dtype != _BOOL or mask.shape != shape:
+        mask = _mask(mask, shape, device)
+    if mask.flags.c_contiguous and (x.flags.c_contiguous or _in_order(x.strides, axis)):
         return mask
     # Its axes in the order in which x has them.
     one = np.empty_like(x, dtype=np.bool_, subok=False, shape=(*x.shape[:axis], 1, *x.shape[axis + 1 :]))
     found = one[(slice(None),) * axis + (0,)]
-    if mask.shape == shape and mask.strides == found.strides:
+    if mask.strides == found.strides:
         return mask
     found[...] = mask
     return found
+
+
+def _in_order(strides: tuple[int, ...], axis: int) -> bool:
+    """Whether the axes of an array but one lie in its memory as in C order."""
+    steps = [abs(step) for d, step in enumerate(strides) if d != axis]
+    return all(map(operator.ge, steps, steps[1:]))
 
 
 def seen(where: Where | None, device: str) -> dict[str, np.ndarray]:
@@ -66,7 +77,7 @@ def _given(name: str, value: Any, numbers: str, device: str) -> np.ndarray:
 
 def _mask(value: Any, shape: tuple[int, ...], device: str) -> np.ndarray:
     mask = _given("mask", value, "bools", device)
-    if (mask.dtype != np.bool_ and mask.size) or isinstance(value, np.ma.MaskedArray):
+    if (mask.dtype != _BOOL and mask.size) or isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"mask must be an array of bools, got {type(value).__name__} of {mask.dtype}")
     if mask.shape == shape:
         return mask

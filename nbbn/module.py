@@ -21,7 +21,7 @@ from nbbn.base import (
 from nbbn.compiler import Step, in_one
 from nbbn.dtypes import narrowed
 from nbbn.frameworks import CPU, Place, place
-from nbbn.functional import _channels, differentiate, evaluate, train, with_x
+from nbbn.functional import _channels, differentiate, evaluate, train, values_of, with_x
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.options import DEFAULT, Option, Options, Renorm, checked_options
 from nbbn.population import pooled
@@ -451,7 +451,8 @@ class BatchNorm(Module):
         None: with the running statistics, and nothing else. All of the caller's state is written at the end.
         """
         here, view, axis = self._looked_at(x, update)
-        seen, count = with_x(fused._replace(residual=None), view, None, axis, here)
+        seen = with_x(fused._replace(residual=None), view, None, axis, here)
+        count = values_of(seen, view, axis)
         if (count == 1 and options.single_value == "running") or (use and not count):
             return None
         update = update and count > 0

@@ -1,6 +1,6 @@
 """All that is known of a call before the numbers are."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nbbn.arrays import ABSENT, Parameter
 from nbbn.dtypes import Storage
@@ -85,6 +85,21 @@ class Problem(NamedTuple):
     form: Form = BATCH
 
 
+class Marks(NamedTuple):
+    """Which elements of a channel count, and how many of them: what `mark` of an implementation returns.
+
+    Attributes
+    ----------
+    kept : object
+        What the implementation has of them, for one operation.
+    values : int
+        How many elements of a channel count; where nobody asks, any number.
+    """
+
+    kept: Any
+    values: int
+
+
 class Extras(NamedTuple):
     """What a call is given beside the arguments of batch normalization, of what its `Form` says there is.
 
@@ -96,18 +111,15 @@ class Extras(NamedTuple):
         What a backward pass computes the argument of the activation with, as it was in the forward one.
     slope : float
         Of leaky_relu.
-    mask : int
-        Where a byte for each element lies: 0, it does not count. Along the channels the stride is 0.
-    counted : int
-        How many elements of a channel count.
+    marks : Marks or None
+        Which elements count; None: all.
     """
 
     residual: int = 0
     grad_residual: int = 0
     bias: Parameter = ABSENT
     slope: float = 0.0
-    mask: int = 0
-    counted: int = 0
+    marks: Marks | None = None
 
 
 NOTHING = Extras()

@@ -86,7 +86,7 @@ class Parts(NamedTuple):
         for k, part in enumerate(self.parts):
             mine, its, result = x[part], grad_out[part], grad_x[part]
             kept = None if grad_residual is None else grad_residual[part]
-            run, extras = fused_backward(mine, its, result, kept, axis, here, _of(fused, part), beta)
+            run, extras, _ = fused_backward(mine, its, result, kept, axis, here, _of(fused, part), beta)
             run.backward(
                 address(mine), address(its), address(result), address(gradients[k]), gamma,
                 _row(self.stats, 3 * k), _row(self.stats, 3 * k + 2), True, False, extras,
@@ -141,7 +141,7 @@ def train_parts(
         mine = x[part]
         mean, var = running if momentum else (ABSENT, ABSENT)
         result = out[part]
-        run, extras = fused_forward(mine, axis, result, here, _of(fused, part))
+        run, extras, _ = fused_forward(mine, axis, result, here, _of(fused, part))
         run.forward(
             address(mine), address(result), address(stats[3 * k :]), gamma, beta, mean, var, eps, momentum,
             correction, (), extras,

@@ -400,10 +400,10 @@ MUTATIONS = [
     ),
     Mutation(
         "mask-block",
-        "only the first row of a block is asked how many of its values count",
+        "of the last steps of a block nobody asks whether they count",
         "cpu/masks.py",
-        "number_of(begin, stride, min(last * call.fold, call.outer) - first * call.fold)",
-        "number_of(begin, stride, min(call.fold, call.outer - first * call.fold))",
+        "            set_before(end, to + f * size + i, bits)\n        total -= bits",
+        "            set_before(end, to + f * size + i, bits)",
         None,
         ("test_schedules.py::test_masks_where_channels_lie_side_by_side[threads]",),
     ),

@@ -11,7 +11,7 @@ from checks import assert_same_bits, assert_within, unchanged
 from nbbn.cuda.run import Run
 from nbbn.dtypes import storage_of
 from nbbn.masks import Where, counted
-from nbbn.problem import Form, Problem
+from nbbn.problem import Form, Marks, Problem
 from reference import rows
 from simulated import LAYOUTS, _address
 from simulated_family import limit
@@ -52,7 +52,7 @@ class MaskedCase(Case):
     def extras(self):
         """Return what the operations are given beside the arguments of batch normalization."""
         self.looked = self.look()  # which the address does not keep alive
-        return super().extras()._replace(mask=_address(self.looked), counted=int(self.mask.sum()))
+        return super().extras()._replace(marks=Marks(_address(self.looked), int(self.mask.sum())))
 
     def only(self, values):
         """Return what counts of an array, (C, n)."""

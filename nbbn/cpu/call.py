@@ -36,14 +36,16 @@ PARAMETER = np.dtype(
     ]
 )
 
-# What differs from call to call.
+# What differs from call to call: set before all else,
+MASK = [("mask", _WORD)]  # a byte for each element of a channel: 0 where it does not count
+
+# and set then.
 ARGUMENTS = [
     ("x", _WORD),  # addresses
     ("grad_out", _WORD),
     ("out", _WORD),  # also grad_x
     ("second", _WORD),  # what is read beside x as `out` is written: the residual, or the gradient there
     ("residual", _WORD),  # what that gradient is computed with
-    ("mask", _WORD),  # a byte for each element of a channel: 0 where it does not count
     ("stats", _WORD),  # float64[3, sets]: mean, var, invstd; backward: float64[2, parameters]
     ("channel_stats", _WORD),  # the same of each channel; `stats` where that is the same
     ("weight", PARAMETER),
@@ -113,7 +115,7 @@ PLAN = [
     ("period", _WORD),  # a multiple, after which the tables of `normalize_columns` begin again
 ]
 
-CALL = np.dtype(ARGUMENTS + ROOMS + PLAN)
+CALL = np.dtype(MASK + ARGUMENTS + ROOMS + PLAN)
 _CALL = from_dtype(CALL)
 
 

@@ -955,6 +955,16 @@ def set_mask(first, last, address, stored):
 
 
 @kernel
+def add_up_counts(first, last, address, stored):
+    """From how many values of each row count to how many come before each. One task."""
+    call = read(address)
+    counts = pointer(call.counts, np.int64)
+    counts[0] = 0
+    for row in range(call.rows):
+        counts[row + 1] += counts[row]
+
+
+@kernel
 def set_along(first, last, address, stored):
     """The table of weights and biases, where they go along rows. Tasks: LINE elements of it."""
     call = read(address)

@@ -18,6 +18,7 @@ from nbbn.cpu.simd import (
     ones,
     pointer,
     set_long,
+    set_longs,
     set_word,
     way_of,
     wide,
@@ -298,31 +299,54 @@ def set_few_bytes(to, number, bits):
 def set_few(to, end, at, stride, steps, channels, spread):
     """Set a bit for each of so many bytes, as many times as there are channels, SPREAD_CHANNELS at most.
 
-    Eight of them make a byte for each channel.
+    Eight of them make a byte for each channel. Return how many of them are not 0.
     """
-    out_of_line()
-    f = 0
-    while stride == 1 and f + LANES <= steps:
+    total = f = 0
+    while stride == 1 and f + LANES <= steps and to + channels + 8 <= end:
         bits = nonzero(at + f)
-        set_before(end, to, spread[bits & 255])
-        set_before(end, to + channels, spread[bits >> 8])
+        set_long(to, spread[bits & 255])
+        set_long(to + channels, spread[bits >> 8])
+        total += ones(bits)
         to += 2 * channels
         f += LANES
     while f < steps:
-        set_before(end, to, spread[some_bits(at + f * stride, stride, min(8, steps - f))])
+        bits = some_bits(at + f * stride, stride, min(8, steps - f))
+        set_before(end, to, spread[bits])
+        total += ones(bits)
         to += channels
         f += 8
+    return total
 
 
 @loop
 def set_bytes(to, end, at, stride, steps, channels):
     """The same where the bits of a step are whole bytes."""
-    out_of_line()
-    for f in range(steps):
+    size = channels >> 3
+    total = f = 0
+    while stride == 1 and size == 8 and f + LANES <= steps:
+        bits = nonzero(at + f)
+        set_longs(to + 8 * f, bits)
+        total += ones(bits)
+        f += LANES
+    # More is written at a time than a step has, but for the last ones: of whole long words, or many.
+    at_once = 8 if size < 8 else 8 * LANES
+    until = steps - (at_once - 1) // size - 1
+    while f < until:
         bits = all_ones(at + f * stride)
-        for i in range(0, channels >> 3, 8):
-            set_before(end, to + i, bits)
-        to += channels >> 3
+        if size < 8:
+            set_long(to + f * size, bits)
+        else:
+            for i in range(0, size, 8 * LANES):
+                set_longs(to + f * size + i, bits)
+        total -= bits
+        f += 1
+    while f < steps:
+        bits = all_ones(at + f * stride)
+        for i in range(0, size, 8):
+            set_before(end, to + f * size + i, bits)
+        total -= bits
+        f += 1
+    return total
 
 
 @loop
@@ -330,25 +354,14 @@ def set_many(to, end, at, stride, steps, channels):
     """The same of any number of channels."""
     out_of_line()
     state = to, 0, 0
+    total = 0
     for f in range(steps):
         bits = all_ones(at + f * stride)
+        total -= bits
         for i in range(0, channels, WORD_BITS):
             number = min(WORD_BITS, channels - i)
             state = append(state, bits & ((1 << number) - 1), number)
     set_before(end, state[0], state[1])
-
-
-@loop
-def number_of(at, stride, steps):
-    """Return how many of so many bytes are not 0."""
-    out_of_line()
-    total = f = 0
-    while stride == 1 and f + LANES <= steps:
-        total += ones(nonzero(at + f))
-        f += LANES
-    while f < steps:
-        total -= all_ones(at + f * stride)
-        f += 1
     return total
 
 
@@ -362,21 +375,22 @@ def set_bits_of_steps(call, first, last, spread):
     begin = call.mask + first * call.fold * stride
     # As one row where the bits of one follow those of the other.
     together = last - first if follow(call) else 1
+    total = 0
     for row in range(first, last, together):
         at = begin + (row - first) * call.fold * stride
         steps = min(together * call.fold, call.outer - row * call.fold)
         to = bits_at(call, row)
         end = to + together * call.bits_pitch
         if call.channels <= SPREAD_CHANNELS:
-            set_few(to, end, at, stride, steps, call.channels, spread)
+            total += set_few(to, end, at, stride, steps, call.channels, spread)
         elif call.channels % 8 == 0:
-            set_bytes(to, end, at, stride, steps, call.channels)
+            total += set_bytes(to, end, at, stride, steps, call.channels)
         else:
-            set_many(to, end, at, stride, steps, call.channels)
+            total += set_many(to, end, at, stride, steps, call.channels)
     counts = pointer(call.counts, np.int64)
     for row in range(first, last):
         counts[row + 1] = 0
-    counts[last] = number_of(begin, stride, min(last * call.fold, call.outer) - first * call.fold)
+    counts[last] = total
 
 
 @loop

@@ -26,6 +26,7 @@ OWN_COLUMNS = 128  # a channel that is as long as this is summed by itself, into
 FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
 SMALL_BYTES = 1 << 20  # what is no larger is not worth starting the threads for several times
 TASKS = 4  # of every thread at least, where there is a choice
+SERIAL_MASK = 1 << 20  # bytes of a mask and its table, which one thread makes as fast as several
 SLAB_ROWS = 16  # written together
 AHEAD = 4096  # bytes that are asked for before they are looked at
 
@@ -257,6 +258,7 @@ class Plan:
             bits_pitch = columns // 8  # one row's follow the other's, so that many are written as one
         bit_rows = tiling.rows // tiling.pieces
         self.mask_tasks = -(-tiling.rows // tiling.block) if steps_of_one else bit_rows
+        self.mask_threads = 1 if self.count + bits_pitch * bit_rows < SERIAL_MASK else threads
         if form.masked:
             self.words += -(-bits_pitch * bit_rows // 8) + 1  # more are read at the end
         self.counts_at = self.words

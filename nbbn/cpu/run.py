@@ -15,12 +15,13 @@ from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
 from nbbn.dtypes import STATISTICS, Storage
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.memory import empty_aligned
-from nbbn.problem import BATCH, NOTHING, Extras, Form, Problem
+from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks, Problem
 
-_ARGUMENTS = struct.Struct("8q12q5d3q")  # see nbbn.cpu.call.ARGUMENTS
+_MASK = struct.Struct("q")  # see nbbn.cpu.call
+_ARGUMENTS = struct.Struct("7q12q5d3q")
 _ROOMS = struct.Struct("5q")
+_ROOMS_AT = _MASK.size + _ARGUMENTS.size
 SERIAL_PARTIALS = 1 << 13  # numbers to merge, below which one thread is as fast as several
-SERIAL_MASK = 1 << 12  # positions that one thread looks at as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 18  # what a larger one worked in is kept for others up to here
 
@@ -83,7 +84,7 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
         for operation in operations:
             yield way, _KERNELS[operation]
         if form.masked:
-            yield way, (kernels.set_mask,)
+            yield way, (kernels.set_mask, kernels.add_up_counts)
         if "backward" in operations:
             yield (way, _CONSTANT) if form.through else (way.alone, _SCALED)
         return
@@ -112,6 +113,7 @@ class _Room:
     def __init__(self, words: int) -> None:
         self.words = words
         self.memory = empty_aligned((words,), STATISTICS)
+        self.integers = self.memory.view(np.int64)
         self.address = address(self.memory)
 
 
@@ -132,10 +134,12 @@ class _Call:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.room: _Room | None = None
-        self._buffer = bytearray(_ARGUMENTS.size + _ROOMS.size) + plan.record
+        self._buffer = bytearray(_ROOMS_AT + _ROOMS.size) + plan.record
         self._record = np.frombuffer(self._buffer, np.uint8)
         self._at = address(self._record)
-        self.set = partial(_ARGUMENTS.pack_into, self._buffer, 0)
+        self.set_mask = partial(_MASK.pack_into, self._buffer, 0)
+        """Sets nbbn.cpu.call.MASK."""
+        self.set = partial(_ARGUMENTS.pack_into, self._buffer, _MASK.size)
         """Sets nbbn.cpu.call.ARGUMENTS, all that differs from call to call."""
 
     def enter(self, room: _Room) -> None:
@@ -147,7 +151,7 @@ class _Call:
         counts = room.address + 8 * self.plan.counts_at
         _ROOMS.pack_into(
             self._buffer,
-            _ARGUMENTS.size,
+            _ROOMS_AT,
             room.address,
             tables + -tables % 64,
             bits,
@@ -161,13 +165,11 @@ class _Call:
         assert self.room is not None
         return self.room.address + 8 * self.plan.channel_stats_at
 
-    def add_up_counts(self) -> None:
-        """From how many values of each row count to how many come before each."""
+    @property
+    def count(self) -> int:
+        """How many values of a channel count, once those before each row have been counted."""
         assert self.room is not None
-        at = self.plan.counts_at
-        counts = self.room.memory[at : at + self.plan.rows + 1].view(np.int64)
-        counts[0] = 0
-        counts.cumsum(out=counts)
+        return int(self.room.integers[self.plan.counts_at + self.plan.rows])
 
     def leave(self) -> None:
         """Leave the room to the next call."""
@@ -256,6 +258,24 @@ class Run:
             call.leave()
         self._idle.append(call)
 
+    def _begin(self, extras: Extras) -> tuple[_Call, int]:
+        """Return the call to make, and how many values of a channel count in it."""
+        if extras.marks is None:
+            return self._take(), self.plan.count
+        call: _Call = extras.marks.kept
+        return call, extras.marks.values
+
+    def mark(self, mask: int, counting: bool = True) -> Marks:
+        """Make the tables of a mask at an address, for one operation, and count if asked."""
+        plan = self.plan
+        call = self._take()
+        call.set_mask(mask + plan.offset_mask)
+        call(kernels.set_mask, plan.mask_tasks, plan.mask_threads)
+        if not counting:
+            return Marks(call, 0)
+        call(kernels.add_up_counts, 1)
+        return Marks(call, call.count)
+
     def _compile(self, *names: str) -> None:
         """Compile all that a call will run before any of it runs: what raises has changed nothing."""
         for name in names:
@@ -265,13 +285,11 @@ class Run:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         self._compile(kernels.collect_stats, kernels.finish_stats)
         plan = self.plan
-        call = self._take()
+        call, count = self._begin(extras)
         call.set(
-            x + plan.offset_x, 0, 0, 0, 0, extras.mask + plan.offset_mask, stats, stats,
-            *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, extras.counted or plan.count, 1, 0, 0,
+            x + plan.offset_x, 0, 0, 0, 0, stats, stats,
+            *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, count, 1, 0, 0,
         )  # fmt: skip
-        if self.form.masked:
-            self._set_mask(call)
         call(kernels.collect_stats, self._tiles)
         call(kernels.finish_stats, self._sets, self._finishers)
         self._give_back(call)
@@ -302,20 +320,17 @@ class Run:
         second = extras.residual + plan.offset_second if self.form.residual else x
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
-        call = self._take()
+        call, count = self._begin(extras)
         channel_stats = stats if self.form.pool == 1 else call.channel_stats
         call.set(
-            x, 0, out, second, 0, extras.mask + plan.offset_mask, stats, channel_stats,
-            *weight, *bias, *mean, *var,
-            eps, momentum, correction, extras.slope, extras.counted or plan.count, 1, 0, updates and alone,
+            x, 0, out, second, 0, stats, channel_stats, *weight, *bias, *mean, *var,
+            eps, momentum, correction, extras.slope, count, 1, 0, updates and alone,
         )  # fmt: skip
         if updates and not alone:
             then = (call.step(kernels.update_running_stats), *then)
         if self.form.along:
             self._compile(kernels.set_along, kernels.forward)
             self._set_along(call)
-        if self.form.masked:
-            self._set_mask(call)
         if plan.resident:
             call(kernels.forward, plan.tasks, then=then)
         else:
@@ -325,12 +340,6 @@ class Run:
             call(kernels.finish_stats, self._sets, self._finishers)
             call(kernel, tasks, then=then)
         self._give_back(call)
-
-    def _set_mask(self, call: _Call, counting: bool = True) -> None:
-        few = self.plan.count < SERIAL_MASK
-        call(kernels.set_mask, self.plan.mask_tasks, 1 if few else None)
-        if counting:
-            call.add_up_counts()
 
     def _set_along(self, call: _Call) -> None:
         call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
@@ -350,16 +359,13 @@ class Run:
         plan = self.plan
         kernel, tasks = self._normalizes_x
         self._compile(kernels.use_running_stats, kernel)
-        call = self._take()
+        call, _ = self._begin(extras)
         x += plan.offset_x
         out += plan.offset_out
         second = extras.residual + plan.offset_second if self.form.residual else x
         call.set(
-            x, 0, out, second, 0, extras.mask + plan.offset_mask, 0, 0, *weight, *bias, *mean, *var,
-            eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0,
-        )  # fmt: skip
-        if self.form.masked:
-            self._set_mask(call, counting=False)
+            x, 0, out, second, 0, 0, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0
+        )
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
         self._give_back(call)
@@ -393,15 +399,13 @@ class Run:
         if self.form.residual:
             second = extras.grad_residual + plan.offset_second
             residual = extras.residual + plan.offset_residual
-        call = self._take()
+        call, count = self._begin(extras)
         direct = self._plain and not adds
         call.set(
-            x, grad_out, grad_x, second, residual, extras.mask + plan.offset_mask,
+            x, grad_out, grad_x, second, residual,
             gradients, gradients if direct else call.channel_stats, *weight, *extras.bias, *mean, *invstd,
-            0.0, 0.0, 0.0, extras.slope, extras.counted or plan.count, training, adds, 0,
+            0.0, 0.0, 0.0, extras.slope, count, training, adds, 0,
         )  # fmt: skip
-        if self.form.masked:
-            self._set_mask(call)
         if self.form.along:
             self._set_along(call)
         elif not direct:
@@ -433,7 +437,7 @@ class Run:
         self._compile(kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters)
         call = self._take()
         call.set(
-            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, 0, 0, 0, gradients,
+            x + plan.offset_x, grad_out + plan.offset_grad_out, 0, 0, 0, gradients,
             call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, 0.0,
             plan.count, 1, adds, 0,
         )  # fmt: skip

@@ -865,6 +865,19 @@ def set_long(typingctx, address, bits):
 
 
 @intrinsic
+def set_longs(typingctx, address, bits):
+    """Write 64 bits for each of LANES bits, all like it."""
+
+    def codegen(context, builder, signature, args):
+        bits = builder.bitcast(builder.trunc(args[1], ir.IntType(LANES)), ir.VectorType(ir.IntType(1), LANES))
+        longs = ir.VectorType(ir.IntType(64), LANES)
+        builder.store(builder.sext(bits, longs), builder.inttoptr(args[0], longs.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
 def nonzero(typingctx, address):
     """Return a bit for each of the LANES bytes at an address: whether it is not 0."""
 

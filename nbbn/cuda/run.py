@@ -18,7 +18,7 @@ from nbbn.cuda.call import AnyArrays, Arrays, FusedArrays, MaskedArrays, Numbers
 from nbbn.cuda.plan import THREADS, Form, Plan
 from nbbn.frameworks import view
 from nbbn.geometry import Geometry, Layout, canonical
-from nbbn.problem import NOTHING, Extras, Problem
+from nbbn.problem import NOTHING, Extras, Marks, Problem
 
 Kernel = Callable[..., Any]
 Where = tuple[int, int, int]  # a parameter: address, stride in bytes and code of the storage
@@ -38,11 +38,11 @@ class _Call:
         self._memory = target.Memory(run.nbytes, run.plan.barriers, stream)
         self.sums = self._memory.address + run.plan.sums
         self._mask = (0, 0, 0)
-        if run.mask is not None:
-            mask = run.mask.words(extras.mask)
+        if run.mask is not None and extras.marks is not None:
+            mask = run.mask.words(extras.marks.kept)
             at = self._memory.address + run.nbytes - mask.nbytes
             target.write(at, mask, run.device, stream)
-            self._mask = at, at + mask.nbytes // 2, extras.counted
+            self._mask = at, at + mask.nbytes // 2, extras.marks.values
         self._launches: list[tuple[target.Launcher, Form, tuple[Any, ...]]] = []
 
     def arrays(
@@ -145,11 +145,15 @@ class _Mask:
         self._words = math.prod(sizes) // 64 + 1  # one more than are full: a count for each end of a part
         self.nbytes = 16 * self._words
 
-    def words(self, address: int) -> np.ndarray:
-        """Return the bits of the mask at an address, and the counts before each word: int64[2, words]."""
+    def seen(self, address: int) -> np.ndarray:
+        """Return the mask at an address."""
         layout = self._layout
         steps = (*layout.outer, layout.inner)
-        counted = view(address + layout.offset, self._sizes, steps, np.dtype(np.bool_), None)
+        return view(address + layout.offset, self._sizes, steps, np.dtype(np.bool_), None)
+
+    def words(self, address: int) -> np.ndarray:
+        """Return the bits of the mask at an address, and the counts before each word: int64[2, words]."""
+        counted = self.seen(address)
         found = np.zeros((2, self._words), np.int64)
         bits = np.zeros(64 * self._words, np.bool_)
         bits[: counted.size] = counted.reshape(-1)
@@ -202,6 +206,11 @@ class Run:
             found = target.launcher(kernel, names, target.signature(arguments), self.device)
             self._launchers[key] = found
             return found
+
+    def mark(self, mask: int, counting: bool = True) -> Marks:
+        """Count the elements that a mask at an address leaves, if asked."""
+        assert self.mask is not None
+        return Marks(mask, int(np.count_nonzero(self.mask.seen(mask))) if counting else 0)
 
     def stats(self, x: int, stats: int, extras: Extras = NOTHING, stream: int = 0) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
