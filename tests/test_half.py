@@ -157,6 +157,40 @@ def test_gradient_terms_that_cancel(rng, dtype, count):
     check_backward(dy, x, rng.normal(size=40), mean=mean, invstd=invstd)
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+@pytest.mark.parametrize("shape", [(3, 40, 37), (200, 64), (70, 5), (2, 5, 700), (40, 3, 2)])
+def test_gradients_that_are_nothing_but_roundings(rng, dtype, shape):
+    """A constant dy, or one like x_hat: all of grad_x is in doubt, in vectors of one channel and of several.
+
+    Which columns make a vector does not show, and that is where memory begins a line.
+    """
+    columns = [1, shape[1]] + [1] * (len(shape) - 2)
+    scale, center = 2.0 ** rng.integers(-6, 6, columns), rng.normal(size=columns)
+    x = (rng.normal(size=shape) * scale + center).astype(dtype)
+    weight = rng.normal(size=shape[1])
+    found = nbbn.batch_norm_forward(x)
+    for dy in (np.ones_like(x), x, (x.astype(np.float32) * 3 - 1).astype(dtype), found.out):
+        used = {"mean": found.mean, "invstd": found.invstd}
+        expected = check_backward(dy, x, weight, **used)
+        for first in rng.choice(64, 3, replace=False):
+            out = np.empty(x.size + 64, dtype)[first : first + x.size].reshape(shape)
+            out[...] = np.nan
+            assert_same_bits(nbbn.batch_norm_backward(dy, x, weight, **used, out=out).x, expected.x)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=type_id)
+def test_gradients_of_rows_that_are_nothing_but_roundings(rng, dtype):
+    """The same of layer norm, which is batch norm of what lies the other way, weights beside the elements."""
+    x = (rng.normal(size=(9, 700)) + rng.normal(size=(9, 1))).astype(dtype)
+    found = nbbn.batch_norm_forward(x, axis=0)
+    used = {"mean": found.mean, "invstd": found.invstd}
+    for dy in (np.ones_like(x), found.out):
+        expected = check_backward(dy, x, np.full(9, -2.0), **used, axis=0)
+        weight = np.full(700, -2.0, np.float32)
+        gradients = nbbn.layer_norm_backward(dy, x, (700,), weight, **used)
+        assert_same_bits(gradients.x, expected.x)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("dtype", HALF, ids=type_id)
 def test_terms_that_cancel_beside_poison(rng, dtype, poison):

@@ -12,6 +12,7 @@ from nbbn.cpu.simd import (
     ALONG,
     BFLOAT16,
     LANES,
+    Vector,
     address,
     after,
     bfloat16,
@@ -325,7 +326,10 @@ def _precisely_finished(call, row, j, out):
 
 
 def precisely_scaled(row, j, scale):
-    """Return what grad_out is scaled with in column j of a row: times the weight that the sums have there."""
+    """Return what grad_out is scaled with in column j of a row: times the weight that the sums have there.
+
+    Of a vector of float64, in the columns j ….
+    """
     raise NotImplementedError("exists in compiled code only")
 
 
@@ -334,6 +338,11 @@ def _precisely_scaled(row, j, scale):
     def by_weight(row, j, scale):
         return scale * np.float64(number(row[WEIGHTS], j))
 
+    def by_weights(row, j, scale):
+        return scale * widen(load(row[WEIGHTS], j))
+
+    if isinstance(scale, Vector) and len(row) > WEIGHTS:
+        return by_weights
     return by_weight if len(row) > WEIGHTS else (lambda row, j, scale: scale)
 
 

@@ -65,6 +65,7 @@ from nbbn.cpu.simd import (
     line_of,
     load,
     lowest,
+    narrow,
     number,
     plain,
     pointer,
@@ -73,15 +74,18 @@ from nbbn.cpu.simd import (
     scratch,
     set_number,
     size_of,
+    splat,
     store,
     store_both,
     store_first,
     stream,
     stream_both,
     way_of,
+    widen,
 )
 from nbbn.formulas import gradient, gradient_doubt, normalized, normalized_doubt, offset_doubt
 
+ALL_LANES = (1 << LANES) - 1
 TABLES = 6  # what a column of grad_x is computed with at most; of out, three of them
 
 
@@ -327,9 +331,46 @@ def precise_normalized(call, place, row, j, doubtful, out):
     return load(results, 0)
 
 
-@loop
 def precise_gradient(call, place, row, j, doubtful, grad_x):
     """Return `grad_x`, the columns j … of a row of it, with those in doubt computed in float64."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(precise_gradient)
+def _precise_gradient(call, place, row, j, doubtful, grad_x):
+    def at_once(call, place, row, j, doubtful, grad_x):
+        # Often all are: where grad_out is a constant, or is like x_hat, only roundings are left of it.
+        channel, group, width = place
+        step = j // group if width == 1 else j // width
+        begin = j - step * (group if width == 1 else width)
+        if doubtful != ALL_LANES or begin + LANES > (group if width == 1 else width):
+            return precise_gradient_by_lanes(call, place, row, j, doubtful, grad_x)
+        c = channel + (begin if width == 1 else step if step < group else step % group)
+        return precise_gradient_of_all(call, c, width, row, j)
+
+    return precise_gradient_by_lanes if way_of(row[2]).activation else at_once
+
+
+@loop
+def precise_number(table, c, width):
+    """Return a number of channel c in each lane; or, where each column is a channel, those of c …."""
+    return load(table, c) if width == 1 else splat(table[c])
+
+
+@loop
+def precise_gradient_of_all(call, c, width, row, j):
+    """Return the columns j … of a row of grad_x, of one channel or each of the next, by way of float64."""
+    tables, room = precise_tables(call), call.room
+    dy, x = widen(load(row[0], j)), widen(load(row[1], j))
+    mean, scale = precise_number(tables, c, width), precise_number(tables, c + room, width)
+    slope, offset = precise_number(tables, c + 2 * room, width), precise_number(tables, c + 3 * room, width)
+    unit = precise_number(tables, c + 4 * room, width)
+    return narrow(gradient(dy, x, mean, unit, precisely_scaled(row, j, scale), slope, offset), np.float32)
+
+
+@loop
+def precise_gradient_by_lanes(call, place, row, j, doubtful, grad_x):
+    """Return the same where not all are in doubt, or whatever channels the columns are of."""
     out_of_line()
     tables, room = precise_tables(call), call.room
     channel, group, width = place
