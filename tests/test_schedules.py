@@ -85,6 +85,8 @@ SHAPES = [
     Shape((2, 2, 3, 1031)),
     Shape((9, 33, 2, 3)),
     Shape((5, 70, 3, 2)),
+    Shape((3, 70, 5, 13)),
+    Shape((1, 67, 3, 11)),
     Shape((11, 3, 37, 5), -1),
     Shape((3, 5, 4, 77), -1),
     Shape((2, 3, 4, 1030), -1),
@@ -193,7 +195,7 @@ def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
     """
     threads(number)
     forward, backward = (getattr(nbbn, f"{norm}_{way}") for way in ("forward", "backward"))
-    for inner in (128, 131, 260, 515, 1301, 3137):
+    for inner in (32, 33, int(rng.integers(34, 128)), 128, 131, 260, 515, 1301, 3137):
         along = norm in ("layer_norm", "rms_norm")
         x = activations(rng, Shape((37, inner) if along else (5, 12, inner)), dtype, offset=1)
         grad_out = activations(rng, Shape(x.shape), dtype)

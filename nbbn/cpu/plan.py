@@ -23,6 +23,7 @@ PARTIAL_WORDS = 60_000  # bounds the memory of the partial results to two thirds
 SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SHORTEST_COLUMNS = 128  # the same in columns, where that is all there is to choose
 OWN_COLUMNS = 128  # a channel that is as long as this is summed by itself, into LANES sums
+FEW_COLUMNS = 32  # and so is one that is as long as this, where it has few rows
 FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
 SMALL_BYTES = 1 << 20  # what is no larger is not worth starting the threads for several times
 TASKS = 4  # of every thread at least, where there is a choice
@@ -140,6 +141,16 @@ def _follow(geometry: Geometry, operands: "Operands", size: int) -> bool:
     return all(_joined(layout, geometry, size) for layout in operands.layouts[:5])
 
 
+def _alone(outer: int, inner: int) -> bool:
+    """Whether channels of so many rows of this length are summed by themselves, into LANES sums each.
+
+    Otherwise each column has a sum. That takes no vectors that are full in part; but the sums of a channel's
+    columns are added up, and what it is written with is spread over them: as much, if rows are few, as the
+    looks at them.
+    """
+    return inner >= OWN_COLUMNS or (inner >= FEW_COLUMNS and outer <= 1 << (inner - FEW_COLUMNS) // 8)
+
+
 def _piece(inner: int, size: int) -> int:
     """Return the length of the pieces that an inner dimension is cut into: equal, if that can be."""
     least = -(-inner // columns_of(size))
@@ -215,6 +226,7 @@ class Plan:
         self.sets = self.channels // form.pool
         self.parameters = form.period or self.channels
         tiling = tile(geometry, size, not across)
+        self._single = tiling.fold == 1 and (self.channels == 1 or _alone(tiling.outer, geometry.inner))
         self.count = tiling.outer * geometry.inner
         operands = Operands.of(geometry.layouts, form)
         backward = operands.backward
@@ -245,7 +257,7 @@ class Plan:
         self.along_at = self.words
         self.along_room = 0
         if form.along:
-            together = self.group if geometry.inner < OWN_COLUMNS else 1
+            together = 1 if self._single else self.group
             columns = tiling.pieces * tiling.width if together == 1 else together * geometry.inner
             self.along_room = _up(columns, LANES) + 2 * LANES  # they begin again behind a channel
             self.words += 2 * self.along_room + LANES
@@ -330,7 +342,7 @@ class Plan:
             tiling.block,
             tiling.chunk,
             tiling.chunks,
-            int(tiling.fold == 1 and (geometry.channels == 1 or geometry.inner >= OWN_COLUMNS)),
+            int(self._single),
             room,
             self.group,
             self.groups,
@@ -359,7 +371,7 @@ class Plan:
         # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
         line = in_line_of(size)
         whole = line // math.gcd(line, geometry.inner)
-        if whole * geometry.inner <= (columns_of(size) if geometry.inner >= OWN_COLUMNS else COLUMNS):
+        if whole * geometry.inner <= (columns_of(size) if self._single else COLUMNS):
             widest = max(whole, widest // whole * whole)
         if self.threads == 1:
             return min(widest, channels), True
@@ -396,7 +408,7 @@ class Plan:
         What is done for a tile, in as many lanes as there are, takes as long as to look at 500 columns.
         """
         values = tiling.outer * geometry.inner
-        if not OWN_COLUMNS <= geometry.inner <= values <= FEW_VALUES or form.masked:
+        if not self._single or geometry.inner == 1 or values > FEW_VALUES or form.masked:
             return 0
         # One piece is added up at a time then: with two as one, the sums would be other ones.
         if tiling.pieces > 1 and 2 * tiling.width <= COLUMNS:

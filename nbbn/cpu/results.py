@@ -348,7 +348,10 @@ def _precise_gradient(call, place, row, j, doubtful, grad_x):
         c = channel + (begin if width == 1 else step if step < group else step % group)
         return precise_gradient_of_all(call, c, width, row, j)
 
-    return precise_gradient_by_lanes if way_of(row[2]).activation else at_once
+    def by_lanes(call, place, row, j, doubtful, grad_x):
+        return precise_gradient_by_lanes(call, place, row, j, doubtful, grad_x)
+
+    return by_lanes if way_of(row[2]).activation else at_once
 
 
 @loop
