@@ -317,6 +317,9 @@ class Gpus:
                 self._problem = problem
                 self._run = CpuRun(problem._replace(device="cpu"))
 
+            def mark(self, mask, counting=True):  # in the memory of the host
+                return self._run.mark(mask, counting)
+
             def __getattr__(self, operation):
                 def start(*arguments, stream=0):
                     gpus.ran.append((operation, self._problem.device, stream))
