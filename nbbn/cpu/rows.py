@@ -164,6 +164,9 @@ def to_columns(call, group, width, values, columns):
         if width == 1:
             for g in range(0, group, LANES):
                 store(columns, f * group + g, load(values, g))
+        elif width == LANES:
+            for g in range(group):
+                store(columns, (f * group + g) * LANES, splat(values[g]))
         else:
             for g in range(group):
                 fill(after(columns, (f * group + g) * width), width, values[g])

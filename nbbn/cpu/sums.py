@@ -260,6 +260,13 @@ def to_channels(call, group, width, sums, lost, real):
             store(sums, g, total)
             store(lost, g, rest)
         return
+    if width == LANES and call.fold == 1:
+        for g in range(group):
+            high, small = fold(load(sums, g * LANES))
+            low, _ = fold(load(lost, g * LANES))
+            sums[g] = high
+            lost[g] = low + small
+        return
     for g in range(group):
         total = splat(0.0)
         rest = splat(0.0)
