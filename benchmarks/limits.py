@@ -1,9 +1,10 @@
-"""What the memory can do, past the caches, on the threads that nbbn uses.
+"""What the memory can do, past the caches, and the arithmetic units, on the threads that nbbn uses.
 
     python benchmarks/limits.py
 
 prints how fast the memory is read, written and copied by one thread and by two, and while one reads
-and another writes.
+and another writes; and how many vectors they multiply and add. Two threads that do no more than one share
+a core, whatever the system says of it.
 """
 
 import statistics
@@ -15,7 +16,7 @@ import numpy as np
 
 from nbbn.arrays import address
 from nbbn.bench.limits import BLOCK, aligned, limits
-from nbbn.compiler import entry, kernel, pool
+from nbbn.compiler import entry, fma, kernel, pool
 from nbbn.cpu.call import CALL, read
 from nbbn.cpu.simd import LANES, fence, load, pointer, splat, store, stored_as, stream
 
@@ -60,10 +61,22 @@ def read_beside_write(first, last, at, real):
         fence()
 
 
+@kernel
+def multiply_only(first, last, at, real):
+    """Multiply and add in registers, two of each for each vector of a block. Tasks: blocks."""
+    call = read(at)
+    scale = splat(real(call.slope))
+    a = b = c = d = e = f = g = h = splat(real(1.0))
+    for _ in range(first, last):
+        a, b, c, d = fma(a, scale, scale), fma(b, scale, scale), fma(c, scale, scale), fma(d, scale, scale)
+        e, f, g, h = fma(e, scale, scale), fma(f, scale, scale), fma(g, scale, scale), fma(h, scale, scale)
+    store(pointer(call.out, real), first * BLOCK, a + b + c + d + e + f + g + h)
+
+
 def way(name: str, x: np.ndarray, out: np.ndarray) -> Callable[[], None]:
     """Return a call of a kernel on all blocks of x and out."""
     record = np.zeros(1, CALL)
-    record["x"], record["out"] = address(x), address(out)
+    record["x"], record["out"], record["slope"] = address(x), address(out), 0.5
     compiled = entry(name, stored_as("float32"))
     return lambda: pool.run(compiled, pool.threads(), x.size // BLOCK, address(record))
 
@@ -73,7 +86,7 @@ def main(size: int = 25 << 20, rounds: int = 21) -> None:
     x[...] = 1
     out[...] = 1
     calls = {"copy": limits("copy", x, x, out)["streaming copy"]}
-    calls |= {name: way(name, x, out) for name in (read_only, write_only, read_beside_write)}
+    calls |= {name: way(name, x, out) for name in (read_only, write_only, read_beside_write, multiply_only)}
     pool.start()
     most = min(2, numba.get_num_threads())
     cases = [(name, threads) for name in calls for threads in range(1, most + 1)]
@@ -87,8 +100,11 @@ def main(size: int = 25 << 20, rounds: int = 21) -> None:
             calls[name]()
             times[name, threads].append(time.perf_counter() - begin)
     for (name, threads), spent in times.items():
-        moved = size * 4 * (2 if name == "copy" else 1) / statistics.median(spent) / 1e9
-        print(f"{name:20} {threads} thread{'s' * (threads > 1):1}  {moved:5.1f} GB/s read and written")
+        bytes_of_it = 0 if name == multiply_only else size * 4 * (2 if name == "copy" else 1)
+        what = f"{bytes_of_it / statistics.median(spent) / 1e9:5.1f} GB/s read and written"
+        if name == multiply_only:
+            what = f"{size / BLOCK * 8 / statistics.median(spent) / 1e9:5.2f} billion vectors a second"
+        print(f"{name:20} {threads} thread{'s' * (threads > 1):1}  {what}")
 
 
 if __name__ == "__main__":
