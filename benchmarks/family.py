@@ -6,6 +6,7 @@
 prints a table of medians of interleaved calls, in float32, on as many threads on both sides. Every call makes
 its outputs, since PyTorch's functions have no `out`. The limit is a copy of the same bytes, or, for the
 backward pass, out = x + y, past the caches or through them, whichever is faster, into an array that is there.
+With `--short` the same of shapes of which few values are normalized together.
 """
 
 import itertools
@@ -25,6 +26,7 @@ from nbbn.bench.limits import aligned, limits
 from nbbn.compiler import pool
 
 SHAPES = [(8192, 1024), (4096, 4096), (32, 64, 56, 56), (32, 512, 28, 28), (8, 3, 512, 512)]
+SHORT = [(8192, 16), (8192, 64), (16384, 256), (32, 512, 4, 4), (32, 512, 7, 7), (32, 512, 14, 14)]
 GROUPS = 32
 EPS = 1e-5
 
@@ -121,6 +123,7 @@ def calls(norm: str, x: np.ndarray, grad_out: np.ndarray) -> dict[str, tuple[Cal
 
 def main(
     rounds: Annotated[int, typer.Option(help="How often each is called.")] = 21,
+    short: Annotated[bool, typer.Option("--short", help="Of few values that go together.")] = False,
     to: Annotated[pathlib.Path | None, typer.Option("--json", help="Write the figures there too.")] = None,
 ) -> None:
     """Measure the other normalizations."""
@@ -128,7 +131,7 @@ def main(
     rows = []
     print("| norm | shape | operation | nbbn, ms | nbbn / limit | PyTorch / nbbn |")
     print("|---|---|---|---:|---:|---:|")
-    for norm, shape in itertools.product(("layer", "group", "instance"), SHAPES):
+    for norm, shape in itertools.product(("layer", "group", "instance"), SHORT if short else SHAPES):
         if norm != "layer" and len(shape) == 2:
             continue  # one value in each channel of a sample
         x, grad_out, out = (aligned(shape) for _ in range(3))
