@@ -590,6 +590,15 @@ MUTATIONS = [
         ("test_half.py::test_terms_that_cancel_beside_poison",),
     ),
     Mutation(
+        "merged-set",
+        "of a set whose statistics are taken at once, the last channel is left out",
+        "cpu/run.py",
+        "pool * geometry.inner\n        strides = ((pool * x.channel",
+        "(pool - 1) * geometry.inner\n        strides = ((pool * x.channel",
+        None,
+        ("test_family.py::test_values[group-5x60x2x9-@1-4groups-float32]",),
+    ),
+    Mutation(
         "doubt-of-two",
         "a vector of two channels is taken for one of the first where all of it is in doubt",
         "cpu/results.py",

@@ -532,6 +532,7 @@ LARGE = [
     Case("group", (5, 12, 30, 33), 4),
     Case("group", (5, 12, 30, 33), 1),
     Case("group", (5, 30, 33, 12), 3, -1),
+    Case("group", (40, 32, 11, 11), 8),
 ]
 EVERY_LARGE_CASE = pytest.mark.parametrize("case", LARGE, ids=str)
 
@@ -629,6 +630,7 @@ SEVERAL_ROWS = [
     Case("group", (3, 6, 5), 1),
     Case("group", (2, 5, 3, 8), 4, -1),
     Case("group", (2, 4, 30, 31), 2),
+    Case("group", (44, 6, 5), 3),
 ]
 POISONS = {
     "nan": [np.nan],

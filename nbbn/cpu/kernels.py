@@ -454,9 +454,14 @@ def finish_channels(call, first, last, stored):
     pool_chunks(call, first, last, stored)
     if call.pool > 1:
         pool_sets(call, first // call.pool, last // call.pool)
+    finish_sets(call, first // call.pool, last // call.pool, stored)
+
+
+@loop
+def finish_sets(call, begin, end, stored):
+    """From mean, var and the mean's low part, in invstd's place, to that and the tables of normalization."""
     stats = pointer(call.stats, np.float64)
     sets = call.channels // call.pool
-    begin, end = first // call.pool, last // call.pool
     for s in range(begin, end, LANES):
         here = min(LANES, end - s)
         mean, var = load_first(stats, s, here), load_first(stats, sets + s, here)
@@ -555,6 +560,20 @@ def finish_stats(first, last, address, stored):
     call = read(address)
     block = LANES * call.pool
     finish_channels(call, first * block, min(last * block, call.channels), stored)
+
+
+@kernel
+def pool_stats(first, last, address, stored):
+    """Partials into mean, var and the mean's low part, in invstd's place. Tasks: blocks of LANES channels."""
+    call = read(address)
+    pool_chunks(call, first * LANES, min(last * LANES, call.channels), stored)
+
+
+@kernel
+def use_stats(first, last, address, stored):
+    """Those of sets into invstd and the tables of their channels. Tasks: blocks of LANES sets."""
+    call = read(address)
+    finish_sets(call, first * LANES, min(last * LANES, call.channels // call.pool), stored)
 
 
 @kernel

@@ -24,6 +24,9 @@ SHORTEST_ROW = 512  # bytes: of a tile that is read at once
 SHORTEST_COLUMNS = 128  # the same in columns, where that is all there is to choose
 OWN_COLUMNS = 128  # a channel that is as long as this is summed by itself, into LANES sums
 FEW_COLUMNS = 32  # and so is one that is as long as this, where it has few rows
+MERGED_COLUMNS = 256  # channels of a set that are no longer have no sums of their own in a forward pass,
+MERGED_CHANNELS = 256  # where there are as many,
+MERGED_ELEMENTS = 1 << 22  # and of all of them so few: x is read twice
 FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
 SMALL_BYTES = 1 << 20  # what is no larger is not worth starting the threads for several times
 TASKS = 4  # of every thread at least, where there is a choice
@@ -301,6 +304,16 @@ class Plan:
             and _joined(x, geometry, size)
             and _joined(out, geometry, size)
             and _joined(second, geometry, size)
+        )
+        # Whether a set's statistics are taken as those of one channel, ahead of all else; other bits.
+        self.merges = (
+            form.pool > 1
+            and not backward
+            and self.channels >= MERGED_CHANNELS
+            and 1 < geometry.inner <= MERGED_COLUMNS
+            and tiling.outer == 1
+            and _joined(x, geometry, size)
+            and self.count * self.channels <= MERGED_ELEMENTS
         )
         row = self.channels * size
         once = self.channels * (LANES // math.gcd(LANES, self.channels))

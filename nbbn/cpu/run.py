@@ -92,6 +92,8 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
     if "training" in operations or "evaluation" in operations:  # there is no difference
         yield Way(), _KERNELS["evaluation"]  # copies what is too scattered
         yield from _ROW_KERNELS["forward"].items() if of_rows else ((Way(), _KERNELS["training"]),)
+        if norm == "group":
+            yield Way(), (kernels.pool_stats, kernels.use_stats)
     if "backward" in operations:
         plain = Way(), (*_KERNELS["backward"], *_SCALED, kernels.sum_parameters)
         yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
@@ -228,9 +230,10 @@ class Run:
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
         self._finishers = 1 if few else plan.threads
         # One share alone updates the running statistics itself, after all else.
-        self._alone = int(plan.resident and min(plan.threads, plan.tasks) == 1)
+        self._alone = int(plan.resident and not plan.merges and min(plan.threads, plan.tasks) == 1)
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
         self._idle: list[_Call] = []
+        self._merged = _Sets(problem, geometry) if plan.merges else None
         self._across: Run | None = None
         if form.along and len(problem.strides) == 3:
             self._across = object.__new__(Run)
@@ -283,7 +286,10 @@ class Run:
 
     def stats(self, x: int, stats: int, extras: Extras = NOTHING) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
-        self._compile(kernels.collect_stats, kernels.finish_stats)
+        self._take_stats(x, stats, extras, kernels.finish_stats)
+
+    def _take_stats(self, x: int, stats: int, extras: Extras, last: str) -> None:
+        self._compile(kernels.collect_stats, last)
         plan = self.plan
         call, count = self._begin(extras)
         call.set(
@@ -291,7 +297,7 @@ class Run:
             *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, count, 1, 0, 0,
         )  # fmt: skip
         call(kernels.collect_stats, self._tiles)
-        call(kernels.finish_stats, self._sets, self._finishers)
+        call(last, self._sets, self._finishers)
         self._give_back(call)
 
     def forward(
@@ -315,6 +321,9 @@ class Run:
         written for the caller is written in one: see nbbn.compiler.in_one.
         """
         plan = self.plan
+        if self._merged is not None:
+            self._compile(kernels.use_stats, self._normalizes_x[0])
+            self._merged.take_stats(x + plan.offset_x, stats)
         x += plan.offset_x
         out += plan.offset_out
         second = extras.residual + plan.offset_second if self.form.residual else x
@@ -331,7 +340,11 @@ class Run:
         if self.form.along:
             self._compile(kernels.set_along, kernels.forward)
             self._set_along(call)
-        if plan.resident:
+        if self._merged is not None:
+            kernel, tasks = self._normalizes_x
+            call(kernels.use_stats, self._sets, self._finishers)
+            call(kernel, tasks, then=then)
+        elif plan.resident:
             call(kernels.forward, plan.tasks, then=then)
         else:
             kernel, tasks = self._normalizes_x
@@ -447,3 +460,17 @@ class Run:
         if adds:
             call(kernels.sum_parameters, plan.parameters, 1)
         self._give_back(call)
+
+
+class _Sets(Run):
+    """Takes the statistics of sets of channels that follow each other, as if each were one channel."""
+
+    def __init__(self, problem: Problem, geometry: Geometry) -> None:
+        pool, x = problem.form.pool, geometry.layouts[0]
+        shape = geometry.channels // pool, pool * geometry.inner
+        strides = ((pool * x.channel, x.inner),)
+        super().__init__(problem._replace(shape=shape, axis=0, strides=strides, form=BATCH))
+
+    def take_stats(self, x: int, stats: int) -> None:
+        """Mean, var and the mean's low part into float64[3, sets] at `stats`."""
+        self._take_stats(x, stats, NOTHING, kernels.pool_stats)
