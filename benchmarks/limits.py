@@ -100,10 +100,11 @@ def main(size: int = 25 << 20, rounds: int = 21) -> None:
             calls[name]()
             times[name, threads].append(time.perf_counter() - begin)
     for (name, threads), spent in times.items():
-        bytes_of_it = 0 if name == multiply_only else size * 4 * (2 if name == "copy" else 1)
-        what = f"{bytes_of_it / statistics.median(spent) / 1e9:5.1f} GB/s read and written"
+        billionths = statistics.median(spent) * 1e9
         if name == multiply_only:
-            what = f"{size / BLOCK * 8 / statistics.median(spent) / 1e9:5.2f} billion vectors a second"
+            what = f"{size / BLOCK * 8 / billionths:5.2f} billion vectors a second"
+        else:
+            what = f"{size * 4 * (2 if name == 'copy' else 1) / billionths:5.1f} GB/s read and written"
         print(f"{name:20} {threads} thread{'s' * (threads > 1):1}  {what}")
 
 

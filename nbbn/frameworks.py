@@ -733,10 +733,12 @@ class _OnStream:
         self._stream = stream
         self._held_back = held_back
 
-    def __getattr__(self, operation: str) -> Callable[..., Any]:
-        start: Callable[..., Any] = getattr(self._run, operation)
-        if operation == "mark":  # in the memory of the host
-            return start
+    def mark(self, *arguments: Any) -> Any:
+        """Look at a mask, in the memory of the host, on no stream."""
+        return self._run.mark(*arguments)
+
+    def __getattr__(self, operation: str) -> Callable[..., None]:
+        start = getattr(self._run, operation)
         if self._held_back is None:
             return functools.partial(start, stream=self._stream)
         return functools.partial(self._start_and_hold_back, start)

@@ -602,7 +602,7 @@ MUTATIONS = [
         "doubt-of-two",
         "a vector of two channels is taken for one of the first where all of it is in doubt",
         "cpu/results.py",
-        "doubtful != ALL_LANES or begin + LANES > (group if width == 1 else width)",
+        "doubtful != ALL_LANES or begin + LANES > columns",
         "doubtful != ALL_LANES",
         None,
         ("test_half.py::test_gradients_that_are_nothing_but_roundings[shape0-float16]",),

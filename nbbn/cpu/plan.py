@@ -315,6 +315,7 @@ class Plan:
             and _joined(x, geometry, size)
             and self.count * self.channels <= MERGED_ELEMENTS
         )
+        self.resident = self.resident and not self.merges
         row = self.channels * size
         once = self.channels * (LANES // math.gcd(LANES, self.channels))
         period = once * max(1, SHARED_COLUMNS // once)  # to begin again seldom

@@ -341,9 +341,10 @@ def _precise_gradient(call, place, row, j, doubtful, grad_x):
     def at_once(call, place, row, j, doubtful, grad_x):
         # Often all are: where grad_out is a constant, or is like x_hat, only roundings are left of it.
         channel, group, width = place
-        step = j // group if width == 1 else j // width
-        begin = j - step * (group if width == 1 else width)
-        if doubtful != ALL_LANES or begin + LANES > (group if width == 1 else width):
+        columns = group if width == 1 else width  # that follow each other in the tables, or have one number
+        step = j // columns
+        begin = j - step * columns
+        if doubtful != ALL_LANES or begin + LANES > columns:
             return precise_gradient_by_lanes(call, place, row, j, doubtful, grad_x)
         c = channel + (begin if width == 1 else step if step < group else step % group)
         return precise_gradient_of_all(call, c, width, row, j)

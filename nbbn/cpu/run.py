@@ -230,7 +230,7 @@ class Run:
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
         self._finishers = 1 if few else plan.threads
         # One share alone updates the running statistics itself, after all else.
-        self._alone = int(plan.resident and not plan.merges and min(plan.threads, plan.tasks) == 1)
+        self._alone = int(plan.resident and min(plan.threads, plan.tasks) == 1)
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
         self._idle: list[_Call] = []
         self._merged = _Sets(problem, geometry) if plan.merges else None
@@ -321,11 +321,11 @@ class Run:
         written for the caller is written in one: see nbbn.compiler.in_one.
         """
         plan = self.plan
-        if self._merged is not None:
-            self._compile(kernels.use_stats, self._normalizes_x[0])
-            self._merged.take_stats(x + plan.offset_x, stats)
         x += plan.offset_x
         out += plan.offset_out
+        if self._merged is not None:
+            self._compile(kernels.use_stats, self._normalizes_x[0])
+            self._merged.take_stats(x, stats)
         second = extras.residual + plan.offset_second if self.form.residual else x
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
@@ -340,17 +340,16 @@ class Run:
         if self.form.along:
             self._compile(kernels.set_along, kernels.forward)
             self._set_along(call)
-        if self._merged is not None:
-            kernel, tasks = self._normalizes_x
-            call(kernels.use_stats, self._sets, self._finishers)
-            call(kernel, tasks, then=then)
-        elif plan.resident:
+        if plan.resident:
             call(kernels.forward, plan.tasks, then=then)
         else:
             kernel, tasks = self._normalizes_x
-            self._compile(kernels.collect_stats, kernels.finish_stats, kernel)
-            call(kernels.collect_stats, self._tiles)
-            call(kernels.finish_stats, self._sets, self._finishers)
+            if self._merged is not None:
+                call(kernels.use_stats, self._sets, self._finishers)
+            else:
+                self._compile(kernels.collect_stats, kernels.finish_stats, kernel)
+                call(kernels.collect_stats, self._tiles)
+                call(kernels.finish_stats, self._sets, self._finishers)
             call(kernel, tasks, then=then)
         self._give_back(call)
 
