@@ -7,7 +7,7 @@ ones is a list of sizes and strides. Statistics do not depend on the order of th
 dimensions are taken in the order of memory and walked forwards, whatever the view does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Strides = tuple[int, ...]  # bytes
 
@@ -50,6 +50,19 @@ class Geometry:
     channels: int
     inner: int
     layouts: tuple[Layout, ...]
+
+    def downwards(self) -> "Geometry":
+        """Return the same with the inner dimension as the last outer one: a row is of channels alone."""
+        outer = 0 if self.sizes == (1,) else len(self.sizes)
+        return Geometry(
+            sizes=(*self.sizes[:outer], self.inner),
+            channels=self.channels,
+            inner=1,
+            layouts=tuple(
+                replace(layout, outer=(*layout.outer[:outer], layout.inner), inner=0)
+                for layout in self.layouts
+            ),
+        )
 
 
 def canonical(shape: tuple[int, ...], axis: int, *strides: Strides) -> Geometry:

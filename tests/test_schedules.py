@@ -3,6 +3,8 @@
 How a call is cut up and scheduled depends on a few constants of `nbbn.cpu.plan`; these tests shrink them.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -72,6 +74,15 @@ CUTS = {
     "one_chunk": {"plan.BLOCK_ELEMENTS": 128, "plan.MAX_CHUNKS": 1},
     "three_chunks": {"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 3},
     "many_chunks": {"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 256},
+    "side_by_side": {"plan.SHORT_VALUES": 1 << 30, "plan.SHORT_BYTES": 1 << 30, "plan.SHORT_CHANNELS": 1},
+    "side_by_side_in_chunks": {
+        "functional.SERIAL_ELEMENTS": 0,
+        "plan.SHORT_VALUES": 1 << 30,
+        "plan.SHORT_BYTES": 1 << 30,
+        "plan.SHORT_CHANNELS": 1,
+        "plan.BLOCK_ELEMENTS": 128,
+        "plan.TURNED_ELEMENTS": 2048,
+    },
 }
 
 SHAPES = [
@@ -87,6 +98,8 @@ SHAPES = [
     Shape((5, 70, 3, 2)),
     Shape((3, 70, 5, 13)),
     Shape((1, 67, 3, 11)),
+    Shape((1, 135, 3, 5)),
+    Shape((2, 301, 2, 3)),
     Shape((11, 3, 37, 5), -1),
     Shape((3, 5, 4, 77), -1),
     Shape((2, 3, 4, 1030), -1),
@@ -229,6 +242,28 @@ def test_against_the_oracle(rng, schedule, shape, name, dtype):
         with around(out):
             for operation, arguments, options in calls:
                 CHECKS[operation](*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+def test_side_by_side_in_other_layouts(rng, dtype):
+    """Short channels, and mixed arrays: x with one dimension side by side, others with another one."""
+    layouts = ("contiguous", "channels_last", "memory2301", "memory3120", "inside", "every_second")
+    for shape in (
+        Shape((1, 131, 3, 5)),
+        Shape((3, 129, 2, 2)),
+        Shape((2, 34, 9, 13)),
+        Shape((1, 24, 11, 90)),
+    ):
+        for of_x, of_dy, of_out in itertools.product(("contiguous", "channels_last"), layouts, layouts):
+            x = MEMORY[of_x](activations(rng, shape, dtype, offset=3))
+            dy = MEMORY[of_dy](activations(rng, shape, dtype, offset=1))
+            out, grad_x = (MEMORY[of_out](np.full(shape.dims, np.nan, dtype)) for _ in range(2))
+            weight, bias = (parameter(rng, shape.channels, dtype) for _ in range(2))
+            with around(out), around(grad_x):
+                result = check_forward(x, weight, bias, axis=1, out=out)
+                used = {"mean": result.mean, "invstd": result.invstd}
+                check_backward(dy, x, weight, **used, axis=1, out=grad_x)
+                check_backward(dy, x, weight, **used, axis=1, out=grad_x, training=False)
 
 
 @pytest.mark.parametrize("name", [*SCHEDULES, *CUTS])

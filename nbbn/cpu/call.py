@@ -13,8 +13,9 @@ the result.
 """
 
 import numpy as np
+from llvmlite import ir
 from numba import from_dtype
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 _WORD = np.int64
@@ -24,7 +25,7 @@ OPERAND = np.dtype(
         ("channel", _WORD),  # bytes from a channel to the next
         ("inner", _WORD),  # bytes from an inner element to the next
         ("strides", _WORD),  # address of int64[dims]: bytes per step of each outer dimension
-        ("gather", _WORD),  # 1: a row's columns do not lie side by side
+        ("gather", _WORD),  # how a row's columns lie: see nbbn.cpu.rows.TOGETHER
     ]
 )
 
@@ -88,6 +89,10 @@ PLAN = [
     ("channels", _WORD),
     ("inner", _WORD),
     ("pool", _WORD),  # channels of a set, which has its statistics in common
+    (
+        "shared",
+        _WORD,
+    ),  # channels that follow each other and are summed up as one, all of a set; 1: each by itself
     ("parameters", _WORD),  # channel c has the parameters c % parameters
     ("centered", _WORD),  # 1: the mean is subtracted
     ("activates", _WORD),  # 1: grad_x is computed through an activation, from the gradient at its result
@@ -109,6 +114,7 @@ PLAN = [
     ("slab", _WORD),  # rows that are written together
     ("slabs", _WORD),
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for
+    ("ahead_of_dy", _WORD),  # the same of grad_out
     ("stream", _WORD),  # 1: write out past the caches
     ("stream_planes", _WORD),  # 1: so does `normalize_planes`
     ("once", _WORD),  # columns after which channels that lie side by side begin a vector again
@@ -127,3 +133,17 @@ def read(typingctx, address):
         return builder.inttoptr(args[0], context.get_value_type(_CALL))
 
     return _CALL(types.int64), codegen
+
+
+@intrinsic
+def copied(typingctx, call):
+    """Return a copy of a record, on the stack."""
+
+    def codegen(context, builder, signature, args):
+        with builder.goto_entry_block():
+            room = builder.alloca(ir.ArrayType(ir.IntType(64), CALL.itemsize // 8))
+        target = builder.bitcast(room, args[0].type)
+        cgutils.raw_memcpy(builder, target, args[0], ir.Constant(ir.IntType(64), CALL.itemsize), 1)
+        return target
+
+    return call(call), codegen

@@ -10,8 +10,19 @@ from numba.core import types
 
 from nbbn.compiler import by_type, like, loop, out_of_line
 from nbbn.cpu.masks import only
-from nbbn.cpu.parameters import ROWS, affine_of, parameter, part_in_doubt
-from nbbn.cpu.rows import AHEAD, ROOM, row_address, row_of, row_room, scatter, some, to_columns
+from nbbn.cpu.parameters import affine_of, parameter, part_in_doubt
+from nbbn.cpu.rows import (
+    AHEAD,
+    AT_ONCE,
+    ROOM,
+    ROWS,
+    gather_apart,
+    row_in,
+    row_room,
+    scatter_apart,
+    some,
+    to_columns,
+)
 from nbbn.cpu.simd import (
     LANES,
     address,
@@ -238,44 +249,68 @@ def _normalizing(tables, c, stored):
     return lambda tables, c, stored: ()
 
 
-def note_residual(call, rows, k, step, piece, channel, group, buffer, stored):
-    """Note where row k of the residual is, and where its gradient goes to, that or a buffer."""
+# Where, in the room for rows, those of the residual are, and those of its gradient.
+RESIDUALS, GRAD_RESIDUALS = ROWS, ROWS + AT_ONCE
+
+
+def gather_residual(call, row, number, channel, group, buffer, stored):
+    """Copy rows of the residual, from this one on, to their room in `buffer`, if their columns lie apart."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(gather_residual)
+def _gather_residual(call, row, number, channel, group, buffer, stored):
+    def gather(call, row, number, channel, group, buffer, stored):
+        room, at_residual = row_room(buffer), call.at_residual
+        there = after(buffer, RESIDUALS * room)
+        gather_apart(call, call.residual, at_residual, row, number, channel, group, there, room, stored)
+
+    def nothing(call, row, number, channel, group, buffer, stored):
+        pass
+
+    return gather if way_of(stored).residual else nothing
+
+
+def note_residual(call, rows, k, step, piece, channel, buffer, stored):
+    """Note where row k of those read at once is of the residual, and where its gradient goes to."""
     raise NotImplementedError("exists in compiled code only")
 
 
 @by_type(note_residual)
-def _note_residual(call, rows, k, step, piece, channel, group, buffer, stored):
-    def note(call, rows, k, step, piece, channel, group, buffer, stored):
-        room = after(buffer, (ROWS + k) * row_room(buffer))
-        residual = row_of(call, call.residual, call.at_residual, step, piece, channel, group, room, stored)
-        rows[AT_RESIDUAL + k] = address(residual)
-        room = after(room, row_room(buffer))
-        if call.at_second.gather == 0:
-            room = pointer(row_address(call, call.second, call.at_second, step, piece, channel), stored)
-        rows[AT_GRAD_RESIDUAL + k] = address(room)
+def _note_residual(call, rows, k, step, piece, channel, buffer, stored):
+    def note(call, rows, k, step, piece, channel, buffer, stored):
+        room, at_residual, at_second = row_room(buffer), call.at_residual, call.at_second
+        there = after(buffer, (RESIDUALS + k // 2) * room)
+        rows[AT_RESIDUAL + k] = address(
+            row_in(call, call.residual, at_residual, step, piece, channel, there, stored)
+        )
+        there = after(buffer, (GRAD_RESIDUALS + k // 2) * room)
+        rows[AT_GRAD_RESIDUAL + k] = address(
+            row_in(call, call.second, at_second, step, piece, channel, there, stored)
+        )
 
-    def nothing(call, rows, k, step, piece, channel, group, buffer, stored):
+    def nothing(call, rows, k, step, piece, channel, buffer, stored):
         pass
 
     return note if way_of(stored).residual else nothing
 
 
-def keep_residual(call, rows, k, step, piece, channel, group, stored):
-    """Write row k of the gradient of the residual from its buffer to where it goes to."""
+def scatter_residual(call, row, number, channel, group, buffer, stored):
+    """Copy rows of the gradient of the residual to where they go to, if their columns lie apart."""
     raise NotImplementedError("exists in compiled code only")
 
 
-@by_type(keep_residual)
-def _keep_residual(call, rows, k, step, piece, channel, group, stored):
-    def keep(call, rows, k, step, piece, channel, group, stored):
-        if call.at_second.gather == 1:
-            row = pointer(rows[AT_GRAD_RESIDUAL + k], stored)
-            scatter(call, call.second, call.at_second, step, piece, channel, group, row, stored)
+@by_type(scatter_residual)
+def _scatter_residual(call, row, number, channel, group, buffer, stored):
+    def scatter(call, row, number, channel, group, buffer, stored):
+        room, at_second = row_room(buffer), call.at_second
+        there = after(buffer, GRAD_RESIDUALS * room)
+        scatter_apart(call, call.second, at_second, row, number, channel, group, there, room, stored)
 
-    def nothing(call, rows, k, step, piece, channel, group, stored):
+    def nothing(call, row, number, channel, group, buffer, stored):
         pass
 
-    return keep if way_of(stored).residual else nothing
+    return scatter if way_of(stored).residual else nothing
 
 
 def incoming(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):

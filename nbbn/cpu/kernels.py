@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from nbbn.compiler import by_type, in_line, kernel, loop, out_of_line
-from nbbn.cpu.call import PARTIALS, read
+from nbbn.cpu.call import PARTIALS, copied, read
 from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
     SPREAD_CHANNELS,
@@ -28,9 +28,7 @@ from nbbn.cpu.masks import (
     values_before,
 )
 from nbbn.cpu.parameters import (
-    ROWS,
     across,
-    affine_of,
     affines_of,
     mean_of_row,
     parameter,
@@ -57,12 +55,19 @@ from nbbn.cpu.results import (
 )
 from nbbn.cpu.rows import (
     ROOM,
+    ROWS,
+    TOGETHER,
     extent,
     fill,
+    gather_apart,
+    gather_rows,
     locate,
     row_address,
     row_buffers,
+    row_in,
     row_of,
+    row_room,
+    scatter_rows,
     to_columns,
 )
 from nbbn.cpu.simd import (
@@ -72,8 +77,10 @@ from nbbn.cpu.simd import (
     at_most,
     choose,
     fence,
+    fold,
     line_of,
     load,
+    load_apart,
     load_first,
     narrow,
     number,
@@ -195,17 +202,23 @@ def trusted(count, squares, offset, guess, real):
 
 @loop
 def guess_all(call, first, last, channel, group, buffer, guesses, stored):
-    """Set a guess where all values count, from PILOT_VALUES of them, or from a few more."""
+    """Set a guess where all values count, from PILOT_VALUES of them, or from a few more.
+
+    `group` is how many there are of what has a sum: channels, or sets of them.
+    """
     out_of_line()
     real = wide(stored)
     a_row = call.fold * min(call.width, call.inner)
     last = min(last, first + 1 + (PILOT_VALUES - 1) // a_row)
+    room = row_room(buffer)
+    gather_apart(call, call.x, call.at_x, first, last - first, channel, group, buffer, room, stored)
     fill(guesses, group, real(0.0))
     count = 0
     for row in range(first, last):
         step, piece = locate(call, row)
         steps, width = extent(call, step, piece)
-        x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
+        its_room = after(buffer, (row - first) * room)
+        x = row_in(call, call.x, call.at_x, step, piece, channel, its_room, stored)
         if width == 1:
             for f in range(steps):
                 for g in range(0, group, LANES):
@@ -214,10 +227,10 @@ def guess_all(call, first, last, channel, group, buffer, guesses, stored):
             count += steps
         else:
             values = min(width, PILOT_VALUES)
-            pitch = width // values  # from all over the row: its ends may be a border
+            pitch = call.shared * width // values  # from all over the row: its ends may be a border
             for g in range(group):
                 for i in range(values):
-                    guesses[g] += number(x, g * call.inner + i * pitch)
+                    guesses[g] += number(x, g * call.shared * call.inner + i * pitch)
             count += values
     for g in range(0, group, LANES):
         store(guesses, g, load(guesses, g) / real(count))
@@ -274,12 +287,14 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
     squares are taken again around the block's own mean. Meanwhile `tile`, another one, is written.
     """
     real = wide(stored)
-    # Long channels are summed one by one, each into LANES columns.
+    # Long channels are summed one by one, each into LANES columns, or a whole set of them.
     single = call.single == 1
     width = LANES if single else call.inner
     mask = 0 if single else -1
+    shared = call.shared
+    channels, group = group, group // shared
     span = call.fold * group * width
-    means = partials_of(call, chunk, channel)
+    means = partials_of(call, chunk, channel // shared)
     rests = after(means, call.channels)
     m2s = after(rests, call.channels)
     guesses = scratch(ROOM, real)  # of columns
@@ -296,7 +311,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
     guess_means(call, begin, end, channel, group, buffer, guess_of, stored)
     for first in range(begin, end, call.block):
         last = min(end, first + call.block)
-        count = float(values_before(call, last, stored) - values_before(call, first, stored))
+        count = float(values_before(call, last, stored) - values_before(call, first, stored)) * shared
         fill(sums, span, 0.0)
         fill(squares, span, 0.0)
         fill(lost, span, 0.0)
@@ -305,7 +320,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
         state = Look(
             column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead, call.bits_mask
         )
-        look_down(call, first, last, channel, group, buffer, state, mask, tile, stored)
+        look_down(call, first, last, channel, channels, buffer, state, mask, tile, stored)
         if count == 0.0:
             continue
         to_channels(call, group, width, sums, lost, real)
@@ -326,12 +341,12 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
             fill(again, span, 0.0)
             fill(squares_lost, span, 0.0)
             state = to_columns(call, group, width, sums, columns), (again, squares_lost)
-            square_down(call, first, last, channel, group, buffer, state, mask, stored)
+            square_down(call, first, last, channel, channels, buffer, state, mask, stored)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
                 anew = about_mean(load(again, g) + load(squares_lost, g), load(lost, g), count)
                 store(squares, g, choose(trust[g], load(squares, g), anew))
-        before = float(values_before(call, first, stored) - values_before(call, begin, stored))
+        before = float(values_before(call, first, stored) - values_before(call, begin, stored)) * shared
         for g in range(0, group, LANES):
             here = min(LANES, group - g)
             mean = load(sums, g)
@@ -348,12 +363,13 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
 
 @loop
 def pool_chunks(call, first, last, stored):
-    """Merge the partials of the channels first … last - 1, in the order of the chunks.
+    """Merge the partials of the channels first … last - 1, in the order of the chunks; or of sets of them.
 
     The mean goes to its place among the statistics and so does the variance; the mean's low part
     goes to invstd's for the time being.
     """
     stats = pointer(call.channel_stats, np.float64)
+    apart = call.channels // call.shared
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
         mean = splat(0.0)
@@ -364,7 +380,7 @@ def pool_chunks(call, first, last, stored):
         count = 0.0
         for chunk in range(call.chunks):
             begin, end = chunk_rows(call, chunk)
-            more = float(values_before(call, end, stored) - values_before(call, begin, stored))
+            more = float(values_before(call, end, stored) - values_before(call, begin, stored)) * call.shared
             if more == 0.0:
                 continue
             means = partials_of(call, chunk, c)
@@ -384,8 +400,8 @@ def pool_chunks(call, first, last, stored):
             count += more
         m2 = m2 + lost
         store_first(stats, c, mean, here)
-        store_first(stats, call.channels + c, variance(m2, count), here)
-        store_first(stats, 2 * call.channels + c, rest, here)
+        store_first(stats, apart + c, variance(m2, count), here)
+        store_first(stats, 2 * apart + c, rest, here)
 
 
 @loop
@@ -394,28 +410,25 @@ def pool_sets(call, first, last):
     out_of_line()
     channels = pointer(call.channel_stats, np.float64)
     stats = pointer(call.stats, np.float64)
-    sets = call.channels // call.pool
-    each = call.count
-    for s in range(first, last):
-        mean = rest = m2 = lost = count = 0.0
-        for c in range(s * call.pool, (s + 1) * call.pool):
-            its_mean, its_var, its_rest = (
-                channels[c],
-                channels[call.channels + c],
-                channels[2 * call.channels + c],
-            )
-            between = 0.0
-            if count == 0.0:
+    sets, pool, each = call.channels // call.pool, call.pool, call.count
+    for s in range(first, last, LANES):
+        here = min(LANES, last - s)
+        mean, rest, m2, lost, nothing = splat(0.0), splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+        for c in range(pool):
+            its_mean = load_apart(channels, s * pool + c, pool, here)
+            its_var = load_apart(channels, call.channels + s * pool + c, pool, here)
+            its_rest = load_apart(channels, 2 * call.channels + s * pool + c, pool, here)
+            between = nothing
+            if c == 0:
                 mean, rest = its_mean, its_rest
             else:
-                mean, rest, between = merge(count, mean, rest, 0.0, each, its_mean, its_rest, 0.0)
+                mean, rest, between = merge(c * each, mean, rest, nothing, each, its_mean, its_rest, nothing)
             m2, small = two_sum(m2, its_var * each)
             m2, more = two_sum(m2, between)
-            lost += small + more
-            count += each
-        stats[s] = mean
-        stats[sets + s] = variance(m2 + lost, count)
-        stats[2 * sets + s] = rest
+            lost = lost + (small + more)
+        store_first(stats, s, mean, here)
+        store_first(stats, sets + s, variance(m2 + lost, pool * each), here)
+        store_first(stats, 2 * sets + s, rest, here)
 
 
 @loop
@@ -451,8 +464,8 @@ def for_normalize(call, tables, c, here, known, real):
 @loop
 def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
-    pool_chunks(call, first, last, stored)
-    if call.pool > 1:
+    pool_chunks(call, first // call.shared, last // call.shared, stored)
+    if call.pool > call.shared:
         pool_sets(call, first // call.pool, last // call.pool)
     finish_sets(call, first // call.pool, last // call.pool, stored)
 
@@ -539,6 +552,58 @@ def forward(first, last, address, stored):
         write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
+    if call.updates == 1:
+        update_channels(call)  # there is no other share
+
+
+@loop
+def turn(its, buffer, strides):
+    """Make a record that of a call about what lies in a buffer, in rows of an element of each channel."""
+    strides[0] = its.group * size_of(buffer)
+    its.dims = 1
+    its.stream = 0
+    its.ahead = 0
+    for operand in (its.at_x, its.at_grad_out, its.at_out, its.at_second):
+        operand.channel = size_of(buffer)
+        operand.strides = address(strides)
+        operand.gather = TOGETHER
+
+
+@loop
+def begin_of(buffer, channel):
+    """Return where an array would begin, of which the tile from this channel on lies in a buffer."""
+    return address(buffer) - channel * size_of(buffer)
+
+
+@kernel
+def forward_turned(first, last, call_at, stored):
+    """Training forward of short channels. Tasks: groups of them.
+
+    A group is copied to a buffer, where a row has an element of each channel, and its results are copied
+    back: so LANES channels are looked at, and finished, at once, and no lanes are added up.
+    """
+    call = read(call_at)
+    real = wide(stored)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = row_buffers(ROWS, stored)
+    strides = scratch(1, np.int64)
+    its = copied(call)
+    turn(its, buffer, strides)
+    nothing = no_tile(tables)
+    rows, apart = call.rows, call.group
+    for task in range(first, last):
+        channel, group = group_of(call, task)
+        gather_rows(call, call.x, call.at_x, plain(0), rows, channel, group, buffer, apart, stored)
+        its.x = begin_of(buffer, channel)
+        its.second = its.x
+        its.out = its.x
+        its.ahead = call.x + (channel + group) * call.at_x.channel - address(buffer)
+        for chunk in range(call.chunks):
+            chunk_stats(its, chunk, channel, group, nothing, buffer, stored)
+        finish_channels(its, channel, channel + group, stored)
+        tile = tile_of(its, channel, group, 3, tables, real)
+        write_normalized_rows(its, plain(0), rows, tile, buffer, stored)
+        scatter_rows(call, call.out, call.at_out, plain(0), rows, channel, group, buffer, apart, stored)
     if call.updates == 1:
         update_channels(call)  # there is no other share
 
@@ -755,6 +820,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
         (products, products_lost),
         call.one,
         call.ahead,
+        call.ahead_of_dy,
         call.bits_mask,
         before,
         real(call.slope),
@@ -826,22 +892,34 @@ def finish_gradients(call, first, last, stored):
 
 
 @loop
+def folded(total):
+    """Return the lanes' sum, of what was added up and what that lost."""
+    high, small = fold(total[0])
+    low, _ = fold(total[1])
+    return high + (low + small)
+
+
+@loop
 def finish_set_gradients(call, s, stored):
     """The same of a set of several channels: their weights are in the sums that they have in common."""
     out_of_line()
     gradients = pointer(call.channel_stats, np.float64)
     mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
-    total = product = total_lost = product_lost = 0.0
+    total, product = (splat(0.0), splat(0.0)), (splat(0.0), splat(0.0))
     begin, end = s * call.pool, (s + 1) * call.pool
-    for c in range(begin, end):
-        gradients[c] *= invstd
-        weight, _ = affine_of(call, c, stored)
-        product, product_lost = plus_product(product, product_lost, weight, gradients[c], np.float64)
-        if call.centered == 1:
-            its = gradients[call.channels + c]
-            total, total_lost = plus_product(total, total_lost, weight, its, np.float64)
+    for c in range(begin, end, LANES):
+        here = min(LANES, end - c)
+        weight, _ = affines_of(call, c, here, stored)
+        its = load_first(gradients, c, here) * invstd
+        store_first(gradients, c, its, here)
+        product = plus_product(product[0], product[1], weight, its, np.float64)
+        its = load_first(gradients, call.channels + c, here)
+        total = plus_product(total[0], total[1], weight, its, np.float64)
+    product, total = folded(product), folded(total)
+    if call.centered == 0:
+        total = 0.0
     mean, factor = splat(mean), splat(invstd)
-    product, total = splat(product + product_lost), splat(total + total_lost)
+    product, total = splat(product), splat(total)
     for c in range(begin, end, LANES):
         here = min(LANES, end - c)
         weight, _ = affines_of(call, c, here, stored)
@@ -905,6 +983,40 @@ def backward(first, last, address, stored):
 
 
 @kernel
+def backward_turned(first, last, call_at, stored):
+    """Training backward of short channels. Tasks and copies as in `forward_turned`."""
+    call = read(call_at)
+    real = wide(stored)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = row_buffers(ALL_ROWS, stored)
+    of_dy = after(buffer, ROWS * row_room(buffer))
+    strides = scratch(1, np.int64)
+    its = copied(call)
+    turn(its, buffer, strides)
+    nothing = no_tile(tables)
+    count = gradient_tables(stored)
+    rows, apart = call.rows, call.group
+    for task in range(first, last):
+        channel, group = group_of(call, task)
+        gather_rows(call, call.x, call.at_x, plain(0), rows, channel, group, buffer, apart, stored)
+        gather_rows(
+            call, call.grad_out, call.at_grad_out, plain(0), rows, channel, group, of_dy, apart, stored
+        )
+        its.x = begin_of(buffer, channel)
+        its.grad_out = begin_of(of_dy, channel)
+        its.second = its.grad_out
+        its.out = its.grad_out
+        its.ahead = call.x + (channel + group) * call.at_x.channel - address(buffer)
+        its.ahead_of_dy = call.grad_out + (channel + group) * call.at_grad_out.channel - address(of_dy)
+        for chunk in range(call.chunks):
+            chunk_gradients(its, chunk, channel, group, nothing, buffer, stored)
+        finish_gradients(its, channel, channel + group, stored)
+        tile = tile_of(its, channel, group, count, tables, real)
+        write_gradient_rows(its, plain(0), rows, tile, buffer, stored)
+        scatter_rows(call, call.out, call.at_out, plain(0), rows, channel, group, of_dy, apart, stored)
+
+
+@kernel
 def backward_reduce(first, last, address, stored):
     """Tasks: chunks × groups."""
     call = read(address)
@@ -938,17 +1050,19 @@ def sum_parameters(first, last, address, stored):
     gradients = pointer(call.stats, np.float64)
     kept = after(gradients, 2 * call.parameters)
     for row in range(2):
-        for p in range(first, last):
+        for p in range(first, last, LANES):
+            here = min(LANES, last - p)
             at = row * call.parameters + p
-            total = gradients[at] if call.adds == 2 else 0.0
-            lost = kept[at] if call.adds == 2 else 0.0
+            total, lost = splat(0.0), splat(0.0)
+            if call.adds == 2:
+                total, lost = load_first(gradients, at, here), load_first(kept, at, here)
             for c in range(p, call.channels, call.parameters):
-                total, more = two_sum(total, of_channels[row * call.channels + c])
-                lost += more
+                total, more = two_sum(total, load_first(of_channels, row * call.channels + c, here))
+                lost = lost + more
             total, lost = two_sum(total, lost)
-            gradients[at] = total
+            store_first(gradients, at, total, here)
             if call.adds > 0:
-                kept[at] = lost
+                store_first(kept, at, lost, here)
 
 
 @kernel
@@ -987,7 +1101,7 @@ def add_up_counts(first, last, address, stored):
 def set_along(first, last, address, stored):
     """The table of weights and biases, where they go along rows. Tasks: LINE elements of it."""
     call = read(address)
-    spread_along(call, first * LINE, min(last * LINE, call.along_room), wide(stored))
+    spread_along(call, first * LINE, min(last * LINE, call.along_room), stored)
 
 
 @kernel

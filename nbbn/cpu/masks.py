@@ -9,8 +9,8 @@ import numpy as np
 from numba.core import types
 
 from nbbn.compiler import by_type, like, loop, out_of_line
-from nbbn.cpu.parameters import ROWS, WEIGHTS, beside
-from nbbn.cpu.rows import extent, locate, position, row_address
+from nbbn.cpu.parameters import WEIGHTS, beside
+from nbbn.cpu.rows import ROWS, extent, locate, position, row_address
 from nbbn.cpu.simd import (
     LANES,
     choose,

@@ -7,10 +7,12 @@ weights and biases of its columns, from a table in the type that is computed wit
 import numpy as np
 
 from nbbn.compiler import by_type, loop, out_of_line
+from nbbn.cpu.rows import ROWS
 from nbbn.cpu.simd import (
     ACROSS,
     ALONG,
     BFLOAT16,
+    DOWN,
     LANES,
     Vector,
     address,
@@ -34,7 +36,6 @@ from nbbn.dtypes import FLOAT16, FLOAT32, FLOAT64
 from nbbn.formulas import affine, affine_doubt
 
 CODE16, CODE32, CODE64 = FLOAT16.code, FLOAT32.code, FLOAT64.code
-ROWS = 16  # of all operands, that are read at a time at most;
 FLOAT32_BYTES = FLOAT32.dtype.itemsize
 NOTED = 5 * ROWS  # after their addresses come notes of what they are read beside
 
@@ -180,7 +181,11 @@ def _beside(call, row, stored):
         weights = after(pointer(call.along, wide(stored)), first)
         return weights, after(weights, call.along_room)
 
-    return columns if way_of(stored).parameters == ALONG else (lambda call, row, stored: ())
+    def one(call, row, stored):
+        weight = after(pointer(call.along, wide(stored)), row)
+        return weight, after(weight, call.along_room)
+
+    return {ALONG: columns, DOWN: one}.get(way_of(stored).parameters, lambda call, row, stored: ())
 
 
 def begun_at(row, first):
@@ -216,7 +221,7 @@ def _note_beside(call, rows, numbers, k, row, stored):
     def nothing(call, rows, numbers, k, row, stored):
         pass
 
-    return {ALONG: weights, ACROSS: statistics}.get(way_of(stored).parameters, nothing)
+    return {ALONG: weights, DOWN: weights, ACROSS: statistics}.get(way_of(stored).parameters, nothing)
 
 
 def pass_channel(call, rows, k, stored):
@@ -247,9 +252,11 @@ def _weighted(rows, k, j, grad_out, stored):
         # In float64, for the sums: where they cancel, a product rounded to float32 would be all that is left.
         return widen(grad_out) * widen(load(pointer(rows[ROWS + k], wide(stored)), j))
 
-    return (
-        by_weight if way_of(stored).parameters == ALONG else (lambda rows, k, j, grad_out, stored: grad_out)
-    )
+    def by_one_weight(rows, k, j, grad_out, stored):
+        return widen(grad_out) * np.float64(number(pointer(rows[ROWS + k], wide(stored)), 0))
+
+    ways = {ALONG: by_weight, DOWN: by_one_weight}
+    return ways.get(way_of(stored).parameters, lambda rows, k, j, grad_out, stored: grad_out)
 
 
 def deviation(x, mean, numbers, k, stored):
@@ -280,6 +287,18 @@ def _part_in_doubt(row):
     return lambda row: part
 
 
+def at_column(row, values, j):
+    """Return the weights, or the biases, of the columns j … of a row that is read beside some."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(at_column)
+def _at_column(row, values, j):
+    if way_of(row[2]).parameters == DOWN:
+        return lambda row, values, j: splat(number(values, 0))
+    return lambda row, values, j: load(values, j)
+
+
 def finished(row, j, out, doubt):
     """Return the result of columns j … of a row, and what it is in doubt below, from those before weights."""
     raise NotImplementedError("exists in compiled code only")
@@ -288,7 +307,7 @@ def finished(row, j, out, doubt):
 @by_type(finished)
 def _finished(row, j, out, doubt):
     def with_affine(row, j, out, doubt):
-        weight, bias = load(row[WEIGHTS], j), load(row[BIASES], j)
+        weight, bias = at_column(row, row[WEIGHTS], j), at_column(row, row[BIASES], j)
         return affine(out, weight, bias), affine_doubt(doubt, weight, bias, part_in_doubt(row))
 
     return with_affine if len(row) > WEIGHTS else (lambda row, j, out, doubt: (out, doubt))
@@ -305,7 +324,7 @@ def scaled(row, j, scale):
 @by_type(scaled)
 def _scaled(row, j, scale):
     return (
-        (lambda row, j, scale: scale * load(row[WEIGHTS], j))
+        (lambda row, j, scale: scale * at_column(row, row[WEIGHTS], j))
         if len(row) > WEIGHTS
         else (lambda row, j, scale: scale)
     )
@@ -319,7 +338,7 @@ def precisely_finished(call, row, j, out):
 @by_type(precisely_finished)
 def _precisely_finished(call, row, j, out):
     def with_affine(call, row, j, out):
-        index = column_of(call, row, j)
+        index = element_of(call, row, j)
         return affine(out, parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0))
 
     return with_affine if len(row) > WEIGHTS else (lambda call, row, j, out: out)
@@ -336,20 +355,40 @@ def precisely_scaled(row, j, scale):
 @by_type(precisely_scaled)
 def _precisely_scaled(row, j, scale):
     def by_weight(row, j, scale):
-        return scale * np.float64(number(row[WEIGHTS], j))
+        return scale * np.float64(number(row[WEIGHTS], 0 if down else j))
 
     def by_weights(row, j, scale):
-        return scale * widen(load(row[WEIGHTS], j))
+        return scale * widen(at_column(row, row[WEIGHTS], j))
 
+    down = way_of(row[2]).parameters == DOWN
     if isinstance(scale, Vector) and len(row) > WEIGHTS:
         return by_weights
     return by_weight if len(row) > WEIGHTS else (lambda row, j, scale: scale)
 
 
-@loop
-def column_of(call, row, j):
-    """Return which element of its channel column j of a row is."""
-    return ((address(row[WEIGHTS]) - call.along) // size_of(row[WEIGHTS]) + j) % call.inner
+def element_of(call, row, j):
+    """Return which element of its channel column j of a row is, that is read beside weights."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(element_of)
+def _element_of(call, row, j):
+    if way_of(row[2]).parameters == DOWN:
+        return lambda call, row, j: (address(row[WEIGHTS]) - call.along) // size_of(row[WEIGHTS])
+    return lambda call, row, j: (
+        ((address(row[WEIGHTS]) - call.along) // size_of(row[WEIGHTS]) + j) % call.inner
+    )
+
+
+def elements(call, stored):
+    """Return how many elements of a channel have weights of their own."""
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(elements)
+def _elements(call, stored):
+    down = way_of(stored).parameters == DOWN
+    return (lambda call, stored: call.outer) if down else (lambda call, stored: call.inner)
 
 
 @loop
@@ -371,9 +410,10 @@ def spread(where, missing, table, first, last, inner):
 
 
 @loop
-def spread_along(call, first, last, real):
+def spread_along(call, first, last, stored):
     """Set the elements first … last - 1 of the table of weights and, but for gradients, of biases."""
-    weights = pointer(call.along, real)
-    spread(call.weight, 1.0, weights, first, last, call.inner)
+    weights = pointer(call.along, wide(stored))
+    spread(call.weight, 1.0, weights, first, last, elements(call, stored))
     if call.grad_out == 0:
-        spread(call.bias, 0.0, after(weights, call.along_room), first, last, call.inner)
+        biases = after(weights, call.along_room)
+        spread(call.bias, 0.0, biases, first, last, elements(call, stored))

@@ -11,8 +11,8 @@ import numpy as np
 from nbbn.cpu.call import PARTIALS, PLAN
 from nbbn.cpu.parameters import FLOAT32_BYTES
 from nbbn.cpu.results import TABLES
-from nbbn.cpu.rows import COLUMNS, SHARED_COLUMNS, columns_of
-from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, in_line_of, stored_as
+from nbbn.cpu.rows import APART, BY_CHANNELS, BY_ROWS, COLUMNS, ROWS, SHARED_COLUMNS, TOGETHER, columns_of
+from nbbn.cpu.simd import ACROSS, ALONG, DOWN, LANES, Way, in_line_of, stored_as
 from nbbn.dtypes import Storage
 from nbbn.geometry import Geometry, Layout
 from nbbn.problem import BATCH, Form
@@ -27,6 +27,11 @@ FEW_COLUMNS = 32  # and so is one that is as long as this, where it has few rows
 MERGED_COLUMNS = 256  # channels of a set that are no longer have no sums of their own in a forward pass,
 MERGED_CHANNELS = 256  # where there are as many,
 MERGED_ELEMENTS = 1 << 22  # and of all of them so few: x is read twice
+SHORT_VALUES = 128  # channels of no more values, and
+SHORT_BYTES = 384  # of no more bytes, are looked at side by side, LANES at a time,
+SHORT_CHANNELS = 128  # where there are as many
+TURNED_ELEMENTS = ROWS * COLUMNS  # so many of them are copied to be so
+SHARED_BYTES = 1 << 18  # a set of no more is summed up as one channel
 FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
 SMALL_BYTES = 1 << 20  # what is no larger is not worth starting the threads for several times
 TASKS = 4  # of every thread at least, where there is a choice
@@ -154,6 +159,38 @@ def _alone(outer: int, inner: int) -> bool:
     return inner >= OWN_COLUMNS or (inner >= FEW_COLUMNS and outer <= 1 << (inner - FEW_COLUMNS) // 8)
 
 
+def is_short(geometry: Geometry, form: Form, size: int, arrays: int) -> bool:
+    """Whether channels are so many and of so few values that they are better looked at LANES at a time.
+
+    Rows then have an element of each of many channels, which are copied to where they lie side by side.
+    """
+    values = int(np.prod(geometry.sizes, dtype=np.int64)) * geometry.inner
+    return (
+        geometry.inner > 1
+        and values <= min(SHORT_VALUES, SHORT_BYTES // size)
+        and values * _up(form.pool, LANES) <= TURNED_ELEMENTS
+        and form.pool <= COLUMNS
+        and geometry.channels >= SHORT_CHANNELS
+        and form == form.alone
+        and (arrays == 3 or (arrays == 2 and form.pool == 1))
+        and geometry.layouts[0].inner == size
+    )
+
+
+def is_mixed(geometry: Geometry, form: Form, size: int) -> bool:
+    """Whether x has its inner elements side by side, and another array its channels.
+
+    All are then looked at as the other one is: x is copied, many channels at a time.
+    """
+    x, *others = geometry.layouts
+    return (
+        geometry.channels >= LANES
+        and not form.along
+        and x.inner == size
+        and any(other.channel == size for other in others)
+    )
+
+
 def _piece(inner: int, size: int) -> int:
     """Return the length of the pieces that an inner dimension is cut into: equal, if that can be."""
     least = -(-inner // columns_of(size))
@@ -188,9 +225,9 @@ def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
     return Tiling(outer, fold, pieces, width, rows, block, chunk, -(-rows // chunk))
 
 
-def way_for(form: Form, across: bool = False) -> Way:
+def way_for(form: Form, across: bool = False, down: bool = False) -> Way:
     """Return what kernels are compiled for, for a form."""
-    parameters = ACROSS if across else ALONG if form.along else ""
+    parameters = ACROSS if across else (DOWN if down else ALONG) if form.along else ""
     return Way(parameters, form.activation, form.residual, form.masked)
 
 
@@ -209,6 +246,8 @@ class Plan:
         What is normalized together.
     across : bool
         Whether this is about the gradients of parameters that go along rows: of columns, the channels here.
+    turned : bool
+        Whether the geometry has been turned: see `is_short`.
     """
 
     def __init__(
@@ -218,14 +257,17 @@ class Plan:
         threads: int,
         form: Form = BATCH,
         across: bool = False,
+        turned: bool = False,
     ) -> None:
         size = storage.dtype.itemsize
-        way = way_for(form, across)
+        way = way_for(form, across, turned)
         self.stored = stored_as(storage.name, way)
         self.plain = stored_as(storage.name, way.alone)
         self.through = form.through
         self.threads = threads
         self.channels = geometry.channels
+        # Whether short channels are copied to where an element of each lies side by side.
+        self.turned = turned
         self.sets = self.channels // form.pool
         self.parameters = form.period or self.channels
         tiling = tile(geometry, size, not across)
@@ -242,8 +284,22 @@ class Plan:
             self.resident = False
         if self.resident and _follow(geometry, operands, size):
             self.group = max(self.group, self._several(geometry, tiling, form, size, element))
+        # Whether a set is summed up as one channel, and only what is written goes by channel; other bits.
+        shares = (
+            form.pool > 1
+            and not backward
+            and self._single
+            and tiling.rows == 1
+            and form.pool * LANES <= SHARED_COLUMNS
+            and size * self.count * form.pool <= SHARED_BYTES
+            and _follow(geometry, operands, size)
+        )
+        self.shared = form.pool if shares else 1
         tiles = 1
-        if form.pool > 1:
+        if shares or turned:
+            self.group = max(self.group // form.pool, 1) * form.pool
+            self.resident = turned or self.threads == 1 or self.sets >= self.threads
+        elif form.pool > 1:
             whole = element * self.count * form.pool
             self.group, tiles, self.resident = self._pooled(form.pool, whole)
         elif self.group == 1 and self.resident:
@@ -262,6 +318,8 @@ class Plan:
         if form.along:
             together = 1 if self._single else self.group
             columns = tiling.pieces * tiling.width if together == 1 else together * geometry.inner
+            if turned:
+                columns = tiling.rows  # a weight for each
             self.along_room = _up(columns, LANES) + 2 * LANES  # they begin again behind a channel
             self.words += 2 * self.along_room + LANES
         self.rows = tiling.rows
@@ -328,6 +386,7 @@ class Plan:
             and all(_joined(a, geometry, size) and a.outer[0] == row for a in (x, second, out))
         )
         self.outer = tiling.outer
+        ahead = self._ahead(geometry, tiling, size)
         fields: list[int] = []
         for k, layout in enumerate(layouts, start=1):
             joined = _joined(layout, geometry, size) or (
@@ -335,7 +394,8 @@ class Plan:
             )
             if tiling.fold > 1:
                 joined = joined and layout.outer[0] == self.channels * geometry.inner * size
-            fields += [layout.channel, layout.inner, at + 8 * dims * k, int(not joined)]
+            gather = TOGETHER if joined else self._scattered(layout, geometry, tiling, size)
+            fields += [layout.channel, layout.inner, at + 8 * dims * k, gather]
         fields += [
             dims,
             at,
@@ -343,6 +403,7 @@ class Plan:
             self.channels,
             geometry.inner,
             form.pool,
+            self.shared,
             self.parameters,
             int(form.centered),
             int(self.through),
@@ -363,7 +424,8 @@ class Plan:
             tiles,
             slab,
             self.slabs,
-            self._ahead(geometry, tiling, size),
+            ahead,
+            ahead,
             int(large),
             int(out_bytes >= STREAM_PLANES_BYTES),
             once,
@@ -371,6 +433,12 @@ class Plan:
         ]
         self.record = struct.pack(f"d{len(fields)}q", 1.0, *fields)
         assert len(self.record) == np.dtype(PLAN).itemsize
+
+    def _scattered(self, layout: Layout, geometry: Geometry, tiling: Tiling, size: int) -> int:
+        """Return how the columns of a row lie in an array where they do not lie together."""
+        if tiling.fold == 1 and tiling.pieces == 1 and geometry.sizes[-1] > 1 and layout.outer[-1] == size:
+            return BY_ROWS
+        return BY_CHANNELS if geometry.inner > 1 and layout.channel == size else APART
 
     def _schedule(self, geometry: Geometry, tiling: Tiling, size: int, element: int) -> tuple[int, bool]:
         """Return how many channels a tile is wide, and whether a group stays in cache.
@@ -380,6 +448,11 @@ class Plan:
         channels = geometry.channels
         if tiling.fold > 1:
             return channels, self.threads == 1
+        slice_bytes = element * tiling.outer * geometry.inner
+        if self.turned:
+            shared = -(-channels // max(1, TASKS * self.threads))
+            fits = min(COLUMNS, TURNED_ELEMENTS // tiling.outer, shared)
+            return min(channels, max(LANES, fits // LANES * LANES)), True
         columns = COLUMNS if geometry.inner == 1 else SHARED_COLUMNS
         widest = max(1, columns // geometry.inner)
         # Tiles as wide as whole cache lines, where that can be: streaming stores need them.
@@ -389,7 +462,6 @@ class Plan:
             widest = max(whole, widest // whole * whole)
         if self.threads == 1:
             return min(widest, channels), True
-        slice_bytes = element * tiling.outer * geometry.inner
         if geometry.inner == 1 and slice_bytes * channels > SMALL_BYTES:
             # Whole rows, read twice in the order of memory, take two thirds of the time of parts of them.
             groups = -(-TASKS * self.threads // tiling.chunks)

@@ -41,13 +41,16 @@ from nbbn.cpu.parameters import (
 )
 from nbbn.cpu.rows import (
     AHEAD,
+    AT_ONCE,
     ROOM,
+    TOGETHER,
+    alike,
     extent,
+    gather_apart,
     locate,
-    row_address,
-    row_of,
+    row_in,
     row_room,
-    scatter,
+    scatter_apart,
     some,
     to_columns,
 )
@@ -629,28 +632,40 @@ def _write_rows(name, reads, write_part):
     @variant(name)
     def write_rows(call, first, last, tile, buffer, stored):
         out_of_line()
-        direct = call.at_out.gather == 0
-        streaming = direct and call.stream == 1
+        streaming = call.at_out.gather == TOGETHER and call.stream == 1
+        beside = reads > 1 or with_residual(stored)
         turns = tile[1] if call.pieces > 1 else 1
-        for each in range(first * turns, last * turns):
-            row, turn = each // turns, each % turns
-            channel, group, its = one_of(tile[0], tile[1], tile, turn, turns)
-            its = with_tables_of(its, turn)
-            step, piece = locate(call, row)
-            steps, count = extent(call, step, piece)
-            count *= steps * group
-            x = row_of(call, call.x, call.at_x, step, piece, channel, group, buffer, stored)
-            second = x
-            if reads > 1 or with_residual(stored):
-                room = after(buffer, row_room(buffer))
-                second = row_of(call, call.second, call.at_second, step, piece, channel, group, room, stored)
-            out = after(buffer, 2 * row_room(buffer))
-            if direct:
-                out = pointer(row_address(call, call.out, call.at_out, step, piece, channel), stored)
-            read = operands(call, second, x, row_bits(call, row, stored), row, stored)
-            write_part(call, out, read, plain(0), count, count, streaming, its)
-            if not direct:
-                scatter(call, call.out, call.at_out, step, piece, channel, group, out, stored)
+        room = row_room(buffer)
+        seconds = after(buffer, AT_ONCE * room)
+        row = first
+        while row < last:
+            number = min(AT_ONCE, last - row, alike(call, row)) if turns == 1 else 1
+            for turn in range(turns):
+                channel, group, its = one_of(tile[0], tile[1], tile, turn, turns)
+                its = with_tables_of(its, turn)
+                gather_apart(call, call.x, call.at_x, row, number, channel, group, buffer, room, stored)
+                if beside:
+                    at_second = call.at_second
+                    gather_apart(
+                        call, call.second, at_second, row, number, channel, group, seconds, room, stored
+                    )
+                for k in range(number):
+                    step, piece = locate(call, row + k)
+                    steps, count = extent(call, step, piece)
+                    count *= steps * group
+                    its_room = after(buffer, k * room)
+                    x = row_in(call, call.x, call.at_x, step, piece, channel, its_room, stored)
+                    second = x
+                    if beside:
+                        its_second = after(seconds, k * room)
+                        second = row_in(
+                            call, call.second, call.at_second, step, piece, channel, its_second, stored
+                        )
+                    out = row_in(call, call.out, call.at_out, step, piece, channel, its_room, stored)
+                    read = operands(call, second, x, row_bits(call, row + k, stored), row + k, stored)
+                    write_part(call, out, read, plain(0), count, count, streaming, its)
+                scatter_apart(call, call.out, call.at_out, row, number, channel, group, buffer, room, stored)
+            row += number
 
     return write_rows
 

@@ -10,8 +10,8 @@ from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import Step, entry, pool
 from nbbn.cpu import kernels
 from nbbn.cpu.call import CALL
-from nbbn.cpu.plan import Plan, way_for
-from nbbn.cpu.simd import ACROSS, ALONG, LANES, Way, stored_as
+from nbbn.cpu.plan import Plan, is_mixed, is_short, way_for
+from nbbn.cpu.simd import ACROSS, ALONG, DOWN, LANES, Way, stored_as
 from nbbn.dtypes import STATISTICS, Storage
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.memory import empty_aligned
@@ -50,6 +50,8 @@ _KERNELS = {
         kernels.apply_columns,
     ),
 }
+# Of short channels, and nothing that goes along.
+_TURNED = {"training": (kernels.forward_turned,), "evaluation": (), "backward": (kernels.backward_turned,)}
 # Where the statistics are constants, grad_x is computed through an activation, or it is scale · dy.
 _CONSTANT = kernels.apply_constant, kernels.apply_constant_columns
 _SCALED = kernels.normalize, kernels.normalize_columns
@@ -63,6 +65,7 @@ _ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
             kernels.finish_stats,
             kernels.normalize,
         ),
+        Way(DOWN): (kernels.set_along, kernels.forward_turned),
     },
     "backward": {
         Way(ALONG): (
@@ -72,6 +75,7 @@ _ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
             kernels.finish_backward,
             kernels.backward_apply,
         ),
+        Way(DOWN): (kernels.set_along, kernels.backward_turned),
         Way(ACROSS): (kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters),
     },
 }
@@ -83,6 +87,8 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
         way = way_for(form)
         for operation in operations:
             yield way, _KERNELS[operation]
+            if form == BATCH:
+                yield way, _TURNED[operation]
         if form.masked:
             yield way, (kernels.set_mask, kernels.add_up_counts)
         if "backward" in operations:
@@ -91,11 +97,13 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
     of_rows = norm in ("layer", "rms")
     if "training" in operations or "evaluation" in operations:  # there is no difference
         yield Way(), _KERNELS["evaluation"]  # copies what is too scattered
-        yield from _ROW_KERNELS["forward"].items() if of_rows else ((Way(), _KERNELS["training"]),)
+        of_channels = Way(), (*_KERNELS["training"], *_TURNED["training"])
+        yield from _ROW_KERNELS["forward"].items() if of_rows else (of_channels,)
         if norm == "group":
             yield Way(), (kernels.pool_stats, kernels.use_stats)
     if "backward" in operations:
-        plain = Way(), (*_KERNELS["backward"], *_SCALED, kernels.sum_parameters)
+        of_channels = *_KERNELS["backward"], *_TURNED["backward"], *_SCALED, kernels.sum_parameters
+        plain = Way(), of_channels
         yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
 
 
@@ -209,11 +217,17 @@ class _Call:
 class Run:
     """Runs the operations on one problem. All arrays are given by their addresses."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, turns: bool = True) -> None:
         geometry = canonical(problem.shape, problem.axis, *problem.strides)
         self.form = form = problem.form
+        size = problem.storage.dtype.itemsize
+        turned = turns and is_short(geometry, form, size, len(problem.strides))
+        if turned or is_mixed(geometry, form, size):
+            geometry = geometry.downwards()
         self._plain = form.alone == BATCH
-        self.plan = plan = Plan(geometry, problem.storage, problem.threads, form)
+        self.plan = plan = Plan(geometry, problem.storage, problem.threads, form, turned=turned)
+        self._forward = kernels.forward_turned if turned else kernels.forward
+        self._backward = kernels.backward_turned if turned else kernels.backward
         self._sets = -(-plan.sets // LANES)  # blocks of them
         self._tiles = plan.chunks * plan.groups
         self._slabs = plan.slabs * plan.groups
@@ -234,6 +248,8 @@ class Run:
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
         self._idle: list[_Call] = []
         self._merged = _Sets(problem, geometry) if plan.merges else None
+        # Where statistics are given there is nothing to add up.
+        self._given = Run(problem, turns=False) if turned and form == BATCH else None
         self._across: Run | None = None
         if form.along and len(problem.strides) == 3:
             self._across = object.__new__(Run)
@@ -330,7 +346,7 @@ class Run:
         alone = self._alone
         updates = mean is not ABSENT or var is not ABSENT
         call, count = self._begin(extras)
-        channel_stats = stats if self.form.pool == 1 else call.channel_stats
+        channel_stats = stats if plan.shared == self.form.pool else call.channel_stats
         call.set(
             x, 0, out, second, 0, stats, channel_stats, *weight, *bias, *mean, *var,
             eps, momentum, correction, extras.slope, count, 1, 0, updates and alone,
@@ -338,10 +354,10 @@ class Run:
         if updates and not alone:
             then = (call.step(kernels.update_running_stats), *then)
         if self.form.along:
-            self._compile(kernels.set_along, kernels.forward)
+            self._compile(kernels.set_along, self._forward)
             self._set_along(call)
         if plan.resident:
-            call(kernels.forward, plan.tasks, then=then)
+            call(self._forward, plan.tasks, then=then)
         else:
             kernel, tasks = self._normalizes_x
             if self._merged is not None:
@@ -368,6 +384,9 @@ class Run:
         extras: Extras = NOTHING,
     ) -> None:
         """Evaluation: normalize with the running statistics."""
+        if self._given is not None:
+            self._given.evaluate(x, out, weight, bias, mean, var, eps, extras)
+            return
         plan = self.plan
         kernel, tasks = self._normalizes_x
         self._compile(kernels.use_running_stats, kernel)
@@ -400,6 +419,9 @@ class Run:
         With a residual, its gradient too. Of the first of several calls whose gradients are added up, `adds`
         is 1, and then 2: there are two rows more, for what the sums have lost.
         """
+        if self._given is not None and not training:
+            self._given.backward(x, grad_out, grad_x, gradients, weight, mean, invstd, training, adds, extras)
+            return
         plan = self.plan
         if self._across is not None:
             # First: grad_x may be written to where x is.
@@ -423,7 +445,7 @@ class Run:
         elif not direct:
             self._compile(kernels.sum_parameters)
         if plan.resident and training:
-            call(kernels.backward, plan.tasks)
+            call(self._backward, plan.tasks)
         else:
             self._compile(kernels.backward_reduce, kernels.finish_backward)
             constant = not (training or plan.through)  # grad_x = scale · dy, and no more

@@ -11,6 +11,7 @@ A `pointer` is a bare address with an element type: no bounds, no wraparound of 
 indices count elements.
 """
 
+import contextlib
 import math
 import operator
 import platform
@@ -59,7 +60,7 @@ class Way(NamedTuple):
     Attributes
     ----------
     parameters : str
-        Which way they go: "" by channel, ALONG or ACROSS.
+        Which way they go: "" by channel, ALONG, DOWN or ACROSS.
     activation : str
         See `nbbn.problem.Form`.
     residual, masked : bool
@@ -114,6 +115,8 @@ ELEMENTS: dict[str, types.Type] = {
 
 ALONG = "along"
 """A parameter for each element of a channel: each row of the array has all of them."""
+DOWN = "down"
+"""The same where a row has one element of each of many channels: all of them have the row's."""
 ACROSS = "across"
 """The gradients of such: of each column, and each row was normalized with numbers of its own."""
 
@@ -216,6 +219,16 @@ def pointer(typingctx, address, real):
         return builder.inttoptr(args[0], context.get_value_type(kind))
 
     return kind(types.int64, real), codegen
+
+
+@intrinsic
+def pointer_like(typingctx, pointer, address):
+    """Return `address` as a pointer to elements of the type that another one points to."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[1], context.get_value_type(pointer))
+
+    return pointer(pointer, types.int64), codegen
 
 
 @intrinsic
@@ -505,7 +518,8 @@ def _first(builder, count):
 
 def _masked(builder, name, element, result, operands):
     letter = "i" if isinstance(element, Half) else "f"
-    full = f"llvm.masked.{name}.v{LANES}{letter}{element.bitwidth}.p0"
+    lanes = operands[2 if name == "load" else 3].type.count
+    full = f"llvm.masked.{name}.v{lanes}{letter}{element.bitwidth}.p0"
     kind = ir.FunctionType(result, [operand.type for operand in operands])
     function = cgutils.get_or_insert_function(builder.module, kind, full)
     return builder.call(function, operands)
@@ -539,6 +553,29 @@ def load_first(typingctx, pointer, index, count):
         return _widened(context, builder, bits, element)
 
     return _VECTORS[_real(element)](pointer, types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_apart(typingctx, pointer, index, apart, count):
+    """Return `count` elements, each `apart` after the one before, and zeros; reads nothing beyond."""
+    element = pointer.dtype
+    if element != types.float64:
+        return None
+
+    def codegen(context, builder, signature, args):
+        words, floats = ir.VectorType(ir.IntType(64), LANES), _llvm(element)
+        lanes = builder.mul(ir.Constant(words, list(range(LANES))), broadcast(builder, args[2], words))
+        lanes = builder.add(lanes, broadcast(builder, args[1], words))
+        start = broadcast(builder, builder.ptrtoint(args[0], ir.IntType(64)), words)
+        bytes_on = builder.shl(lanes, ir.Constant(words, [3] * LANES))
+        where = builder.inttoptr(builder.add(start, bytes_on), ir.VectorType(args[0].type, LANES))
+        kind = ir.FunctionType(floats, [where.type, _INDEX, ir.VectorType(ir.IntType(1), LANES), floats])
+        name = f"llvm.masked.gather.v{LANES}f64.v{LANES}p0"
+        gather = cgutils.get_or_insert_function(builder.module, kind, name)
+        zeros = ir.Constant(floats, [0.0] * LANES)
+        return builder.call(gather, [where, ir.Constant(_INDEX, 8), _first(builder, args[3]), zeros])
+
+    return _VECTORS[element](pointer, types.int64, types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -657,6 +694,132 @@ def fence(typingctx):
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+# --- elements that lie across --------------------------------------------------------------------------
+
+TURNED = LANES // 2
+"""How many elements of each of LANES runs `turn_in` and `turn_out` move at most."""
+AHEAD_IN, AHEAD_OUT = 256, 128  # bytes: how far ahead they ask for more of each run
+
+
+def _turn(builder, vectors):
+    """Transpose the square of elements that the vectors have in their lower lanes, and that in the upper."""
+    for distance in (4, 2, 1):
+        lanes = range(LANES)
+        of_first = [LANES + k - distance if k & distance else k for k in lanes]
+        of_second = [LANES + k if k & distance else k + distance for k in lanes]
+        orders = [ir.Constant(ir.VectorType(_INDEX, LANES), order) for order in (of_first, of_second)]
+        for i in range(TURNED):
+            if i & distance == 0:
+                pair = vectors[i], vectors[i + distance]
+                vectors[i], vectors[i + distance] = (builder.shuffle_vector(*pair, order) for order in orders)
+    return vectors
+
+
+def _run_at(context, builder, address, pitch, i, element):
+    """Return where run i begins, and what it is a vector of."""
+    kind = ir.VectorType(_stored(element).element, TURNED)
+    at = builder.add(address, builder.mul(pitch, ir.Constant(pitch.type, i)))
+    return builder.inttoptr(at, kind.as_pointer()), kind
+
+
+def _further(builder, pointer, distance):
+    """Return a pointer to what lies some bytes further on."""
+    return builder.gep(builder.bitcast(pointer, _BYTES), [ir.Constant(_INDEX, distance)])
+
+
+def _inside(builder, count):
+    kind = ir.VectorType(ir.IntType(64), TURNED)
+    return builder.icmp_signed("<", ir.Constant(kind, list(range(TURNED))), broadcast(builder, count, kind))
+
+
+def _whole_or_not(builder, count, move):
+    """Do move(None) where runs are of TURNED elements, and move(a mask of those that there are) elsewhere."""
+    whole = builder.icmp_signed("==", count, ir.Constant(count.type, TURNED))
+    with builder.if_else(whole) as (then, otherwise):
+        with then:
+            move(None)
+        with otherwise:
+            move(_inside(builder, count))
+
+
+def _across(builder, buffer, apart, k, element):
+    """Return where element k of all runs lies in a buffer."""
+    return _place(builder, buffer, builder.mul(apart, ir.Constant(apart.type, k)), element)
+
+
+@intrinsic
+def turn_in(typingctx, address, pitch, count, buffer, apart):
+    """Copy LANES runs of `count` elements, which begin `pitch` bytes apart, to where they lie across.
+
+    Element k of run i goes to buffer[k * apart + i].
+    """
+    element = buffer.dtype
+
+    def codegen(context, builder, signature, args):
+        address, pitch, count, buffer, apart = args
+
+        def move(mask):
+            runs = []
+            for i in range(LANES):
+                where, kind = _run_at(context, builder, address, pitch, i, element)
+                _prefetch(builder, _further(builder, where, AHEAD_IN), write=False, level=2)
+                if mask is None:
+                    runs.append(builder.load(where, align=1))
+                else:
+                    operands = [where, _UNALIGNED, mask, ir.Constant(kind, ir.Undefined)]
+                    runs.append(_masked(builder, "load", element, kind, operands))
+            both = ir.Constant(ir.VectorType(_INDEX, LANES), list(range(LANES)))
+            pairs = zip(runs[:TURNED], runs[TURNED:], strict=True)
+            for k, vector in enumerate(
+                _turn(builder, [builder.shuffle_vector(*pair, both) for pair in pairs])
+            ):
+                there = builder.icmp_signed("<", ir.Constant(count.type, k), count)
+                with contextlib.nullcontext() if mask is None else builder.if_then(there):
+                    builder.store(vector, _across(builder, buffer, apart, k, element), align=1)
+
+        _whole_or_not(builder, count, move)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, buffer, types.int64), codegen
+
+
+@intrinsic
+def turn_out(typingctx, address, pitch, count, buffer, apart):
+    """Copy back what `turn_in` copied, and ask for where more of these runs, and the next ones, go to."""
+    element = buffer.dtype
+
+    def codegen(context, builder, signature, args):
+        address, pitch, count, buffer, apart = args
+
+        def move(mask):
+            vectors = []
+            for k in range(TURNED):
+                # Some vector there is, too, where no element k is: the last that there is.
+                last = builder.sub(count, ir.Constant(count.type, 1))
+                there = builder.icmp_signed("<", ir.Constant(count.type, k), count)
+                index = builder.mul(apart, builder.select(there, ir.Constant(count.type, k), last))
+                vectors.append(builder.load(_place(builder, buffer, index, element), align=1))
+            vectors = _turn(builder, vectors)
+            for i in range(LANES):
+                where, _ = _run_at(context, builder, address, pitch, i, element)
+                ahead, _ = _run_at(context, builder, address, pitch, LANES + i, element)
+                for there in (builder.bitcast(ahead, _BYTES), _further(builder, where, AHEAD_OUT)):
+                    _prefetch(builder, there, write=True, level=3)
+                half = list(range(TURNED)) if i < TURNED else list(range(TURNED, LANES))
+                order = ir.Constant(ir.VectorType(_INDEX, TURNED), half)
+                vector = vectors[i % TURNED]
+                run = builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+                if mask is None:
+                    builder.store(run, where, align=1)
+                else:
+                    _masked(builder, "store", element, ir.VoidType(), [run, where, _UNALIGNED, mask])
+
+        _whole_or_not(builder, count, move)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, buffer, types.int64), codegen
 
 
 # --- between numbers and vectors -------------------------------------------------------------------

@@ -66,6 +66,8 @@ class LookAtBoth(NamedTuple):
         Of dy and of dy · (x - mean), and what they lost.
     one, ahead, bits_mask
         As in `Look`.
+    ahead_of_dy : int
+        The same as `ahead`, of dy.
     before : real[3, ROOM]
         What the columns were normalized with, where dy goes through an activation.
     slope : real
@@ -79,6 +81,7 @@ class LookAtBoth(NamedTuple):
     products: Any
     one: Any
     ahead: Any
+    ahead_of_dy: Any
     bits_mask: Any
     before: Any
     slope: Any
@@ -157,11 +160,11 @@ def look_at(x, bits, guess, total, rest, square, one, real):
 
 
 @loop
-def ask_ahead(row, j, state):
+def ask_ahead(row, j, ahead):
     """Ask for what lies ahead of two vectors of a row, from column j on: of 16 bits, both are in one line."""
-    prefetch(row, j, state.ahead)
+    prefetch(row, j, ahead)
     if size_of(row) > 2:
-        prefetch(row, j + LANES, state.ahead)
+        prefetch(row, j + LANES, ahead)
 
 
 @loop
@@ -169,7 +172,7 @@ def look_at_two(row, its, j, guess, then, sums, state, real):
     """Look at two vectors of a row, from column j on, which have guesses and sums of their own."""
     in_line()
     total, rest, square, other, others, more = sums
-    ask_ahead(row, j, state)
+    ask_ahead(row, j, state.ahead)
     x, bits = load(row, j), lanes(its, j)
     total, rest, square = look_at(x, bits, guess, total, rest, square, state.one, real)
     x, bits = load(row, j + LANES), lanes(its, j + LANES)

@@ -7,9 +7,9 @@ read together, from far-apart places.
 import numpy as np
 
 from nbbn.compiler import in_line, loop, variant
-from nbbn.cpu.fused import keep_residual, normalizing, note_residual, with_residual
+from nbbn.cpu.fused import gather_residual, normalizing, note_residual, scatter_residual, with_residual
 from nbbn.cpu.masks import lanes, note_bits, noted_bits, row_bits
-from nbbn.cpu.parameters import NOTED, ROWS, note_beside, pass_channel
+from nbbn.cpu.parameters import NOTED, note_beside, pass_channel
 from nbbn.cpu.results import (
     Work,
     gradient_lines,
@@ -29,7 +29,22 @@ from nbbn.cpu.results import (
     write_normalized_part,
     write_normalized_rows,
 )
-from nbbn.cpu.rows import COLUMNS, HALF_COLUMNS, extent, locate, row_address, row_of, row_room, some
+from nbbn.cpu.rows import (
+    AT_ONCE,
+    COLUMNS,
+    HALF_COLUMNS,
+    ROWS,
+    TOGETHER,
+    alike,
+    extent,
+    gather_apart,
+    locate,
+    row_address,
+    row_in,
+    row_of,
+    row_room,
+    some,
+)
 from nbbn.cpu.simd import (
     LANES,
     STREAM_BYTES,
@@ -63,7 +78,6 @@ from nbbn.cpu.sums import (
     store_sums,
 )
 
-AT_ONCE = ROWS // 2  # rows that are looked at together, where each column has sums of its own
 SPAN = 16 * LANES  # columns whose squares are summed up in x's type before they are added to the rest
 
 
@@ -71,8 +85,11 @@ SPAN = 16 * LANES  # columns whose squares are summed up in x's type before they
 
 
 @loop
-def look_at_channel(rows, number, first, last, state, base, work, stored):
-    """Look at `number` rows of one channel, one after the other, with one vector of sums, at `base`."""
+def look_at_channel(rows, number, first, last, state, base, place, work, stored):
+    """Look at `number` rows of one channel, one after the other, with one vector of sums, at `base`.
+
+    In the tables of the tile that is written its numbers are at `place`.
+    """
     sums, squares, real = state.sums, state.squares, wide(stored)
     both, always = plain(exact(real)), plain(True)
     guess, none = load(state.guesses, base), splat(real(0.0))
@@ -87,7 +104,7 @@ def look_at_channel(rows, number, first, last, state, base, work, stored):
             summed = 0
         summed += last - first
         row, its = pointer(rows[k], stored), noted_bits(rows, k, state.bits_mask, stored)
-        lines = normalized_lines(work, rows, k, first, last, base, stored)
+        lines = normalized_lines(work, rows, k, first, last, place, stored)
         at = work.written[k]
         j = first
         while j < last:
@@ -145,7 +162,7 @@ def look_at_columns(rows, number, j, last, state, base, stored):
 
 
 @loop
-def multiply_channel(rows, number, first, last, state, base, work, stored):
+def multiply_channel(rows, number, first, last, state, base, place, work, stored):
     """The same of `number` rows of one channel, one after the other, with one vector of sums, at `base`."""
     sums, products, real = state.sums, state.products, wide(stored)
     both, whole = plain(exact(real)), plain(True)
@@ -161,12 +178,12 @@ def multiply_channel(rows, number, first, last, state, base, work, stored):
             summed = 0
         summed += last - first
         dy, x = pointer(rows[2 * k], stored), pointer(rows[2 * k + 1], stored)
-        lines = gradient_lines(work, rows, k, first, last, base, stored)
+        lines = gradient_lines(work, rows, k, first, last, place, stored)
         at = work.written[k]
         j = first
         while j + 2 * LANES <= last:
-            ask_ahead(dy, j, state)
-            ask_ahead(x, j, state)
+            ask_ahead(dy, j, state.ahead_of_dy)
+            ask_ahead(x, j, state.ahead)
             here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
             here = multiply_at(rows, k, j + LANES, last, whole, mean, those, here, state, stored)
             at = write_gradient_lines(work, lines, at, at + 2 * LANES, stored)
@@ -194,7 +211,7 @@ def multiply_columns(rows, number, j, last, state, base, stored):
     mean, those = load(state.means, c), normalizing(state.before, c, stored)
     if number == AT_ONCE and j + LANES <= last:
         for k in range(AT_ONCE):
-            prefetch(pointer(rows[2 * k], stored), j, state.ahead)
+            prefetch(pointer(rows[2 * k], stored), j, state.ahead_of_dy)
             prefetch(pointer(rows[2 * k + 1], stored), j, state.ahead)
             here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
     else:
@@ -211,21 +228,21 @@ def _look(name, look_at_channel, look_at_columns, lines_of, write_columns):
     """Return a loop over some columns of a few rows, which writes what there is to be meanwhile."""
 
     @variant(name)
-    def look(rows, number, first, last, state, base, mask, work, stored):
+    def look(rows, number, first, last, state, base, place, mask, work, stored):
         """Look at the columns first … last - 1 of `number` rows.
 
         The sums of column j are at base + (j & mask). Where each column has its own, the rows take turns at
         being written, many lines at a time.
         """
         if mask == 0:
-            look_at_channel(rows, number, first, last, state, base, work, stored)
+            look_at_channel(rows, number, first, last, state, base, place, work, stored)
             return
         k = 0
         j = first
         while j < last:
             begin, j = j, look_at_columns(rows, number, j, last, state, base, stored)
             if work.tile[1] > 0:
-                lines = lines_of(work, rows, k, begin, j, base, stored)
+                lines = lines_of(work, rows, k, begin, j, place, stored)
                 work.written[k] = write_columns(work, lines, work.written[k], stored)
                 k = 0 if k + 1 == number else k + 1
 
@@ -248,16 +265,6 @@ def apart(call, first, last, wanted):
 
 
 @loop
-def alike(call, row):
-    """Return how many rows from this one on are as wide as it is."""
-    if call.pieces == 1:
-        return max(1, call.outer // call.fold - row)
-    if call.pieces * call.width == call.inner:
-        return call.rows - row
-    return max(1, call.pieces - 1 - row % call.pieces)
-
-
-@loop
 def square_down(call, first, last, channel, group, buffer, state, mask, stored):
     """Add up the squares of the rows first … last - 1 of a tile."""
     for row in range(first, last):
@@ -269,7 +276,8 @@ def square_down(call, first, last, channel, group, buffer, state, mask, stored):
         for g in range(0, group, together):
             bits = row_bits(call, row, stored)
             its = after(x, g * (call.inner - count))  # the channels of a piece do not lie side by side
-            square_row(its, bits, g * width, (g + together) * width, state, g * LANES, mask)
+            base = g // call.shared * LANES
+            square_row(its, bits, g * width, (g + together) * width, state, base, mask)
 
 
 @loop
@@ -297,22 +305,27 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         tile, streaming = work.tile, call.stream == 1
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
-        width = plain(0)
+        width, room = plain(0), row_room(buffer)
+        gather_apart(call, call.x, call.at_x, row, number, channel, group, buffer, room, stored)
+        dys = after(buffer, AT_ONCE * room)
+        if reads > 1:
+            at_grad_out = call.at_grad_out
+            gather_apart(call, call.grad_out, at_grad_out, row, number, channel, group, dys, room, stored)
+            gather_residual(call, row, number, channel, group, buffer, stored)
         for k in range(number):
             work.rows[k] = row + k * pitch
             step, piece = locate(call, work.rows[k])
             steps, count = extent(call, step, piece)
             width = steps * count
-            room = after(buffer, reads * k * row_room(buffer))
-            x = row_of(call, call.x, call.at_x, step, piece, channel, group, room, stored)
+            x = row_in(call, call.x, call.at_x, step, piece, channel, after(buffer, k * room), stored)
             rows[reads * k + reads - 1] = address(x)
             note_bits(call, rows, reads * k, work.rows[k], stored)
             if reads > 1:
-                room = after(room, row_room(buffer))
-                dy = row_of(call, call.grad_out, call.at_grad_out, step, piece, channel, group, room, stored)
+                its_room = after(dys, k * room)
+                dy = row_in(call, call.grad_out, call.at_grad_out, step, piece, channel, its_room, stored)
                 rows[reads * k] = address(dy)
                 note_beside(call, rows, state[-1], reads * k, work.rows[k], stored)
-                note_residual(call, rows, reads * k, step, piece, channel, group, buffer, stored)
+                note_residual(call, rows, reads * k, step, piece, channel, buffer, stored)
             if direct:
                 work.xs[k] = rows[reads * k + reads - 1] + to_x
                 work.seconds[k] = rows[reads * k] + to_second
@@ -356,7 +369,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         before = scratch(ROWS, np.int64)
         writing = tile[1] > 0
         gathers = call.at_x.gather | call.at_grad_out.gather | call.at_second.gather | call.at_out.gather
-        direct = writing and gathers == 0
+        direct = writing and gathers == TOGETHER
         # Channels that come in pieces take turns, piece by piece.
         turns = max(group, tile[1]) if call.pieces > 1 else 1
         apiece = call.single == 1 and group > 1 and turns == 1  # a part is a channel, with sums of its own
@@ -365,7 +378,8 @@ def _down(name, reads, look, write_border, write_part, write_rows):
             begins[k] = ends[k] = written[k] = 0
         # Squares of as many rows as are looked at together are summed in x's type.
         at_once = ROWS if reads == 1 and mask == 0 else AT_ONCE
-        far = 0 if mask == 0 else apart(call, first, last, at_once)
+        # What is gathered lies side by side in rows that follow each other, if it does at all.
+        far = 0 if mask == 0 or gathers != TOGETHER else apart(call, first, last, at_once)
         row = first
         while row < last:
             many = row < first + far
@@ -382,21 +396,21 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                 for part in range(-(-columns // span)):
                     begin = part * span
                     end = min(begin + span, columns)
-                    base = part * LANES if apiece else turn * LANES
-                    look(rows, number, begin, end, state, base, mask, work, stored)
+                    place = part * LANES if apiece else turn * LANES
+                    base = part // call.shared * LANES if apiece else place
+                    look(rows, number, begin, end, state, base, place, mask, work, stored)
                     for k in range(number if apiece else 0):
-                        write_border(work, rows, k, begin, end, base, stored)
+                        write_border(work, rows, k, begin, end, place, stored)
                         if reads > 1:
                             pass_channel(call, rows, reads * k, stored)
                 if direct:
                     its_tile = with_tables_of(its_tile, turn)
                     write_ends(call, rows, number, width, work, its_tile, stored)
-                for k in range(number if reads > 1 and with_residual(stored) else 0):
-                    step, piece = locate(call, numbers[k])
-                    keep_residual(call, rows, reads * k, step, piece, its, count, stored)
-                # Only now: what is gathered or scattered goes through the buffer that held the rows above.
-                for k in range(number if writing and not direct else 0):
-                    write_rows(call, numbers[k], numbers[k] + 1, tile, buffer, stored)
+                if reads > 1:
+                    scatter_residual(call, row, number, its, count, buffer, stored)
+            # Only now: what is gathered or scattered goes through the buffer that held the rows above.
+            if writing and not direct:
+                write_rows(call, row, row + number, tile, buffer, stored)
             row += 1 if many else number
             if many and row == first + far:
                 row = first + at_once * far
