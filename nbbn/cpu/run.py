@@ -97,13 +97,12 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
     of_rows = norm in ("layer", "rms")
     if "training" in operations or "evaluation" in operations:  # there is no difference
         yield Way(), _KERNELS["evaluation"]  # copies what is too scattered
-        of_channels = Way(), (*_KERNELS["training"], *_TURNED["training"])
-        yield from _ROW_KERNELS["forward"].items() if of_rows else (of_channels,)
+        plain = Way(), (*_KERNELS["training"], *_TURNED["training"])
+        yield from _ROW_KERNELS["forward"].items() if of_rows else (plain,)
         if norm == "group":
             yield Way(), (kernels.pool_stats, kernels.use_stats)
     if "backward" in operations:
-        of_channels = *_KERNELS["backward"], *_TURNED["backward"], *_SCALED, kernels.sum_parameters
-        plain = Way(), of_channels
+        plain = Way(), (*_KERNELS["backward"], *_TURNED["backward"], *_SCALED, kernels.sum_parameters)
         yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
 
 
