@@ -270,7 +270,7 @@ class Plan:
         self.turned = turned
         self.sets = self.channels // form.pool
         self.parameters = form.period or self.channels
-        tiling = tile(geometry, size, not across)
+        tiling = tile(geometry, size, not (across or turned))
         self._single = tiling.fold == 1 and (self.channels == 1 or _alone(tiling.outer, geometry.inner))
         self.count = tiling.outer * geometry.inner
         operands = Operands.of(geometry.layouts, form)
