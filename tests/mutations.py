@@ -689,8 +689,8 @@ MUTATIONS = [
         "chunks-by-threads",
         "how sums are cut up depends on the number of threads",
         "cpu/plan.py",
-        "tiling = tile(geometry, size, not across)\n",
-        "tiling = tile(geometry, size, not across)\n"
+        "tiling = tile(geometry, size, not (across or turned))\n",
+        "tiling = tile(geometry, size, not (across or turned))\n"
         "        if threads == 1:\n"
         '            tiling = Tiling(**vars(tiling) | {"chunk": tiling.rows, "chunks": 1})\n',
         44,

@@ -74,8 +74,7 @@ CUTS = {
     "one_chunk": {"plan.BLOCK_ELEMENTS": 128, "plan.MAX_CHUNKS": 1},
     "three_chunks": {"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 3},
     "many_chunks": {"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 256},
-    "side_by_side": {"plan.SHORT_VALUES": 1 << 30, "plan.SHORT_BYTES": 1 << 30, "plan.SHORT_CHANNELS": 1},
-    "side_by_side_in_chunks": {
+    "side_by_side": {
         "functional.SERIAL_ELEMENTS": 0,
         "plan.SHORT_VALUES": 1 << 30,
         "plan.SHORT_BYTES": 1 << 30,
