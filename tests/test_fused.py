@@ -216,6 +216,24 @@ def test_training(rng, kind):
         )
 
 
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_each_in_another_layout(rng, activation):
+    """Channels side by side in some arrays and not in others: one decides how all are gone through."""
+    shape, kind = Shape((5, 20, 3, 11)), (np.float32, activation, True)
+    both = LAYOUTS["contiguous"], LAYOUTS["channels_last"]
+    for layouts in itertools.product(both, repeat=4):
+        x, grad_out, weight, bias, given = _problem(rng, kind, shape, iter(layouts[:3]))
+        out = layouts[3](np.full(shape.dims, np.nan, np.float32))
+        result = nbbn.batch_norm_forward(x, weight, bias, out=out, **given)
+        _check_out(out, reference.forward(x, weight, bias, axis=1), given, 1, np.float32)
+        found = {"mean": result.mean, "invstd": result.invstd}
+        out = layouts[3](np.full(shape.dims, np.nan, np.float32))
+        gradients = nbbn.batch_norm_backward(grad_out, x, weight, bias=bias, out=out, **found, **given)
+        _check_gradients(
+            gradients, x, grad_out, weight, bias, *found.values(), given, training=True, dtype=np.float32
+        )
+
+
 @pytest.mark.parametrize("kind", KINDS[::4], ids=kind_id)
 def test_evaluation(rng, kind):
     layouts = _layouts()

@@ -378,8 +378,9 @@ def _down(name, reads, look, write_border, write_part, write_rows):
             begins[k] = ends[k] = written[k] = 0
         # Squares of as many rows as are looked at together are summed in x's type.
         at_once = ROWS if reads == 1 and mask == 0 else AT_ONCE
-        # What is gathered lies side by side in rows that follow each other, if it does at all.
-        far = 0 if mask == 0 or gathers != TOGETHER else apart(call, first, last, at_once)
+        # What is gathered are rows that follow each other: there elements may lie side by side.
+        follow = mask == 0 or gathers | call.at_residual.gather != TOGETHER
+        far = 0 if follow else apart(call, first, last, at_once)
         row = first
         while row < last:
             many = row < first + far
