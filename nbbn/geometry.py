@@ -7,6 +7,7 @@ ones is a list of sizes and strides. Statistics do not depend on the order of th
 dimensions are taken in the order of memory and walked forwards, whatever the view does.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 Strides = tuple[int, ...]  # bytes
@@ -50,6 +51,11 @@ class Geometry:
     channels: int
     inner: int
     layouts: tuple[Layout, ...]
+
+    @property
+    def steps(self) -> int:
+        """How many steps the outer dimensions have together."""
+        return math.prod(self.sizes)
 
     def downwards(self) -> "Geometry":
         """Return the same with the inner dimension as the last outer one: a row is of channels alone."""

@@ -89,10 +89,7 @@ PLAN = [
     ("channels", _WORD),
     ("inner", _WORD),
     ("pool", _WORD),  # channels of a set, which has its statistics in common
-    (
-        "shared",
-        _WORD,
-    ),  # channels that follow each other and are summed up as one, all of a set; 1: each by itself
+    ("shared", _WORD),  # channels that are summed up as one: those of a set, or each by itself
     ("parameters", _WORD),  # channel c has the parameters c % parameters
     ("centered", _WORD),  # 1: the mean is subtracted
     ("activates", _WORD),  # 1: grad_x is computed through an activation, from the gradient at its result

@@ -253,64 +253,32 @@ def _normalizing(tables, c, stored):
 RESIDUALS, GRAD_RESIDUALS = ROWS, ROWS + AT_ONCE
 
 
+@loop
 def gather_residual(call, row, number, channel, group, buffer, stored):
     """Copy rows of the residual, from this one on, to their room in `buffer`, if their columns lie apart."""
-    raise NotImplementedError("exists in compiled code only")
+    room, at_residual = row_room(buffer), call.at_residual
+    there = after(buffer, RESIDUALS * room)
+    gather_apart(call, call.residual, at_residual, row, number, channel, group, there, room, stored)
 
 
-@by_type(gather_residual)
-def _gather_residual(call, row, number, channel, group, buffer, stored):
-    def gather(call, row, number, channel, group, buffer, stored):
-        room, at_residual = row_room(buffer), call.at_residual
-        there = after(buffer, RESIDUALS * room)
-        gather_apart(call, call.residual, at_residual, row, number, channel, group, there, room, stored)
-
-    def nothing(call, row, number, channel, group, buffer, stored):
-        pass
-
-    return gather if way_of(stored).residual else nothing
-
-
+@loop
 def note_residual(call, rows, k, step, piece, channel, buffer, stored):
     """Note where row k of those read at once is of the residual, and where its gradient goes to."""
-    raise NotImplementedError("exists in compiled code only")
+    room, at_residual, at_second = row_room(buffer), call.at_residual, call.at_second
+    there = after(buffer, (RESIDUALS + k) * room)
+    its = row_in(call, call.residual, at_residual, step, piece, channel, there, stored)
+    rows[AT_RESIDUAL + k] = address(its)
+    there = after(buffer, (GRAD_RESIDUALS + k) * room)
+    its = row_in(call, call.second, at_second, step, piece, channel, there, stored)
+    rows[AT_GRAD_RESIDUAL + k] = address(its)
 
 
-@by_type(note_residual)
-def _note_residual(call, rows, k, step, piece, channel, buffer, stored):
-    def note(call, rows, k, step, piece, channel, buffer, stored):
-        room, at_residual, at_second = row_room(buffer), call.at_residual, call.at_second
-        there = after(buffer, (RESIDUALS + k // 2) * room)
-        rows[AT_RESIDUAL + k] = address(
-            row_in(call, call.residual, at_residual, step, piece, channel, there, stored)
-        )
-        there = after(buffer, (GRAD_RESIDUALS + k // 2) * room)
-        rows[AT_GRAD_RESIDUAL + k] = address(
-            row_in(call, call.second, at_second, step, piece, channel, there, stored)
-        )
-
-    def nothing(call, rows, k, step, piece, channel, buffer, stored):
-        pass
-
-    return note if way_of(stored).residual else nothing
-
-
+@loop
 def scatter_residual(call, row, number, channel, group, buffer, stored):
     """Copy rows of the gradient of the residual to where they go to, if their columns lie apart."""
-    raise NotImplementedError("exists in compiled code only")
-
-
-@by_type(scatter_residual)
-def _scatter_residual(call, row, number, channel, group, buffer, stored):
-    def scatter(call, row, number, channel, group, buffer, stored):
-        room, at_second = row_room(buffer), call.at_second
-        there = after(buffer, GRAD_RESIDUALS * room)
-        scatter_apart(call, call.second, at_second, row, number, channel, group, there, room, stored)
-
-    def nothing(call, row, number, channel, group, buffer, stored):
-        pass
-
-    return scatter if way_of(stored).residual else nothing
+    room, at_second = row_room(buffer), call.at_second
+    there = after(buffer, GRAD_RESIDUALS * room)
+    scatter_apart(call, call.second, at_second, row, number, channel, group, there, room, stored)
 
 
 def incoming(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):

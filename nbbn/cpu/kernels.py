@@ -570,9 +570,21 @@ def turn(its, buffer, strides):
 
 
 @loop
-def begin_of(buffer, channel):
-    """Return where an array would begin, of which the tile from this channel on lies in a buffer."""
-    return address(buffer) - channel * size_of(buffer)
+def turned_in(call, base, operand, channel, group, buffer, stored):
+    """Copy a tile of an array to a buffer.
+
+    Return where the array would begin that the tile in the buffer is of, and how far from there the next
+    tile is, which is to be asked for meanwhile.
+    """
+    gather_rows(call, base, operand, plain(0), call.rows, channel, group, buffer, call.group, stored)
+    ahead = base + (channel + group) * operand.channel - address(buffer)
+    return address(buffer) - channel * size_of(buffer), ahead
+
+
+@loop
+def turned_back(call, channel, group, buffer, stored):
+    """Copy a tile of the result back."""
+    scatter_rows(call, call.out, call.at_out, plain(0), call.rows, channel, group, buffer, call.group, stored)
 
 
 @kernel
@@ -590,20 +602,17 @@ def forward_turned(first, last, call_at, stored):
     its = copied(call)
     turn(its, buffer, strides)
     nothing = no_tile(tables)
-    rows, apart = call.rows, call.group
     for task in range(first, last):
         channel, group = group_of(call, task)
-        gather_rows(call, call.x, call.at_x, plain(0), rows, channel, group, buffer, apart, stored)
-        its.x = begin_of(buffer, channel)
+        its.x, its.ahead = turned_in(call, call.x, call.at_x, channel, group, buffer, stored)
         its.second = its.x
         its.out = its.x
-        its.ahead = call.x + (channel + group) * call.at_x.channel - address(buffer)
         for chunk in range(call.chunks):
             chunk_stats(its, chunk, channel, group, nothing, buffer, stored)
         finish_channels(its, channel, channel + group, stored)
         tile = tile_of(its, channel, group, 3, tables, real)
-        write_normalized_rows(its, plain(0), rows, tile, buffer, stored)
-        scatter_rows(call, call.out, call.at_out, plain(0), rows, channel, group, buffer, apart, stored)
+        write_normalized_rows(its, plain(0), call.rows, tile, buffer, stored)
+        turned_back(call, channel, group, buffer, stored)
     if call.updates == 1:
         update_channels(call)  # there is no other share
 
@@ -995,25 +1004,20 @@ def backward_turned(first, last, call_at, stored):
     turn(its, buffer, strides)
     nothing = no_tile(tables)
     count = gradient_tables(stored)
-    rows, apart = call.rows, call.group
     for task in range(first, last):
         channel, group = group_of(call, task)
-        gather_rows(call, call.x, call.at_x, plain(0), rows, channel, group, buffer, apart, stored)
-        gather_rows(
-            call, call.grad_out, call.at_grad_out, plain(0), rows, channel, group, of_dy, apart, stored
+        its.x, its.ahead = turned_in(call, call.x, call.at_x, channel, group, buffer, stored)
+        its.grad_out, its.ahead_of_dy = turned_in(
+            call, call.grad_out, call.at_grad_out, channel, group, of_dy, stored
         )
-        its.x = begin_of(buffer, channel)
-        its.grad_out = begin_of(of_dy, channel)
         its.second = its.grad_out
         its.out = its.grad_out
-        its.ahead = call.x + (channel + group) * call.at_x.channel - address(buffer)
-        its.ahead_of_dy = call.grad_out + (channel + group) * call.at_grad_out.channel - address(of_dy)
         for chunk in range(call.chunks):
             chunk_gradients(its, chunk, channel, group, nothing, buffer, stored)
         finish_gradients(its, channel, channel + group, stored)
         tile = tile_of(its, channel, group, count, tables, real)
-        write_gradient_rows(its, plain(0), rows, tile, buffer, stored)
-        scatter_rows(call, call.out, call.at_out, plain(0), rows, channel, group, of_dy, apart, stored)
+        write_gradient_rows(its, plain(0), call.rows, tile, buffer, stored)
+        turned_back(call, channel, group, of_dy, stored)
 
 
 @kernel

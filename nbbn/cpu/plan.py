@@ -164,7 +164,7 @@ def is_short(geometry: Geometry, form: Form, size: int, arrays: int) -> bool:
 
     Rows then have an element of each of many channels, which are copied to where they lie side by side.
     """
-    values = int(np.prod(geometry.sizes, dtype=np.int64)) * geometry.inner
+    values = geometry.steps * geometry.inner
     return (
         geometry.inner > 1
         and values <= min(SHORT_VALUES, SHORT_BYTES // size)
@@ -204,7 +204,7 @@ def _piece(inner: int, size: int) -> int:
 def tile(geometry: Geometry, size: int, folds: bool = True) -> Tiling:
     """Cut a problem of elements of `size` bytes into blocks and chunks of rows, each of several steps."""
     channels, inner = geometry.channels, geometry.inner
-    outer = int(np.prod(geometry.sizes, dtype=np.int64))
+    outer = geometry.steps
     fold, pieces, width, rows = 1, 1, inner, outer
     first = geometry.layouts[0]
     if inner > SHARED_COLUMNS:

@@ -703,8 +703,8 @@ TURNED = LANES // 2
 AHEAD_IN, AHEAD_OUT = 256, 128  # bytes: how far ahead they ask for more of each run
 
 
-def _turn(builder, vectors):
-    """Transpose the square of elements that the vectors have in their lower lanes, and that in the upper."""
+def _transposed(builder, vectors):
+    """Return the vectors, the square of elements in their lower lanes transposed, and that in the upper."""
     for distance in (4, 2, 1):
         lanes = range(LANES)
         of_first = [LANES + k - distance if k & distance else k for k in lanes]
@@ -717,109 +717,104 @@ def _turn(builder, vectors):
     return vectors
 
 
-def _run_at(context, builder, address, pitch, i, element):
-    """Return where run i begins, and what it is a vector of."""
-    kind = ir.VectorType(_stored(element).element, TURNED)
-    at = builder.add(address, builder.mul(pitch, ir.Constant(pitch.type, i)))
-    return builder.inttoptr(at, kind.as_pointer()), kind
-
-
 def _further(builder, pointer, distance):
     """Return a pointer to what lies some bytes further on."""
     return builder.gep(builder.bitcast(pointer, _BYTES), [ir.Constant(_INDEX, distance)])
 
 
 def _inside(builder, count):
+    """The mask of the elements that runs of `count` have."""
     kind = ir.VectorType(ir.IntType(64), TURNED)
     return builder.icmp_signed("<", ir.Constant(kind, list(range(TURNED))), broadcast(builder, count, kind))
 
 
-def _whole_or_not(builder, count, move):
-    """Do move(None) where runs are of TURNED elements, and move(a mask of those that there are) elsewhere."""
-    whole = builder.icmp_signed("==", count, ir.Constant(count.type, TURNED))
-    with builder.if_else(whole) as (then, otherwise):
-        with then:
-            move(None)
-        with otherwise:
-            move(_inside(builder, count))
+def _turning(move):
+    """Return what copies LANES runs of elements to where they lie across, or back, by way of `move`.
 
-
-def _across(builder, buffer, apart, k, element):
-    """Return where element k of all runs lies in a buffer."""
-    return _place(builder, buffer, builder.mul(apart, ir.Constant(apart.type, k)), element)
-
-
-@intrinsic
-def turn_in(typingctx, address, pitch, count, buffer, apart):
-    """Copy LANES runs of `count` elements, which begin `pitch` bytes apart, to where they lie across.
-
-    Element k of run i goes to buffer[k * apart + i].
+    That is move(builder, element, run, across, count), where run(i) is a pointer to run i, across(k) one to
+    element k of all of them, and `count` how many elements they have, or None where they have TURNED.
     """
-    element = buffer.dtype
 
-    def codegen(context, builder, signature, args):
-        address, pitch, count, buffer, apart = args
+    @intrinsic
+    def turn(typingctx, address, pitch, count, buffer, apart):
+        element = buffer.dtype
 
-        def move(mask):
-            runs = []
-            for i in range(LANES):
-                where, kind = _run_at(context, builder, address, pitch, i, element)
-                _prefetch(builder, _further(builder, where, AHEAD_IN), write=False, level=2)
-                if mask is None:
-                    runs.append(builder.load(where, align=1))
-                else:
-                    operands = [where, _UNALIGNED, mask, ir.Constant(kind, ir.Undefined)]
-                    runs.append(_masked(builder, "load", element, kind, operands))
-            both = ir.Constant(ir.VectorType(_INDEX, LANES), list(range(LANES)))
-            pairs = zip(runs[:TURNED], runs[TURNED:], strict=True)
-            for k, vector in enumerate(
-                _turn(builder, [builder.shuffle_vector(*pair, both) for pair in pairs])
-            ):
-                there = builder.icmp_signed("<", ir.Constant(count.type, k), count)
-                with contextlib.nullcontext() if mask is None else builder.if_then(there):
-                    builder.store(vector, _across(builder, buffer, apart, k, element), align=1)
+        def codegen(context, builder, signature, args):
+            address, pitch, count, buffer, apart = args
+            kind = ir.VectorType(_stored(element).element, TURNED).as_pointer()
 
-        _whole_or_not(builder, count, move)
-        return context.get_dummy_value()
+            def run(i):
+                at = builder.add(address, builder.mul(pitch, ir.Constant(pitch.type, i)))
+                return builder.inttoptr(at, kind)
 
-    return types.void(types.int64, types.int64, types.int64, buffer, types.int64), codegen
+            def across(k):
+                return _place(builder, buffer, builder.mul(apart, k), element)
+
+            whole = builder.icmp_signed("==", count, ir.Constant(count.type, TURNED))
+            with builder.if_else(whole) as (then, otherwise):
+                with then:
+                    move(builder, element, run, across, None)
+                with otherwise:
+                    move(builder, element, run, across, count)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64, buffer, types.int64), codegen
+
+    return turn
 
 
-@intrinsic
-def turn_out(typingctx, address, pitch, count, buffer, apart):
-    """Copy back what `turn_in` copied, and ask for where more of these runs, and the next ones, go to."""
-    element = buffer.dtype
+def _move_in(builder, element, run, across, count):
+    runs = []
+    mask = None if count is None else _inside(builder, count)
+    for i in range(LANES):
+        where = run(i)
+        _prefetch(builder, _further(builder, where, AHEAD_IN), write=False, level=2)
+        if mask is None:
+            runs.append(builder.load(where, align=1))
+        else:
+            kind = where.type.pointee
+            operands = [where, _UNALIGNED, mask, ir.Constant(kind, ir.Undefined)]
+            runs.append(_masked(builder, "load", element, kind, operands))
+    both = ir.Constant(ir.VectorType(_INDEX, LANES), list(range(LANES)))
+    pairs = zip(runs[:TURNED], runs[TURNED:], strict=True)
+    for k, vector in enumerate(_transposed(builder, [builder.shuffle_vector(*pair, both) for pair in pairs])):
+        k = ir.Constant(ir.IntType(64), k)
+        there = count is None or builder.icmp_signed("<", k, count)
+        with contextlib.nullcontext() if there is True else builder.if_then(there):
+            builder.store(vector, across(k), align=1)
 
-    def codegen(context, builder, signature, args):
-        address, pitch, count, buffer, apart = args
 
-        def move(mask):
-            vectors = []
-            for k in range(TURNED):
-                # Some vector there is, too, where no element k is: the last that there is.
-                last = builder.sub(count, ir.Constant(count.type, 1))
-                there = builder.icmp_signed("<", ir.Constant(count.type, k), count)
-                index = builder.mul(apart, builder.select(there, ir.Constant(count.type, k), last))
-                vectors.append(builder.load(_place(builder, buffer, index, element), align=1))
-            vectors = _turn(builder, vectors)
-            for i in range(LANES):
-                where, _ = _run_at(context, builder, address, pitch, i, element)
-                ahead, _ = _run_at(context, builder, address, pitch, LANES + i, element)
-                for there in (builder.bitcast(ahead, _BYTES), _further(builder, where, AHEAD_OUT)):
-                    _prefetch(builder, there, write=True, level=3)
-                half = list(range(TURNED)) if i < TURNED else list(range(TURNED, LANES))
-                order = ir.Constant(ir.VectorType(_INDEX, TURNED), half)
-                vector = vectors[i % TURNED]
-                run = builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
-                if mask is None:
-                    builder.store(run, where, align=1)
-                else:
-                    _masked(builder, "store", element, ir.VoidType(), [run, where, _UNALIGNED, mask])
+def _move_out(builder, element, run, across, count):
+    vectors = []
+    mask = None if count is None else _inside(builder, count)
+    for k in range(TURNED):
+        k = ir.Constant(ir.IntType(64), k)
+        if count is not None:  # some vector there is, too, where no element k is: the last that there is
+            last = builder.sub(count, ir.Constant(count.type, 1))
+            k = builder.select(builder.icmp_signed("<", k, count), k, last)
+        vectors.append(builder.load(across(k), align=1))
+    vectors = _transposed(builder, vectors)
+    for i in range(LANES):
+        where = run(i)
+        for ahead in (builder.bitcast(run(LANES + i), _BYTES), _further(builder, where, AHEAD_OUT)):
+            _prefetch(builder, ahead, write=True, level=3)
+        half = list(range(TURNED)) if i < TURNED else list(range(TURNED, LANES))
+        order = ir.Constant(ir.VectorType(_INDEX, TURNED), half)
+        vector = vectors[i % TURNED]
+        its = builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+        if mask is None:
+            builder.store(its, where, align=1)
+        else:
+            _masked(builder, "store", element, ir.VoidType(), [its, where, _UNALIGNED, mask])
 
-        _whole_or_not(builder, count, move)
-        return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, buffer, types.int64), codegen
+turn_in = _turning(_move_in)
+"""turn_in(address, pitch, count, buffer, apart): copy LANES runs of `count` elements, at most TURNED.
+
+They begin `pitch` bytes apart, and element k of run i goes to buffer[k * apart + i].
+"""
+turn_out = _turning(_move_out)
+"""Copy back what `turn_in` copied, and ask for where more of these runs, and the next ones, go to."""
 
 
 # --- between numbers and vectors -------------------------------------------------------------------

@@ -235,7 +235,7 @@ def multiply_at(rows, k, j, last, whole, mean, those, here, state, stored):
         dy, x = counting(bits, load(row[0], j)), counting(bits, load(row[1], j))
     else:
         dy, x = counting(bits, some(row[0], j, last)), counting(bits, some(row[1], j, last))
-    dy = incoming(rows, 2 * k, j, last, dy, x, bits, those, state.slope, stored)
+    dy = incoming(rows, k, j, last, dy, x, bits, those, state.slope, stored)
     dy = weighted(rows, 2 * k, j, dy, stored)
     off = deviation(x, mean, state.numbers, 2 * k, stored)
     if not whole:

@@ -311,7 +311,8 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         if reads > 1:
             at_grad_out = call.at_grad_out
             gather_apart(call, call.grad_out, at_grad_out, row, number, channel, group, dys, room, stored)
-            gather_residual(call, row, number, channel, group, buffer, stored)
+            if with_residual(stored):
+                gather_residual(call, row, number, channel, group, buffer, stored)
         for k in range(number):
             work.rows[k] = row + k * pitch
             step, piece = locate(call, work.rows[k])
@@ -325,7 +326,8 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                 dy = row_in(call, call.grad_out, call.at_grad_out, step, piece, channel, its_room, stored)
                 rows[reads * k] = address(dy)
                 note_beside(call, rows, state[-1], reads * k, work.rows[k], stored)
-                note_residual(call, rows, reads * k, step, piece, channel, buffer, stored)
+                if with_residual(stored):
+                    note_residual(call, rows, k, step, piece, channel, buffer, stored)
             if direct:
                 work.xs[k] = rows[reads * k + reads - 1] + to_x
                 work.seconds[k] = rows[reads * k] + to_second
@@ -407,7 +409,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                 if direct:
                     its_tile = with_tables_of(its_tile, turn)
                     write_ends(call, rows, number, width, work, its_tile, stored)
-                if reads > 1:
+                if reads > 1 and with_residual(stored):
                     scatter_residual(call, row, number, its, count, buffer, stored)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             if writing and not direct:

@@ -85,7 +85,7 @@ class Plan:
         # A result that is stored in 16 bits is computed in float64: it is right then where terms cancel.
         self.real = np.dtype(np.float64 if size == 2 else storage.real)
         self.channels = geometry.channels
-        self.outer = int(np.prod(geometry.sizes, dtype=np.int64))
+        self.outer = geometry.steps
         self.inner = geometry.inner
         layouts = geometry.layouts
         # Channels lie side by side, with nothing inside of them.
