@@ -6,7 +6,7 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from nbbn import arrays
 from nbbn.columns import Columns, columns_on
-from nbbn.compiler import Step
+from nbbn.compiler import Step, in_one
 from nbbn.dtypes import BFLOAT16, bfloat16_as_float32, narrowed
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Place, read
@@ -27,16 +27,20 @@ STATISTICS = ("running_mean", "running_var")
 COUNTER = "num_batches_tracked"
 GRADIENTS = ("grad_weight", "grad_bias")
 COLUMNS = (*PARAMETERS, *STATISTICS, *GRADIENTS)  # what lies on the device; the counter never does
-MOST_ELEMENTS = 1 << 59  # of float64, NumPy has no larger array
+_MOST_ELEMENTS = 1 << 59  # of float64, NumPy has no larger array
 _MOST_BATCHES = 1 << 62  # counting on from here, nobody arrives where int64 ends
 
 _modules: weakref.WeakSet["Module"] = weakref.WeakSet()
 
 
 def _renew_locks() -> None:
-    """A thread that held a lock when this process was forked is not in it."""
+    """A thread that held a lock when this process was forked is not in it.
+
+    Those that had one in common, as shallow copies do, still have.
+    """
+    renewed: dict[Any, Any] = {}
     for module in list(_modules):
-        module._renew_lock()
+        module._lock = renewed.setdefault(module._lock, threading.RLock())
 
 
 if hasattr(os, "register_at_fork"):
@@ -138,9 +142,17 @@ class Module:
         return {name: move(column) for name, column in columns.items() if column is not None}
 
     def _fill(self, shape: tuple[int, ...], weight: bool, bias: bool) -> None:
-        """Set those parameters that there are to what changes nothing."""
-        self.weight = self._columns.new(np.ones(shape, self.dtype)) if weight else None
-        self.bias = self._columns.new(np.zeros(shape, self.dtype)) if bias else None
+        """Set parameters, those that there are, to what changes nothing, and statistics to the first ones."""
+        new = self._columns.new
+        filled = {
+            "weight": new(np.ones(shape, self.dtype)) if weight else None,
+            "bias": new(np.zeros(shape, self.dtype)) if bias else None,
+        }
+        vars(self).update(filled | self._first_statistics())
+
+    def _first_statistics(self) -> dict[str, Any]:
+        """Return the running statistics of a module that has seen nothing, if it is to have any."""
+        return {}
 
     @property
     def _has_running(self) -> bool:
@@ -268,27 +280,48 @@ class Module:
         ValueError
             If keys are missing or unexpected, or a shape does not fit. Nothing has changed then.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
-        names = self._state_names()
-        missing = [name for name in names if name not in state and name != COUNTER]
-        unexpected = [name for name in state if name not in names]
-        if missing or unexpected:
-            raise ValueError(
-                f"state must have the keys {list(names)}; missing: {missing}, unexpected: {unexpected}"
-            )
-        self._load({name: self._loadable(name, name, state[name]) for name in names if name in state})
+        self._load(mapping(state), {name: name for name in self._state_names()})
 
-    def _load(self, loaded: dict[str, np.ndarray]) -> None:
-        for name in loaded:
-            if name != COUNTER:
-                self._columns.check(name, getattr(self, name))
+    def _load(self, state: Mapping[str, Any], keys: dict[str, str], lone: bool = False) -> None:
+        """Set what a state has, under the key of each name; all of it, on the CPU, or nothing.
+
+        Where there may be a `lone` parameter, the other one is set to what changes nothing.
+        """
+        missing = [name for name, key in keys.items() if key not in state and name != COUNTER]
+        parameters = [name for name in missing if name in PARAMETERS]
+        neutral = parameters if lone and len(parameters) == 1 else []
+        missing = [keys[name] for name in missing if name not in neutral]
+        unexpected = [key for key in state if key not in keys.values()]
+        if missing or unexpected:
+            wanted = list(keys.values())
+            raise ValueError(
+                f"state must have the keys {wanted}; missing: {missing}, unexpected: {unexpected}"
+            )
+        loaded = {name: self._loadable(name, key, state[key]) for name, key in keys.items() if key in state}
+        for name in neutral:
+            shape = self._columns.view(name, getattr(self, name)).shape
+            loaded[name] = np.full(shape, NEUTRAL[name], self.dtype)
+        columns = {name: getattr(self, name) for name in loaded if name != COUNTER}
+        for name, column in columns.items():
+            self._columns.check(name, column)
         with self._lock:
-            for name, value in loaded.items():
-                if name == COUNTER:
-                    self.num_batches_tracked[...] = value
-                else:
-                    self._columns.write(getattr(self, name), value)
+            counter = self.num_batches_tracked
+            counting = (partial(counter.fill, int(loaded[COUNTER])),) if COUNTER in loaded else ()
+            written = [(column, loaded[name]) for name, column in columns.items()]
+            self._set(written, counting, self._columns.write)
+
+    def _set(
+        self,
+        columns: Iterable[tuple[Any, Any]],
+        counting: tuple[Step, ...],
+        write: Callable[[Any, Any], None],
+    ) -> None:
+        """Set columns, each to what is beside it, and the counter; on the CPU all of them or none."""
+        if self.device == CPU:
+            views = ((self._columns.view("column", column), values) for column, values in columns)
+            in_one(*(partial(view.__setitem__, ..., values) for view, values in views), *counting)
+        else:
+            in_one(*(partial(write, column, values) for column, values in columns), *counting)
 
     def _loadable(self, name: str, key: str, value: Any) -> np.ndarray:
         """Return what a state has under `key` as an array that can be stored under `name`, or raise."""
@@ -309,6 +342,45 @@ class Module:
         if array.shape != own.shape:
             raise ValueError(f"state[{key!r}] must have shape {own.shape}, got {array.shape}")
         return _count(f"state[{key!r}]", array) if name == COUNTER else array
+
+
+class Tracking(Module):
+    """A normalization of channels that may have running statistics."""
+
+    num_features: int
+
+    def _first_statistics(self) -> dict[str, Any]:
+        if not self.track_running_stats:
+            return {}
+        new = self._columns.new
+        return {
+            "running_mean": new(np.zeros(self.num_features, self.dtype)),
+            "running_var": new(np.ones(self.num_features, self.dtype)),
+            f"_{COUNTER}": np.zeros((), np.int64),
+        }
+
+    def reset_running_stats(self) -> None:
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if they are tracked."""
+        vars(self).update(self._first_statistics())
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
+        self._fill((self.num_features,), self.weight is not None, self.bias is not None)
+
+
+def mapping(state: Any) -> Mapping[str, Any]:
+    """Return a state that is one, or raise."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
+    return state
+
+
+def sized(name: str, value: Any) -> int:
+    """Return a number of channels, or of elements, that an array can have, or raise."""
+    size = arrays.integer(name, value)
+    if not 1 <= size <= _MOST_ELEMENTS:
+        raise ValueError(f"{name} must be in [1, 2**59], got {size}")
+    return size
 
 
 def _numbers(key: str, value: Any) -> np.ndarray:

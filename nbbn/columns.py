@@ -1,6 +1,10 @@
-"""One number a channel: what a BatchNorm keeps, in NumPy arrays or, on a GPU, in Numba's device arrays."""
+"""Columns: what modules keep, parameters and statistics, in NumPy arrays or, on a GPU, Numba's device arrays.
+
+They are of one number a channel, or a parameter for each element of one, in the shape that it has.
+"""
 
 import importlib
+import math
 import re
 from typing import Any
 
@@ -109,26 +113,25 @@ class CudaColumns(Columns):
 
     def copied(self, column: Any, here: Place) -> Any:  # noqa: D102
         dtype = self.view("column", column).dtype
-        return self._evaluate(0.0, dtype, column.shape[0], self._parameter(column), ABSENT, 0.0, here)
+        return self._evaluate(0.0, dtype, column.shape, self._parameter(column), ABSENT, 0.0, here)
 
     def assign(self, column: Any, source: Any, here: Place) -> None:  # noqa: D102
         out = self.view("column", column)
-        self._evaluate(0.0, out.dtype, out.shape[0], self._parameter(source), ABSENT, 0.0, here, out)
+        self._evaluate(0.0, out.dtype, out.shape, self._parameter(source), ABSENT, 0.0, here, out)
 
     def numbers(self, rows: np.ndarray, here: Place) -> np.ndarray:  # noqa: D102
         double = np.dtype(np.float64)
         return np.stack([self.host(self.rounded(rows, k, double, here)) for k in range(len(rows))])
 
     def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:  # noqa: D102
-        channels, double = mean.shape[0], np.dtype(np.float64)
-        kept = self._evaluate(0.0, double, channels, self._parameter(mean), ABSENT, 0.0, here)
-        invstd = self._evaluate(1.0, double, channels, ABSENT, self._parameter(var), eps, here)
+        double = np.dtype(np.float64)
+        kept = self._evaluate(0.0, double, mean.shape, self._parameter(mean), ABSENT, 0.0, here)
+        invstd = self._evaluate(1.0, double, mean.shape, ABSENT, self._parameter(var), eps, here)
         return kept, invstd
 
     def rounded(self, rows: np.ndarray, row: int, dtype: np.dtype, here: Place) -> Any:  # noqa: D102
-        step, stride = rows.strides
-        values = address(rows) + row * step, stride, FLOAT64.code
-        return self._evaluate(0.0, dtype, rows.shape[1], values, ABSENT, 0.0, here)
+        values = address(rows) + row * rows.strides[0], rows.itemsize, FLOAT64.code  # in C order
+        return self._evaluate(0.0, dtype, rows.shape[1:], values, ABSENT, 0.0, here)
 
     def _parameter(self, column: Any) -> Parameter:
         view = self.view("column", column)
@@ -140,17 +143,18 @@ class CudaColumns(Columns):
         self,
         x: float,
         dtype: np.dtype,
-        channels: int,
+        shape: tuple[int, ...],
         bias: Parameter,
         var: Parameter,
         eps: float,
         here: Place,
         into: np.ndarray | None = None,
     ) -> Any:
-        """Return the normalized row of `channels` times x, with variance 1 if it is ABSENT.
+        """Return the normalized row of as many times x, with variance 1 if it is ABSENT, in a shape.
 
         It is a new one, or goes `into` a view of a column of that type.
         """
+        channels = math.prod(shape)
         strides = written = (channels * dtype.itemsize, dtype.itemsize)
         if into is not None:
             written = (channels * dtype.itemsize, into.strides[0])
@@ -159,7 +163,8 @@ class CudaColumns(Columns):
         zeros = self._constant(channels, 0.0, dtype)
         ones = self._constant(channels, 1.0, dtype)
         if into is None:
-            out, at = NUMBA_CUDA.empty((channels,), (dtype.itemsize,), dtype, self._index)
+            steps = tuple(dtype.itemsize * math.prod(shape[d + 1 :]) for d in range(len(shape)))
+            out, at = NUMBA_CUDA.empty(shape, steps, dtype, self._index)
         else:
             out, at = into, address(into)
         var = self._parameter(ones) if var is ABSENT else var

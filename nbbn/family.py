@@ -43,7 +43,7 @@ class NormForward(NamedTuple):
         float64 (in JAX without x64: float32): mean, biased variance, and 1 / sqrt(var + eps) of all that
         is normalized together. Of RMS normalization the mean is 0, and var the mean square.
     count : int
-        How many values are normalized together.
+        How many values are normalized together; 0 where x is empty.
     """
 
     out: Array

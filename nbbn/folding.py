@@ -108,7 +108,7 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
         raise ValueError("weight must have at least 1 dimension, got 0")
     if not isinstance(bn, BatchNorm):
         raise TypeError(f"bn must be a BatchNorm, got {type(bn).__name__}")
-    if not bn.track_running_stats:
+    if bn.running_mean is None or bn.running_var is None:
         raise ValueError("bn must have running statistics (track_running_stats=True), got a module without")
     channels = bn.num_features
     axis = arrays.integer("axis", axis)

@@ -79,7 +79,7 @@ def strides_like(x: np.ndarray) -> tuple[int, ...]:
 # --- reading an array ------------------------------------------------------------------------------
 
 # DLPack's types: a code, the bits of an element, and the lanes of a vector, in 8, 8 and 16 bits.
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}  # DLPack's
 _STORAGES = {s.dlpack | 8 * s.dtype.itemsize << 8 | 1 << 16: s for s in STORAGES}
 _KINDS: dict[Storage | None, int] = {storage: kind for kind, storage in _STORAGES.items()}
 _READ_ONLY, _COPIED = 1, 2  # DLPack's flags
@@ -153,6 +153,12 @@ def read(name: str, value: Any, stream: int | None) -> np.ndarray:
     return _read_cuda_array_interface(name, value, stream)
 
 
+def _dtype_named(value: Any, kind: int) -> str:
+    """Return how the type of an array's elements is called, which DLPack has numbered."""
+    code = _CODES.get(kind & 0xFF)
+    return str(getattr(value, "dtype", "unknown")) if code is None else f"{code}{kind >> 8 & 0xFF}"
+
+
 def _read_dlpack(name: str, value: Any, stream: int | None) -> np.ndarray:
     options = {} if stream is None else {"stream": stream}
     try:
@@ -176,7 +182,7 @@ def _read_dlpack(name: str, value: Any, stream: int | None) -> np.ndarray:
     ndim, kind = kind & 0xFFFFFFFF, kind >> 32 & 0xFFFFFFFF
     storage = _STORAGES.get(kind)
     if storage is None:
-        raise unsupported(name, f"{_CODES.get(kind & 0xFF, 'of another kind, ')}{kind >> 8 & 0xFF}")
+        raise unsupported(name, _dtype_named(value, kind))
     dtype = storage.dtype
     if flags & _COPIED:
         raise _refused(name, value, "its memory can only be had as a copy")
@@ -349,6 +355,8 @@ class Torch(Framework):
             raise _refused(name, value, "it requires grad, which nbbn does not record; use its detach()")
         if value.is_neg():
             raise _refused(name, value, "its negative bit is set; use its resolve_neg()")
+        if sys.modules["torch"].autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise _refused(name, value, "it has a tangent, which nbbn does not record; use its detach()")
 
     def read(self, name: str, value: Any, stream: int | None) -> np.ndarray:
         """Return a view of a tensor, or raise.
@@ -427,7 +435,7 @@ class Cupy(Framework):
 
 
 class NumbaCuda(Framework):
-    """Numba's device arrays, which are also what a BatchNorm on a GPU keeps its numbers in."""
+    """Numba's device arrays, which are also what a module on a GPU keeps its numbers in."""
 
     has_current_stream = False
 
@@ -486,9 +494,13 @@ class Jax(Framework):
 
     def device(self, name: str, value: Any) -> str:  # noqa: D102
         if not hasattr(value, "__dlpack_device__"):
+            if not isinstance(value, sys.modules["jax"].core.Tracer):
+                raise unsupported(name, value.dtype)  # a random key, for one
             raise _refused(
                 name, value, "a traced array has no memory; call nbbn outside of jax.jit and jax.grad"
             )
+        if value.is_deleted():
+            raise _refused(name, value, "it has been deleted, or given away to a call that may reuse it")
         return device_of(name, value)
 
     def read(self, name: str, value: Any, stream: int | None) -> np.ndarray:  # noqa: D102
@@ -790,7 +802,8 @@ def place(
         if name in found and found[name].immutable:
             raise TypeError(
                 f"{name} must be an array that can be written to, got {kind_of(named[name])}, which is "
-                "immutable; batch_norm_forward returns the output and the statistics, and writes to nothing"
+                "immutable; functions such as batch_norm_forward return the output and the statistics, and write "
+                "to nothing"
             )
     here = _place(found, found[called], x, device)
     views: list[Any] = []

@@ -1,9 +1,9 @@
 """Batch normalization as functions on arrays: what is asked, checked, and passed on.
 
 An array is one of NumPy, PyTorch, JAX, CuPy or Numba's CUDA target, or any that has ``__dlpack__`` and
-lies in the memory of the host. It is never copied. All arrays of a call are on one device, and there it is
-computed; on a GPU on the stream that is current for x's library, which the host does not wait for. The
-results are of x's kind; the other arguments may be of other kinds.
+lies in the memory of the host. It is read where it lies. All arrays of a call are on one device, and there
+it is computed; on a GPU on the stream that is current for x's library, which the host does not wait for.
+The results are of x's kind; the other arguments may be of other kinds.
 
 The mathematics is that of S. Ioffe and C. Szegedy, "Batch Normalization: Accelerating Deep Network
 Training by Reducing Internal Covariate Shift", arXiv 1502.03167. Every function validates all of its
@@ -866,6 +866,19 @@ def _norms(norms: Any) -> list[str]:
     return chosen
 
 
+def _plain_on_gpu(norms: list[str], **beside: Any) -> None:
+    """Raise where more is to be compiled for a GPU than is compiled ahead there."""
+    for name, value in beside.items():
+        if value:
+            raise ValueError(
+                f"{name} must be left out on a GPU, where it is compiled at its first use, got {value!r}"
+            )
+    if set(norms) - {"batch"}:
+        raise ValueError(
+            f"norms must be ['batch'] on a GPU, where others are compiled at their first use, got {norms}"
+        )
+
+
 def warmup(
     dtypes: Iterable[Any] = ("float32",),
     *,
@@ -897,8 +910,8 @@ def warmup(
         What is applied to the results of batch norm in the same pass (`nbbn.batch_norm`).
     residual, mask : bool, default False
         Whether a residual, and a mask or lengths, go along with batch norm. What is compiled for them, and
-        for an activation, serves calls with just these; each combination is a warm-up of its own. On a GPU
-        they are compiled at their first use.
+        for an activation, serves calls with just these; each combination is a warm-up of its own. Not on a
+        GPU, where they are compiled at their first use.
     device : str, default "cpu"
         Where the arrays will lie: "cpu", "cuda:N", or "cuda" for the GPU that is current.
 
@@ -906,9 +919,9 @@ def warmup(
     ------
     TypeError
         If `dtypes` is no iterable, or one of them not float32, float64, float16 or bfloat16, or `device`, a
-        norm or an activation not a str.
+        norm or an activation not a str, or one of the others not a bool.
     ValueError
-        If a norm or an activation is not one of these.
+        If a norm or an activation is not one of these, or more than plain batch norm is to come on a GPU.
     nbbn.DeviceError
         If there is no such device, or it cannot be computed with; the message says why.
 
@@ -937,9 +950,10 @@ def warmup(
         masked=arrays.flag("mask", mask),
     )
     if device != CPU:
+        _plain_on_gpu(chosen, activation=activation, residual=residual, mask=mask)
         from nbbn.cuda.warmup import warm_up
 
-        if "batch" in chosen:
+        if chosen:
             warm_up(device, storages, operations)
         return
     pool.threads()

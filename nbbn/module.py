@@ -1,4 +1,4 @@
-"""class BatchNorm(Module): parameters, running statistics, modes, and what a backward pass needs."""
+"""class BatchNorm: parameters, running statistics, modes, and what a backward pass needs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -8,19 +8,18 @@ import numpy as np
 
 from nbbn import arrays, conventions
 from nbbn.base import (
-    COUNTER,
-    MOST_ELEMENTS,
-    NEUTRAL,
     PARAMETERS,
     STATISTICS,
-    Module,
+    Tracking,
     checked,
+    mapping,
+    sized,
     values_lost,
     weight_of_a_batch,
 )
-from nbbn.compiler import Step, in_one
+from nbbn.compiler import Step
 from nbbn.dtypes import narrowed
-from nbbn.frameworks import CPU, Place, place
+from nbbn.frameworks import Place, place
 from nbbn.functional import _channels, differentiate, evaluate, train, values_of, with_x
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.options import DEFAULT, Option, Options, Renorm, checked_options
@@ -40,7 +39,7 @@ class _Saved(NamedTuple):
     fused: Fusion = ALONE
 
 
-class BatchNorm(Module):
+class BatchNorm(Tracking):
     """Batch normalization [1]_ with parameters and running statistics, as ``torch.nn.BatchNorm*d``.
 
     Parameters
@@ -106,7 +105,7 @@ class BatchNorm(Module):
     running_mean, running_var : numpy.ndarray, Numba device array, or None
         Shape (C,).
     num_batches_tracked : numpy.ndarray or None
-        0-d, int64. It can be set to an int.
+        0-d, int64: how many batches there were that were not empty. It can be set to an int.
     training : bool
         The mode; see `train` and `eval`.
     renorm, virtual_batch_size, single_value, nonfinite, use_running_stats, update_running_stats
@@ -190,9 +189,7 @@ class BatchNorm(Module):
         activation: str | None = None,
         negative_slope: float = SLOPE,
     ) -> None:
-        self.num_features = arrays.integer("num_features", num_features)
-        if not 1 <= self.num_features <= MOST_ELEMENTS:
-            raise ValueError(f"num_features must be in [1, 2**59], got {num_features}")
+        self.num_features = sized("num_features", num_features)
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
         self.momentum = momentum
         self.affine = arrays.flag("affine", affine)
@@ -211,7 +208,6 @@ class BatchNorm(Module):
             use_running_stats=use_running_stats,
             update_running_stats=update_running_stats,
         )
-        self.reset_running_stats()
         self._fill((self.num_features,), self.affine, has_bias)
 
     def _set_options(self, **changes: Any) -> None:
@@ -265,18 +261,6 @@ class BatchNorm(Module):
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
             f"correction={self.correction:g}, dtype='{self.dtype}', device='{self.device}'{changed})"
         )
-
-    def reset_running_stats(self) -> None:
-        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if they are tracked."""
-        if self.track_running_stats:
-            self.running_mean = self._columns.new(np.zeros(self.num_features, self.dtype))
-            self.running_var = self._columns.new(np.ones(self.num_features, self.dtype))
-            self.num_batches_tracked = 0
-
-    def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
-        self.reset_running_stats()
-        self._fill((self.num_features,), self.weight is not None, self.bias is not None)
 
     def train(self, mode: bool = True) -> "BatchNorm":
         """Set the mode: batch statistics, and running ones updated; return self.
@@ -465,6 +449,8 @@ class BatchNorm(Module):
         weight, bias = self.weight, self.bias
         if options.renorm and self.training and not use and count > 1:
             running = self.running_mean, self.running_var
+            if any(column is None for column in running):
+                raise ValueError("renorm needs both running_mean and running_var, got None for one of them")
             bounds, columns = options.renorm, self._columns
             assert isinstance(bounds, Renorm)
             step = renormalize(view, axis, here, seen, bounds, self.eps, columns, running, weight, bias)
@@ -540,27 +526,23 @@ class BatchNorm(Module):
         return here, view, axis
 
     def _finite(self, stats: np.ndarray, counts: list[int], here: Place) -> bool:
-        """Whether mean and variance of all parts, of so many values per channel, can be tracked."""
+        """Whether what is tracked of all parts, of so many values per channel, is finite."""
         rows = self._columns.numbers(stats, here).reshape(len(counts), 3, -1)
-        unbiased = np.array([count / (count - self.correction) for count in counts])
+        tracked = []
         with np.errstate(over="ignore", invalid="ignore"):
-            tracked = rows[:, 0], rows[:, 1] * unbiased[:, None]
+            if self.running_mean is not None:
+                tracked.append(rows[:, 0])
+            if self.running_var is not None:
+                unbiased = np.array([count / (count - self.correction) for count in counts])
+                tracked.append(rows[:, 1] * unbiased[:, None])
             return all(bool(np.isfinite(new.astype(self.dtype)).all()) for new in tracked)
 
     def _take_over(
         self, mean: Any, var: Any, counting: tuple[Step, ...], write: Callable[[Any, Any], None]
     ) -> None:
-        """Set the running statistics that there are, and the counter; on the CPU all of them or none."""
-        new = [
-            (column, values)
-            for column, values in ((self.running_mean, mean), (self.running_var, var))
-            if column is not None
-        ]
-        if self.device == CPU:
-            views = ((self._columns.view("column", column), values) for column, values in new)
-            in_one(*(partial(view.__setitem__, ..., values) for view, values in views), *counting)
-        else:
-            in_one(*(partial(write, column, values) for column, values in new), *counting)
+        """Set the running statistics that there are, and the counter."""
+        both = (self.running_mean, mean), (self.running_var, var)
+        self._set([(column, values) for column, values in both if column is not None], counting, write)
 
     def calibrate(self, batches: Iterable[Any], *, progress: bool = False) -> "BatchNorm":
         """Set the running statistics to those of all values of many batches at once; return self.
@@ -742,21 +724,5 @@ class BatchNorm(Module):
         ``affine=False``, and an error in any other.
         """
         theirs = conventions.find(convention)
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
-        state = theirs.flat(state)
-        names = {own: name for own in self._state_names() if (name := getattr(theirs, own)) is not None}
-        missing = [own for own, name in names.items() if name not in state and own != COUNTER]
-        lone = [own for own in missing if own in PARAMETERS] if theirs.lone_parameter else []
-        if len(lone) == 1:
-            missing.remove(lone[0])
-        unexpected = [name for name in state if name not in names.values()]
-        if missing or unexpected:
-            raise ValueError(
-                f"state must have the keys {list(names.values())}; "
-                f"missing: {[names[own] for own in missing]}, unexpected: {unexpected}"
-            )
-        loaded = {own: self._loadable(own, name, state[name]) for own, name in names.items() if name in state}
-        for own in lone:
-            loaded[own] = np.full(self.num_features, NEUTRAL[own], self.dtype)
-        self._load(loaded)
+        keys = {own: key for own in self._state_names() if (key := getattr(theirs, own)) is not None}
+        self._load(theirs.flat(mapping(state)), keys, theirs.lone_parameter)

@@ -1,12 +1,11 @@
 """class LayerNorm, RMSNorm, GroupNorm and InstanceNorm, with the arguments and states of PyTorch's."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from nbbn import arrays
-from nbbn.base import MOST_ELEMENTS, Module, checked, weight_of_a_batch
+from nbbn.base import Module, Tracking, checked, sized, weight_of_a_batch
 from nbbn.family import (
     INSTANCE_DIMENSIONS,
     differentiate_channels,
@@ -26,13 +25,6 @@ class _Saved(NamedTuple):
     mean: Any
     invstd: Any
     training: bool = True
-
-
-def _sized(name: str, value: Any) -> int:
-    size = arrays.integer(name, value)
-    if not 1 <= size <= MOST_ELEMENTS:
-        raise ValueError(f"{name} must be in [1, 2**59], got {size}")
-    return size
 
 
 class _RowNorm(Module):
@@ -109,7 +101,7 @@ class _RowNorm(Module):
 def _shape(normalized_shape: Any) -> tuple[int, ...]:
     shape = shape_of(normalized_shape)
     for size in shape:
-        _sized("normalized_shape", size)
+        sized("normalized_shape", size)
     return shape
 
 
@@ -330,8 +322,8 @@ class GroupNorm(Module):
         dtype: Any = "float32",
         device: str = "cpu",
     ) -> None:
-        self.num_groups = _sized("num_groups", num_groups)
-        self.num_channels = _sized("num_channels", num_channels)
+        self.num_groups = sized("num_groups", num_groups)
+        self.num_channels = sized("num_channels", num_channels)
         if self.num_channels % self.num_groups:
             raise ValueError(
                 f"num_groups must divide num_channels, got {self.num_groups} for {self.num_channels}"
@@ -413,8 +405,10 @@ class GroupNorm(Module):
         return grad_x
 
 
-class InstanceNorm(Module):
+class InstanceNorm(Tracking):
     """Instance normalization, as ``torch.nn.InstanceNorm*d``: parameters and running statistics optional.
+
+    x has a batch dimension, always: a single sample is given as ``x[None]``.
 
     Parameters
     ----------
@@ -488,7 +482,7 @@ class InstanceNorm(Module):
         dtype: Any = "float32",
         device: str = "cpu",
     ) -> None:
-        self.num_features = _sized("num_features", num_features)
+        self.num_features = sized("num_features", num_features)
         self.eps = arrays.number("eps", eps, 0.0, float("inf"))
         self.momentum = momentum
         self.affine = arrays.flag("affine", affine)
@@ -496,7 +490,6 @@ class InstanceNorm(Module):
         self.axis = arrays.integer("axis", axis)
         has_bias = arrays.flag("bias", bias) and self.affine
         super().__init__(dtype, device)
-        self.reset_running_stats()
         self._fill((self.num_features,), self.affine, has_bias)
 
     def __repr__(self) -> str:
@@ -505,18 +498,6 @@ class InstanceNorm(Module):
             f"affine={self.affine}, track_running_stats={self.track_running_stats}, axis={self.axis}, "
             f"dtype='{self.dtype}', device='{self.device}'{self._without_bias()})"
         )
-
-    def reset_running_stats(self) -> None:
-        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if they are tracked."""
-        if self.track_running_stats:
-            self.running_mean = self._columns.new(np.zeros(self.num_features, self.dtype))
-            self.running_var = self._columns.new(np.ones(self.num_features, self.dtype))
-            self.num_batches_tracked = 0
-
-    def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
-        self.reset_running_stats()
-        self._fill((self.num_features,), self.weight is not None, self.bias is not None)
 
     def __call__(self, x: Any) -> Any:
         """Normalize x.
@@ -558,7 +539,7 @@ class InstanceNorm(Module):
             )
             self._saved = _Saved(x, *self._columns.constants(mean, var, self.eps, here), training=False)
             return out
-        with self._lock:
+        with self._lock if tracks else contextlib.nullcontext():
             out, stats, _, here = normalize_instances(
                 x,
                 self.running_mean if tracks else None,

@@ -167,6 +167,9 @@ class JaxArray(WithDlpack, Array):
             self.gpus.driver.add(stream, self.ready)
         return super().__dlpack__(stream=stream)
 
+    def is_deleted(self):
+        return False
+
     def block_until_ready(self):
         raise AssertionError("the host waits")
 
@@ -416,6 +419,9 @@ class Gpus:
         def current_stream(index):
             return types.SimpleNamespace(cuda_stream=self.streams["torch"] + index)
 
+        def without_tangent(tensor):
+            return types.SimpleNamespace(primal=tensor, tangent=None)
+
         return types.SimpleNamespace(
             Tensor=Tensor,
             strided="strided",
@@ -426,6 +432,7 @@ class Gpus:
             empty_strided=empty_strided,
             from_dlpack=on_host,
             cuda=types.SimpleNamespace(current_stream=current_stream),
+            autograd=types.SimpleNamespace(forward_ad=types.SimpleNamespace(unpack_dual=without_tangent)),
         )
 
     def _numba(self):

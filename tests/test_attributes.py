@@ -1,10 +1,12 @@
 """Attributes that were set to something else: honoured, or refused before anything is written."""
 
+import threading
+
 import numpy as np
 import pytest
 
 import nbbn
-from checks import unchanged
+from checks import assert_same_bits, unchanged
 
 COUNTS = pytest.mark.parametrize("module", ["BatchNorm", "InstanceNorm"])
 
@@ -177,3 +179,42 @@ def test_one_running_statistic_is_not_enough(rng, name):
     setattr(norm, name, None)
     with pytest.raises(ValueError, match=f"^{name} must be given"):
         norm(batches(rng)[0])
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_one_running_statistic_alone_is_tracked(rng, name):
+    """Where evaluation, folding and renormalization need both, they say so."""
+    x = batches(rng)[0]
+    plain, norm = nbbn.BatchNorm(2), nbbn.BatchNorm(2, nonfinite="skip")
+    setattr(norm, name, None)
+    norm(x), plain(x)
+    left = "running_var" if name == "running_mean" else "running_mean"
+    assert_same_bits(getattr(norm, left), getattr(plain, left))
+    assert norm.num_batches_tracked == 1
+    with pytest.raises(ValueError, match=r"^bn must have running statistics"):
+        nbbn.fold(np.ones((2, 3)), None, norm)
+    before = state_of(norm)
+    norm.renorm = True
+    with pytest.raises(ValueError, match=r"^renorm needs both running_mean and running_var, got None"):
+        norm(x)
+    assert state_of(norm) == before
+
+
+def test_a_correction_of_all_values_where_no_variance_is_tracked():
+    norm = nbbn.BatchNorm(2, correction=2, nonfinite="skip")
+    norm.running_var = None
+    norm(np.array([[1.0, 2.0], [3.0, 4.0]]))
+    assert norm.num_batches_tracked == 1
+    np.testing.assert_allclose(norm.running_mean, [0.2, 0.3], rtol=1e-6)
+
+
+@COUNTS
+def test_a_module_that_tracks_nothing_does_not_wait(rng, module):
+    """For another thread's call: it writes nothing that the two have in common."""
+    norm, x = getattr(nbbn, module)(2, track_running_stats=False), batches(rng)[0]
+    expected, results = norm(x), []
+    thread = threading.Thread(target=lambda: results.append(norm(x)))
+    with norm._lock:
+        thread.start()
+        thread.join(60)
+    assert_same_bits(results[0], expected)

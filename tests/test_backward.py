@@ -11,6 +11,7 @@ from cases import (
     ONE_VALUE,
     SMALL,
     activations,
+    channels_last,
     parameter,
     some_channels,
     type_id,
@@ -76,6 +77,15 @@ def test_empty_input(dims, dtype, training):
     assert (result.x.shape, result.x.dtype) == (dims, dtype)
     assert result.weight.tolist() == [0.0] * dims[1]
     assert result.bias.tolist() == [0.0] * dims[1]
+
+
+@pytest.mark.parametrize("turn", [np.copy, channels_last], ids=["as_x", "channels_last"])
+def test_calls_in_turn(rng, turn):
+    """What a call reads beside x, wherever it lies, is no other call's x."""
+    x, dy = rng.normal(size=(2, 3, 20, 4, 5)).astype(np.float32)
+    mean, invstd = rng.normal(size=20), rng.uniform(1, 2, 20)
+    for training in (False, True, False, False, True):
+        check_backward(turn(dy), x, mean=mean, invstd=invstd, training=training)
 
 
 def test_one_value_a_channel_in_training(rng):

@@ -20,7 +20,7 @@ import nbbn
 from cases import DTYPES, HALF, type_id
 from checks import assert_same_bits
 from gpus import CupyArray, Gpus, JaxArray, NumbaArray, Tensor, Unknown, UnknownWithDlpack
-from nbbn import frameworks
+from nbbn import family, frameworks
 from nbbn.cuda import target
 from nbbn.cuda.warmup import warm_up
 from nbbn.dispatch import find
@@ -38,11 +38,17 @@ def kind_id(kind):
     return kind.__name__
 
 
+def forget_runs():
+    """Runs of other GPUs are not found any more."""
+    for cached in (find, family._channel_walk, family._row_walk):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def gpus(monkeypatch):
-    find.cache_clear()
+    forget_runs()
     yield Gpus(monkeypatch)
-    find.cache_clear()
+    forget_runs()
 
 
 @pytest.fixture
@@ -647,6 +653,38 @@ def test_module_without_parameters(gpus, host):
     assert bn.grad_weight is None and bn.to("cpu").weight is None
 
 
+OTHER_MODULES = {
+    "layer": lambda device: nbbn.LayerNorm((3, 4), device=device),
+    "layer, last dimension": lambda device: nbbn.LayerNorm(4, bias=False, device=device),
+    "rms": lambda device: nbbn.RMSNorm((3, 4), device=device),
+    "rms, three dimensions": lambda device: nbbn.RMSNorm((6, 3, 4), device=device),
+    "group": lambda device: nbbn.GroupNorm(3, 6, device=device),
+    "instance": lambda device: nbbn.InstanceNorm(6, affine=True, track_running_stats=True, device=device),
+}
+
+
+@pytest.mark.parametrize("samples", [2, 0])
+@pytest.mark.parametrize("kind", KINDS, ids=kind_id)
+@pytest.mark.parametrize("name", OTHER_MODULES)
+def test_other_modules(gpus, rng, kind, name, samples):
+    """The same as on the CPU, bit by bit, with gradients in the parameters' own shape."""
+    cpu, gpu = (OTHER_MODULES[name](device) for device in ("cpu", "cuda"))
+    state = {key: np.abs(value + rng.normal(size=value.shape)) for key, value in cpu.state_dict().items()}
+    for module in (cpu, gpu):
+        module.load_state_dict(state | ({"num_batches_tracked": 3} if "num_batches_tracked" in state else {}))
+    x, grad_out = rng.normal(size=(2, samples, 6, 3, 4)).astype(np.float32)
+    there = [gpus.array(kind, array) for array in (x, grad_out)]
+    for mode in (True, False):
+        assert_same_bits(gpu.train(mode)(there[0]).get(), cpu.train(mode)(x))
+        assert_same_bits(gpu.backward(there[1]).get(), cpu.backward(grad_out))
+        for gradient in ("grad_weight", "grad_bias"):
+            expected = getattr(cpu, gradient)
+            assert (expected is None) == (getattr(gpu, gradient) is None)
+            if expected is not None:
+                assert_same_bits(getattr(gpu, gradient).get(), expected)
+        same_state(gpu, cpu)
+
+
 def test_module_and_x_on_different_devices(gpus, host):
     bn = module_on("cuda:1", host)
     before = module_on("cpu", host)
@@ -765,6 +803,16 @@ def test_warmup(gpus, monkeypatch, wanted):
     assert all_is_freed(gpus)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("norms", ["batch", "layer"]), ("activation", "relu"), ("residual", True), ("mask", True)],
+)
+def test_warmup_of_what_a_gpu_compiles_later(gpus, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must .* on a GPU"):
+        nbbn.warmup(device="cuda", **{name: value})
+    assert not gpus.ran
+
+
 class Recorder:
     """Stands for target's part of the way to a GPU, and takes note of which kernels are wanted."""
 
@@ -874,6 +922,46 @@ def test_warmup_of_a_device_that_is_not_there(gpus, monkeypatch):
 
 
 # --- Numba's simulator -----------------------------------------------------------------------------
+
+
+def test_memory_of_a_call_that_raises_is_given_back(python):
+    """Whatever it is that raises: a compiler, a launch."""
+    program = """
+import numpy as np, nbbn
+from numba import cuda
+from nbbn.cuda import run, target
+had = {"taken": 0, "freed": 0}
+
+class Memory(target.Memory):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        had["taken"] += 1
+
+    def free(self):
+        had["freed"] += 1
+
+def fails(*arguments, **options):
+    raise RuntimeError("as planned")
+
+target.Memory = Memory
+x = cuda.to_device(np.ones((4, 3), np.float32))
+mask = np.ones(4, bool)
+kept = {}
+for owner, name in ((run._Call, "add"), (run._Call, "launch"), (target, "write")):
+    kept, function = getattr(owner, name), lambda mask: nbbn.batch_norm_forward(x, mask=mask)
+    setattr(owner, name, fails)
+    try:
+        function(mask)
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError(name)
+    setattr(owner, name, kept)
+print(had["taken"], had["freed"])
+function(None)
+print(had["taken"], had["freed"])
+"""
+    assert python(program, NUMBA_ENABLE_CUDASIM="1").split() == ["3", "3", "4", "4"]
 
 
 def test_arrays_of_the_simulator(python):

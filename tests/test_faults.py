@@ -30,6 +30,7 @@ def make(shape):
     C = x.shape[1]
     CALLS = [module, backward_of_module, with_out, evaluation, backward]
     CALLS += [instance_norm, module_of_instances, backward_of_group_norm, backward_with_residual]
+    CALLS += [loading, resetting]
 
 def module():
     bn = nbbn.BatchNorm(C)
@@ -41,6 +42,20 @@ def backward_of_module():
     bn.grad_weight = bn.grad_bias = np.zeros(C)
     state = Attributes(bn, "grad_weight", "grad_bias")
     return lambda: bn.backward(dy), state
+
+def loading():
+    bn, new = nbbn.BatchNorm(C), nbbn.BatchNorm(C)
+    new(x)
+    state = {name: value + 1 for name, value in new.state_dict().items()}
+    written = [bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.num_batches_tracked]
+    return lambda: bn.load_state_dict(state), written
+
+def resetting():
+    bn = nbbn.BatchNorm(C)
+    bn(x)
+    bn.weight[:] = bn.bias[:] = 7.0
+    names = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+    return bn.reset_parameters, Attributes(bn, *names)
 
 def instance_norm():
     state = statistics()

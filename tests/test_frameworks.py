@@ -455,7 +455,7 @@ def bad_tensors(torch):
         "negative": (torch.imag(torch.ones(3, 4, dtype=torch.complex64).conj()), r"resolve_neg\(\)"),
         "conjugate": (torch.ones(3, 4, dtype=torch.complex64).conj(), "conj"),
         "quantized": (torch.quantize_per_tensor(plain, 0.1, 0, torch.quint8), "QInt"),
-        "float8": (plain.to(torch.float8_e5m2), "float32, float64, float16 or bfloat16"),
+        "float8": (plain.to(torch.float8_e5m2), "float32, float64, float16 or bfloat16.*torch.float8_e5m2"),
         "complex": (plain.to(torch.complex64), "float32, float64, float16 or bfloat16.*complex64"),
         "int64": (plain.long(), "float32, float64, float16 or bfloat16.*int64"),
         "bool": (plain.bool(), "float32, float64, float16 or bfloat16.*bool8"),
@@ -483,6 +483,19 @@ def test_bad_tensors(torch, name):
     with pytest.raises(TypeError, match=rf"^weight .*{says}"):
         nbbn.batch_norm_forward(good, bad)
     assert (good == 1).all() and (column == 1).all()
+
+
+def test_tensors_with_tangents(torch):
+    """Of forward-mode differentiation, which would be lost without a word."""
+    x, column = torch.ones(3, 4), torch.ones(4)
+    with torch.autograd.forward_ad.dual_level():
+        for name, plain in (("x", x), ("running_mean", column)):
+            dual = torch.autograd.forward_ad.make_dual(plain.clone(), plain)
+            given = {"x": x, "running_mean": column.clone(), "running_var": column.clone()} | {name: dual}
+            with pytest.raises(TypeError, match=rf"^{name} .*has a tangent.*detach\(\)"):
+                nbbn.batch_norm(**given, training=True)
+            assert (given["running_var"] == 1).all()
+        assert torch.equal(nbbn.batch_norm_forward(x).out, torch.zeros(3, 4))
 
 
 def test_tensors_without_values(torch):

@@ -524,6 +524,25 @@ assert bn.num_batches_tracked == 4001, bn.num_batches_tracked
     )
 
 
+@forks
+def test_a_shallow_copy_counts_with_the_original_after_a_fork(python):
+    """Each child has a lock of its own, which the two have in common there as well."""
+    python(
+        """
+import copy, os
+import nbbn
+bn, other = nbbn.BatchNorm(8), nbbn.BatchNorm(8)
+twin, held = copy.copy(bn), bn._lock
+with bn._lock:
+    if not (child := os.fork()):
+        alike = twin._lock is bn._lock and bn._lock is not held and other._lock is not bn._lock
+        os._exit(0 if alike and bn._lock.acquire(timeout=1) else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert twin._lock is bn._lock is held
+"""
+    )
+
+
 def test_a_signals_handler_may_look_at_a_module_that_works(python):
     """In the thread that is in the middle of a training step."""
     python(

@@ -4,7 +4,7 @@ The array is seen as rows of columns. A *tile* is `group` channels wide and `row
 
 * span: a row is one step of the outer dimensions; its columns are `group` channels × `inner` elements.
 * split (`pieces` > 1): a channel's inner dimension is too long for one row and is cut into pieces of
-  `width`; every piece is a row, and the tile is one channel wide.
+  `width`; every piece is a row. The channels of a tile, where it has several, take turns at each.
 * fold (`fold` > 1): all channels of one outer step are too short for a row; `fold` steps make a row.
 
 Rows are summed in *blocks* that stay in cache between two looks at them; blocks make a *chunk*, the
@@ -47,7 +47,9 @@ ARGUMENTS = [
     ("out", _WORD),  # also grad_x
     ("second", _WORD),  # what is read beside x as `out` is written: the residual, or the gradient there
     ("residual", _WORD),  # what that gradient is computed with
-    ("stats", _WORD),  # float64[3, sets]: mean, var, invstd; backward: float64[2, parameters]
+    # float64[3, sets]: mean, var, invstd. Backward: float64[2, parameters], gradients of weight and bias, and
+    # two rows more of what these sums have lost, where others are added to them.
+    ("stats", _WORD),
     ("channel_stats", _WORD),  # the same of each channel; `stats` where that is the same
     ("weight", PARAMETER),
     ("bias", PARAMETER),
@@ -68,7 +70,9 @@ PARTIALS = 4  # numbers of a channel that a chunk leaves behind
 # The memory that it works in.
 ROOMS = [
     ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, its rest, m2; Σ dy, its rest, Σ dy · …
-    ("tables", _WORD),  # real[TABLES, channels]: what normalize and backward_apply need of a channel
+    # real[TABLES, room]: what normalize and backward_apply need of a channel. Where elements are of 16 bits,
+    # the same in float64 comes after it: see nbbn.cpu.results.precise_tables.
+    ("tables", _WORD),
     ("bits", _WORD),  # of the rows: see nbbn.cpu.masks
     ("counts", _WORD),  # int64[rows + 1]: values of a channel that count before each row
     ("along", _WORD),  # real[2, along_room]: weight and bias of each element of a row, where they go along
@@ -109,7 +113,6 @@ PLAN = [
     ("groups", _WORD),
     ("tiles", _WORD),  # of a task: a set of several, or short channels that are finished together
     ("slab", _WORD),  # rows that are written together
-    ("slabs", _WORD),
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for
     ("ahead_of_dy", _WORD),  # the same of grad_out
     ("stream", _WORD),  # 1: write out past the caches

@@ -102,12 +102,7 @@ def gradient_tables(stored):
 
 
 _constant(with_residual, lambda way: way.residual)
-_constant(gradient_tables, lambda way: 6 if _through_activation(way) else 5)
-
-
-def _through_activation(way):
-    """Whether grad_x is computed from the gradient at the activation's result, not at its argument."""
-    return way.activation != "" and not way.residual
+_constant(gradient_tables, lambda way: 6 if way.through else 5)
 
 
 # --- forward ---------------------------------------------------------------------------------------
@@ -183,7 +178,7 @@ def shift_beside(row, tables, c):
 
 @by_type(shift_beside)
 def _shift_beside(row, tables, c):
-    needed = _through_activation(way_of(row[2]))
+    needed = way_of(row[2]).through
     return (lambda row, tables, c: (load(tables, c),)) if needed else (lambda row, tables, c: ())
 
 
@@ -195,7 +190,7 @@ def passed(row, grad_out, x, numbers):
 @by_type(passed)
 def _passed(row, grad_out, x, numbers):
     way = way_of(row[2])
-    if not _through_activation(way):
+    if not way.through:
         return lambda row, grad_out, x, numbers: grad_out
     gradient = ACTIVATIONS[way.activation].gradient
 
@@ -258,7 +253,7 @@ def gather_residual(call, row, number, channel, group, buffer, stored):
     """Copy rows of the residual, from this one on, to their room in `buffer`, if their columns lie apart."""
     room, at_residual = row_room(buffer), call.at_residual
     there = after(buffer, RESIDUALS * room)
-    gather_apart(call, call.residual, at_residual, row, number, channel, group, there, room, stored)
+    gather_apart(call, call.residual, at_residual, row, number, channel, group, there, room)
 
 
 @loop
@@ -278,7 +273,7 @@ def scatter_residual(call, row, number, channel, group, buffer, stored):
     """Copy rows of the gradient of the residual to where they go to, if their columns lie apart."""
     room, at_second = row_room(buffer), call.at_second
     there = after(buffer, GRAD_RESIDUALS * room)
-    scatter_apart(call, call.second, at_second, row, number, channel, group, there, room, stored)
+    scatter_apart(call, call.second, at_second, row, number, channel, group, there, room)
 
 
 def incoming(rows, k, j, last, grad_out, x, bits, numbers, slope, stored):

@@ -211,7 +211,7 @@ def guess_all(call, first, last, channel, group, buffer, guesses, stored):
     a_row = call.fold * min(call.width, call.inner)
     last = min(last, first + 1 + (PILOT_VALUES - 1) // a_row)
     room = row_room(buffer)
-    gather_apart(call, call.x, call.at_x, first, last - first, channel, group, buffer, room, stored)
+    gather_apart(call, call.x, call.at_x, first, last - first, channel, group, buffer, room)
     fill(guesses, group, real(0.0))
     count = 0
     for row in range(first, last):
@@ -576,7 +576,7 @@ def turned_in(call, base, operand, channel, group, buffer, stored):
     Return where the array would begin that the tile in the buffer is of, and how far from there the next
     tile is, which is to be asked for meanwhile.
     """
-    gather_rows(call, base, operand, plain(0), call.rows, channel, group, buffer, call.group, stored)
+    gather_rows(call, base, operand, plain(0), call.rows, channel, group, buffer, call.group)
     ahead = base + (channel + group) * operand.channel - address(buffer)
     return address(buffer) - channel * size_of(buffer), ahead
 
@@ -584,7 +584,7 @@ def turned_in(call, base, operand, channel, group, buffer, stored):
 @loop
 def turned_back(call, channel, group, buffer, stored):
     """Copy a tile of the result back."""
-    scatter_rows(call, call.out, call.at_out, plain(0), call.rows, channel, group, buffer, call.group, stored)
+    scatter_rows(call, call.out, call.at_out, plain(0), call.rows, channel, group, buffer, call.group)
 
 
 @kernel

@@ -423,7 +423,6 @@ class Plan:
             self.groups,
             tiles,
             slab,
-            self.slabs,
             ahead,
             ahead,
             int(large),

@@ -643,12 +643,10 @@ def _write_rows(name, reads, write_part):
             for turn in range(turns):
                 channel, group, its = one_of(tile[0], tile[1], tile, turn, turns)
                 its = with_tables_of(its, turn)
-                gather_apart(call, call.x, call.at_x, row, number, channel, group, buffer, room, stored)
+                gather_apart(call, call.x, call.at_x, row, number, channel, group, buffer, room)
                 if beside:
                     at_second = call.at_second
-                    gather_apart(
-                        call, call.second, at_second, row, number, channel, group, seconds, room, stored
-                    )
+                    gather_apart(call, call.second, at_second, row, number, channel, group, seconds, room)
                 for k in range(number):
                     step, piece = locate(call, row + k)
                     steps, count = extent(call, step, piece)
@@ -664,7 +662,7 @@ def _write_rows(name, reads, write_part):
                     out = row_in(call, call.out, call.at_out, step, piece, channel, its_room, stored)
                     read = operands(call, second, x, row_bits(call, row + k, stored), row + k, stored)
                     write_part(call, out, read, plain(0), count, count, streaming, its)
-                scatter_apart(call, call.out, call.at_out, row, number, channel, group, buffer, room, stored)
+                scatter_apart(call, call.out, call.at_out, row, number, channel, group, buffer, room)
             row += number
 
     return write_rows
@@ -712,7 +710,7 @@ def _write_lines(name, reads, numbers_at, write_line):
         return Lines(out, end, read, numbers, place, call.stream == 1)
 
     @variant(name)
-    def write_lines(work, lines, j, end, stored):
+    def write_lines(work, lines, j, end):
         """Write those of one channel from column j on that begin before column `end`.
 
         Return where the next one begins.
@@ -739,7 +737,7 @@ def _write_lines(name, reads, numbers_at, write_line):
         work.written[k] = j + line_of(out)
 
     @variant(name)
-    def write_columns(work, lines, j, stored):
+    def write_columns(work, lines, j):
         """Write all from column j on, of columns with numbers of their own; return where the next begins."""
         in_line()
         _, _, tables, room, long = work.tile

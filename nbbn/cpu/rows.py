@@ -133,7 +133,7 @@ def row_in(call, base, operand, step, piece, channel, buffer, stored):
 def row_of(call, base, operand, step, piece, channel, group, buffer, stored):
     """Return the same of a row that is copied to `buffer` now."""
     row = step // call.fold if call.pieces == 1 else step * call.pieces + piece
-    gather_apart(call, base, operand, row, plain(1), channel, group, buffer, plain(0), stored)
+    gather_apart(call, base, operand, row, plain(1), channel, group, buffer, plain(0))
     return row_in(call, base, operand, step, piece, channel, buffer, stored)
 
 
@@ -178,7 +178,7 @@ def _each_row(name, copy):
     """Return a loop that copies rows of a tile between an array and a buffer; and one where that needs be."""
 
     @variant(name)
-    def copy_rows(call, base, operand, row, number, channel, group, buffer, apart, stored):
+    def copy_rows(call, base, operand, row, number, channel, group, buffer, apart):
         """Copy `number` rows, from this one on, which are `apart` elements apart in the buffer.
 
         Elements that lie side by side are copied at once: those of several rows, or of several channels.
@@ -207,10 +207,10 @@ def _each_row(name, copy):
             k += together
 
     @variant(name)
-    def copy_apart(call, base, operand, row, number, channel, group, buffer, apart, stored):
+    def copy_apart(call, base, operand, row, number, channel, group, buffer, apart):
         """The same, but for rows whose columns lie together: they are read, or written, where they are."""
         if operand.gather != TOGETHER:
-            copy_rows(call, base, operand, row, number, channel, group, buffer, apart, stored)
+            copy_rows(call, base, operand, row, number, channel, group, buffer, apart)
 
     return copy_rows, copy_apart
 

@@ -17,10 +17,19 @@ from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.memory import empty_aligned
 from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks, Problem
 
+
+def _field(name: str) -> slice:
+    """Return where a field of the record is."""
+    assert CALL.fields is not None
+    kind, offset = CALL.fields[name][:2]
+    return slice(offset, offset + kind.itemsize)
+
+
 _MASK = struct.Struct("q")  # see nbbn.cpu.call
 _ARGUMENTS = struct.Struct("7q12q5d3q")
 _ROOMS = struct.Struct("5q")
 _ROOMS_AT = _MASK.size + _ARGUMENTS.size
+_X, _SECOND, _AT_X, _AT_SECOND = (_field(name) for name in ("x", "second", "at_x", "at_second"))
 SERIAL_PARTIALS = 1 << 13  # numbers to merge, below which one thread is as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 18  # what a larger one worked in is kept for others up to here
@@ -146,6 +155,7 @@ class _Call:
         self._buffer = bytearray(_ROOMS_AT + _ROOMS.size) + plan.record
         self._record = np.frombuffer(self._buffer, np.uint8)
         self._at = address(self._record)
+        self._at_x = self._buffer[_AT_X]
         self.set_mask = partial(_MASK.pack_into, self._buffer, 0)
         """Sets nbbn.cpu.call.MASK."""
         self.set = partial(_ARGUMENTS.pack_into, self._buffer, _MASK.size)
@@ -188,9 +198,12 @@ class _Call:
 
     def normalize_second(self) -> None:
         """From here on, what is read beside x, a gradient, takes the place of x."""
-        record = self._record.view(CALL)
-        record["x"] = record["second"]
-        record["at_x"] = record["at_second"]
+        self._buffer[_X] = self._buffer[_SECOND]
+        self._buffer[_AT_X] = self._buffer[_AT_SECOND]
+
+    def normalize_x(self) -> None:
+        """From the next call on, it is x again."""
+        self._buffer[_AT_X] = self._at_x
 
     def __call__(
         self,
@@ -457,10 +470,11 @@ class Run:
             if constant:
                 call.normalize_second()
             call(last, tasks, plain=constant)
+            if constant:
+                call.normalize_x()
         if not (direct or self.form.along):
             call(kernels.sum_parameters, plan.parameters, 1)
-        if training or plan.through:
-            self._give_back(call)
+        self._give_back(call)
 
     def _sum_columns(
         self, x: int, grad_out: int, gradients: int, mean: Parameter, invstd: Parameter, adds: int

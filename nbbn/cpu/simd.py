@@ -73,6 +73,11 @@ class Way(NamedTuple):
     masked: bool = False
 
     @property
+    def through(self) -> bool:
+        """As that of `nbbn.problem.Form`."""
+        return self.activation != "" and not self.residual
+
+    @property
     def alone(self) -> "Way":
         """The same without an activation and a residual."""
         return self._replace(activation="", residual=False)

@@ -112,7 +112,7 @@ def look_at_channel(rows, number, first, last, state, base, place, work, stored)
             found = total, rest, none, other, others, none
             while j + 2 * LANES <= end:
                 found = look_at_two(row, its, j, guess, guess, found, state, real)
-                at = write_normalized_lines(work, lines, at, at + 2 * LANES, stored)
+                at = write_normalized_lines(work, lines, at, at + 2 * LANES)
                 j += 2 * LANES
             total, rest, square, other, others, more = found
             while j < end:
@@ -124,7 +124,7 @@ def look_at_channel(rows, number, first, last, state, base, place, work, stored)
                     square = choose((1 << (end - j)) - 1, square, before)
                 j += LANES
             sum_squares = add_up(sum_squares, widen(square + more), splat(0.0), real)
-        work.written[k] = write_normalized_lines(work, lines, at, lines.end, stored)
+        work.written[k] = write_normalized_lines(work, lines, at, lines.end)
     total, rest = plus_sum(total, rest, other, others, real)
     store_sums(sums, base, add_to(sum_x, total, rest), always)
     store_sums(squares, base, sum_squares, both)
@@ -186,12 +186,12 @@ def multiply_channel(rows, number, first, last, state, base, place, work, stored
             ask_ahead(x, j, state.ahead)
             here = multiply_at(rows, k, j, last, whole, mean, those, here, state, stored)
             here = multiply_at(rows, k, j + LANES, last, whole, mean, those, here, state, stored)
-            at = write_gradient_lines(work, lines, at, at + 2 * LANES, stored)
+            at = write_gradient_lines(work, lines, at, at + 2 * LANES)
             j += 2 * LANES
         while j < last:
             here = multiply_at(rows, k, j, last, not whole, mean, those, here, state, stored)
             j += LANES
-        work.written[k] = write_gradient_lines(work, lines, at, lines.end, stored)
+        work.written[k] = write_gradient_lines(work, lines, at, lines.end)
     store_sums(sums, base, add_up(sum_dy, here[0], here[1], real), both)
     store_sums(products, base, add_up(sum_products, here[2], here[3], real), both)
 
@@ -243,7 +243,7 @@ def _look(name, look_at_channel, look_at_columns, lines_of, write_columns):
             begin, j = j, look_at_columns(rows, number, j, last, state, base, stored)
             if work.tile[1] > 0:
                 lines = lines_of(work, rows, k, begin, j, place, stored)
-                work.written[k] = write_columns(work, lines, work.written[k], stored)
+                work.written[k] = write_columns(work, lines, work.written[k])
                 k = 0 if k + 1 == number else k + 1
 
     return look
@@ -306,11 +306,11 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         to_x = (tile[0] - channel) * call.at_x.channel
         to_second = (tile[0] - channel) * call.at_second.channel
         width, room = plain(0), row_room(buffer)
-        gather_apart(call, call.x, call.at_x, row, number, channel, group, buffer, room, stored)
+        gather_apart(call, call.x, call.at_x, row, number, channel, group, buffer, room)
         dys = after(buffer, AT_ONCE * room)
         if reads > 1:
             at_grad_out = call.at_grad_out
-            gather_apart(call, call.grad_out, at_grad_out, row, number, channel, group, dys, room, stored)
+            gather_apart(call, call.grad_out, at_grad_out, row, number, channel, group, dys, room)
             if with_residual(stored):
                 gather_residual(call, row, number, channel, group, buffer, stored)
         for k in range(number):

@@ -1,4 +1,4 @@
-"""What a kernel is told: named tuples of integers, which Numba passes as so many separate parameters."""
+"""What a kernel is told: named tuples of numbers, which Numba passes as so many separate parameters."""
 
 from collections import namedtuple
 from typing import Any, NamedTuple
@@ -28,7 +28,9 @@ class Arrays(NamedTuple):
     x: Operand
     grad_out: Operand
     out: Operand  # also grad_x
-    stats: int  # float64[3, pools]: mean, var, invstd; backward: grad_weight, grad_bias
+    # float64[3, pools]: mean, var, invstd; backward: grad_weight, grad_bias, and what is lost of both where
+    # they are added to others
+    stats: int
     weight: Parameter
     bias: Parameter
     mean: Parameter  # backward: the batch mean; otherwise the running mean

@@ -343,11 +343,6 @@ class Plan:
             ("PARAMETER_SIZE", size),
         )
 
-    @property
-    def through(self) -> bool:
-        """Whether grad_x is computed from the gradient at an activation's result, not at its argument."""
-        return self.form.activation != "" and not self.form.residual
-
     def fused_names(self, form: Form) -> target.Names:
         """Return what a kernel does beside batch norm."""
         # Kept in 16 bits, the gradient at the argument would be rounded.
@@ -355,5 +350,5 @@ class Plan:
         return (
             ("ACTIVATION", self.form.activation),
             ("RESIDUAL", self.form.residual),
-            ("AGAIN", self.through and not kept),
+            ("AGAIN", self.form.through and not kept),
         )

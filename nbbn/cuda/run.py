@@ -29,7 +29,10 @@ CONSTANT: target.Names = (("CONSTANT", True),)
 
 
 class _Call:
-    """The launches of one operation, all of them compiled before the first is launched."""
+    """The launches of one operation, all of them compiled before the first is launched.
+
+    Within `with`: the memory that they work in is freed at its end, in the order of the stream.
+    """
 
     def __init__(self, run: "Run", stream: int, extras: Extras) -> None:
         self._run = run
@@ -38,12 +41,25 @@ class _Call:
         self._memory = target.Memory(run.nbytes, run.plan.barriers, stream)
         self.sums = self._memory.address + run.plan.sums
         self._mask = (0, 0, 0)
-        if run.mask is not None and extras.marks is not None:
-            mask = run.mask.words(extras.marks.kept)
-            at = self._memory.address + run.nbytes - mask.nbytes
-            target.write(at, mask, run.device, stream)
-            self._mask = at, at + mask.nbytes // 2, extras.marks.values
         self._launches: list[tuple[target.Launcher, Form, tuple[Any, ...]]] = []
+        if run.mask is not None and extras.marks is not None:
+            try:
+                self._take_mask(run.mask.words(extras.marks.kept), extras.marks.values)
+            except BaseException:
+                self._memory.free()
+                raise
+
+    def _take_mask(self, mask: np.ndarray, values: int) -> None:
+        """Copy a mask, of which so many values count, to the end of the memory."""
+        at = self._memory.address + self._run.nbytes - mask.nbytes
+        target.write(at, mask, self._run.device, self._stream)
+        self._mask = at, at + mask.nbytes // 2, values
+
+    def __enter__(self) -> "_Call":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._memory.free()
 
     def arrays(
         self,
@@ -113,7 +129,6 @@ class _Call:
         """Launch them all."""
         for launcher, form, arguments in self._launches:
             launcher(form.blocks, form.shared, self._stream, *arguments)
-        self._memory.free()
 
 
 # What reads the parameters of elements.
@@ -215,8 +230,7 @@ class Run:
     def stats(self, x: int, stats: int, extras: Extras = NOTHING, stream: int = 0) -> None:
         """Mean, var and (not used) invstd into float64[3, C] at `stats`."""
         plan = self.plan
-        with target.current(self.device):
-            call = _Call(self, stream, extras)
+        with target.current(self.device), _Call(self, stream, extras) as call:
             (of_x,) = plan.operands(x)
             arrays = call.arrays((of_x, of_x, of_x), stats)
             call.add(kernels.collect, plan.general, arrays)
@@ -245,8 +259,7 @@ class Run:
         """
         plan = self.plan
         numbers = Numbers(float(eps), float(momentum), float(correction))
-        with target.current(self.device):
-            call = _Call(self, stream, extras)
+        with target.current(self.device), _Call(self, stream, extras) as call:
             residual = [extras.residual] * plan.form.residual
             of_x, *beside, of_out = plan.operands(x, *residual, out)
             arrays = call.arrays((of_x, of_x, of_out), stats, weight, bias, mean, var)
@@ -275,8 +288,7 @@ class Run:
     ) -> None:
         """Evaluation: normalize with the running statistics."""
         plan = self.plan
-        with target.current(self.device):
-            call = _Call(self, stream, extras)
+        with target.current(self.device), _Call(self, stream, extras) as call:
             residual = [extras.residual] * plan.form.residual
             of_x, *beside, of_out = plan.operands(x, *residual, out)
             arrays = call.arrays((of_x, of_x, of_out), 0, weight, bias, mean, var)
@@ -305,8 +317,7 @@ class Run:
         """
         plan, across = self.plan, self.across
         names = ADDING[adds]
-        with target.current(self.device):
-            call = _Call(self, stream, extras)
+        with target.current(self.device), _Call(self, stream, extras) as call:
             residual = [extras.residual, extras.grad_residual] * plan.form.residual
             of_x, of_grad_out, *beside, of_grad_x = plan.operands(x, grad_out, *residual, grad_x)
             operands = [of_x, of_grad_out, of_grad_x]
@@ -331,7 +342,7 @@ class Run:
                     call.add(kernels.sum_gradients, plan.gradients, arrays, names=names)
                 # What the first pass has left of a residual takes the place of grad_out.
                 incoming = beside[-1] if beside else of_grad_out
-                if plan.through:
+                if plan.form.through:
                     call.add(kernels.apply, plan.general, fused, names=() if training else CONSTANT)
                 elif training:
                     call.add(kernels.apply, plan.general, arrays._replace(grad_out=incoming))

@@ -591,7 +591,11 @@ class Memory:
             raise MemoryError(f"{nbytes} bytes on the GPU: {status.name}")
         self.address = int(pointer)
         if zeros:
-            _checked(driver.cuMemsetD32Async(self.address, 0, zeros, stream))
+            try:
+                _checked(driver.cuMemsetD32Async(self.address, 0, zeros, stream))
+            except DeviceError:
+                self.free()
+                raise
 
     def free(self) -> None:
         """Free the memory as soon as the stream has come here."""
