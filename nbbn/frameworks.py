@@ -802,8 +802,8 @@ def place(
         if name in found and found[name].immutable:
             raise TypeError(
                 f"{name} must be an array that can be written to, got {kind_of(named[name])}, which is "
-                "immutable; functions such as batch_norm_forward return the output and the statistics, and write "
-                "to nothing"
+                "immutable; functions such as batch_norm_forward return the output and the statistics, and "
+                "write to nothing"
             )
     here = _place(found, found[called], x, device)
     views: list[Any] = []

@@ -2,9 +2,8 @@
 
 import math
 import pathlib
-import struct
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -352,7 +351,6 @@ class Plan:
         )  # the record holds its addresses: kept alive with the plan
         at = self._strides.ctypes.data
         out_bytes = size * self.count * self.channels
-        large = out_bytes >= STREAM_BYTES
         self.planes = tiling.outer * self.channels
         # Whether they are gone over in the order of memory, see kernels.normalize_planes.
         self.by_planes = (
@@ -387,51 +385,48 @@ class Plan:
         )
         self.outer = tiling.outer
         ahead = self._ahead(geometry, tiling, size)
-        fields: list[int] = []
-        for k, layout in enumerate(layouts, start=1):
+        values: dict[str, Any] = {}
+        for k, (name, layout) in enumerate(zip(Operands._fields, layouts, strict=False), start=1):
             joined = _joined(layout, geometry, size) or (
                 self.group == 1 and tiling.fold == 1 and (geometry.inner == 1 or layout.inner == size)
             )
             if tiling.fold > 1:
                 joined = joined and layout.outer[0] == self.channels * geometry.inner * size
             gather = TOGETHER if joined else self._scattered(layout, geometry, tiling, size)
-            fields += [layout.channel, layout.inner, at + 8 * dims * k, gather]
-        fields += [
-            dims,
-            at,
-            tiling.outer,
-            self.channels,
-            geometry.inner,
-            form.pool,
-            self.shared,
-            self.parameters,
-            int(form.centered),
-            int(self.through),
-            bits_pitch,
-            0 if geometry.inner == 1 and tiling.fold == 1 else -1,
-            self.along_room,
-            tiling.fold,
-            tiling.pieces,
-            tiling.width,
-            tiling.rows,
-            tiling.block,
-            tiling.chunk,
-            tiling.chunks,
-            int(self._single),
-            room,
-            self.group,
-            self.groups,
-            tiles,
-            slab,
-            ahead,
-            ahead,
-            int(large),
-            int(out_bytes >= STREAM_PLANES_BYTES),
-            once,
-            period,
-        ]
-        self.record = struct.pack(f"d{len(fields)}q", 1.0, *fields)
-        assert len(self.record) == np.dtype(PLAN).itemsize
+            values[f"at_{name}"] = layout.channel, layout.inner, at + 8 * dims * k, gather
+        values |= {
+            "one": 1.0,
+            "dims": dims,
+            "sizes": at,
+            "channels": self.channels,
+            "inner": geometry.inner,
+            "pool": form.pool,
+            "shared": self.shared,
+            "parameters": self.parameters,
+            "centered": form.centered,
+            "activates": self.through,
+            "bits_pitch": bits_pitch,
+            "bits_mask": 0 if geometry.inner == 1 and tiling.fold == 1 else -1,
+            "along_room": self.along_room,
+            **vars(tiling),
+            "single": self._single,
+            "room": room,
+            "group": self.group,
+            "groups": self.groups,
+            "tiles": tiles,
+            "slab": slab,
+            "ahead": ahead,
+            "ahead_of_dy": ahead,
+            "stream": out_bytes >= STREAM_BYTES,
+            "stream_planes": out_bytes >= STREAM_PLANES_BYTES,
+            "once": once,
+            "period": period,
+        }
+        record = np.zeros((), PLAN)
+        assert record.dtype.names is not None and values.keys() == set(record.dtype.names)
+        for name, value in values.items():
+            record[name] = value
+        self.record = record.tobytes()
 
     def _scattered(self, layout: Layout, geometry: Geometry, tiling: Tiling, size: int) -> int:
         """Return how the columns of a row lie in an array where they do not lie together."""

@@ -29,7 +29,7 @@ def power_above(number: int) -> int:
     return 1 << (max(1, number) - 1).bit_length()
 
 
-class Form(NamedTuple):
+class Grid(NamedTuple):
     """One way to go through the arrays."""
 
     threads: int  # of a block
@@ -150,10 +150,10 @@ class Plan:
                 return False
         return True
 
-    def _form(
+    def _grid(
         self, threads: int, lanes: int, part: int, parts: int, reads: int = 0, team: int = 1, teams: int = 0
-    ) -> Form:
-        """Return a form whose blocks take `part` elements of each channel of a tile, and keep them or not."""
+    ) -> Grid:
+        """Return a grid whose blocks take `part` elements of each channel of a tile, and keep them or not."""
         steps = divmod(threads // lanes * self.along, self.inner)
         tiles = self._tiles(lanes)
         cut = Cut(
@@ -163,7 +163,7 @@ class Plan:
         if self.form.alone != problem.BATCH or self._across:
             cut = FormCut(*cut, self.form.pool, self.parameters)
         shared = self._room(reads, threads) * -(-part // (threads // lanes * self.along))
-        return Form(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
+        return Grid(threads, lanes, self.columns, self.own, team * teams or tiles * parts, cut, reads, shared)
 
     def _room(self, reads: int, threads: int) -> int:
         """Return how many bytes of shared memory it takes to keep an access of every thread."""
@@ -185,20 +185,20 @@ class Plan:
             return min(LANES, threads, power_above(-(-self.channels // self.own)))
         return min(threads // min(threads, members), power_above(self.channels))
 
-    def _general(self) -> Form:
+    def _general(self) -> Grid:
         """Several blocks a tile of channels: as many as there is work for."""
         amount = self.outer * self.inner
         lanes = self._lanes(THREADS, self._useful(amount))
         chunk = THREADS // lanes * self.along * self.unrolled
         chunks = -(-amount // chunk)
         each = max(-(-chunks * self._tiles(lanes) // BLOCKS), -(-chunks // FINISHERS[-1]))
-        return self._form(THREADS, lanes, each * chunk, -(-chunks // each))
+        return self._grid(THREADS, lanes, each * chunk, -(-chunks // each))
 
-    def _finish(self) -> Form:
+    def _finish(self) -> Grid:
         """The parts of each channel, or of a pool of them, are pooled."""
         return self._finishing(self.pools, self.general.cut.parts * self.form.pool)
 
-    def _finishing(self, count: int, parts: int) -> Form:
+    def _finishing(self, count: int, parts: int) -> Grid:
         """Each of `count` has a thread for each of its parts, while there are threads."""
         members = next((threads for threads in FINISHERS if threads >= parts), FINISHERS[-1])
         threads = max(WARP, members)
@@ -206,10 +206,10 @@ class Plan:
         blocks = -(-count // lanes)
         return self.general._replace(threads=threads, lanes=lanes, columns=True, own=1, blocks=blocks)
 
-    def _gradients(self, parts: int) -> Form:
+    def _gradients(self, parts: int) -> Grid:
         """The parts of all channels that have a parameter are pooled likewise."""
-        form = self._finishing(self.parameters, parts * (self.channels // self.parameters))
-        return form._replace(cut=form.cut._replace(parts=parts))
+        grid = self._finishing(self.parameters, parts * (self.channels // self.parameters))
+        return grid._replace(cut=grid.cut._replace(parts=parts))
 
     def _resident_lanes(self, reads: int, count: int) -> int:
         """Return how many lanes a block has that keeps `count` elements of each of its channels."""
@@ -235,7 +235,7 @@ class Plan:
         """Return how many threads it is worth while to give to so many elements of a channel."""
         return power_above(-(-count // (self.along * ACCESSES)))
 
-    def _resident(self, reads: int) -> Form | None:
+    def _resident(self, reads: int) -> Grid | None:
         """Channels stay in shared memory, of one block or of a team; None where they do not fit."""
         device = target.properties(self.device)
         count = self.outer * self.inner
@@ -253,15 +253,15 @@ class Plan:
         if team == 1:
             threads = next(threads for most, threads in RESIDENT_THREADS if nbytes <= most)
             threads = max(WARP, lanes * self.own, min(threads, lanes * self._useful(count)))
-            form = self._form(threads, lanes, count, 1, reads)
-            return form if self._capacity(reads, threads, lanes) >= count else None
+            grid = self._grid(threads, lanes, count, 1, reads)
+            return grid if self._capacity(reads, threads, lanes) >= count else None
         if not device.cooperative:
             return None
         # One block of a team on a multiprocessor, so that all of them run at once.
         part = -(-count // team)
         part = -(-part // self.along) * self.along
-        form = self._form(threads, lanes, part, 1, reads, -(-count // part), teams)
-        return form if form.cut.team > 1 else None
+        grid = self._grid(threads, lanes, part, 1, reads, -(-count // part), teams)
+        return grid if grid.cut.team > 1 else None
 
     def operands(self, *addresses: int) -> list[Operand]:
         """Return the problem's arrays, which are at these addresses, as the kernels see them."""
@@ -274,19 +274,19 @@ class Plan:
     def _operand(layout: Layout, strides: int, address: int) -> Operand:
         return Operand(address + layout.offset, layout.channel, layout.inner, layout.outer[0], strides)
 
-    def _unrolled(self, form: Form) -> int:
+    def _unrolled(self, grid: Grid) -> int:
         """Return how many accesses to an array a thread has under way: with more, registers run out."""
-        if form.reads == 0:
+        if grid.reads == 0:
             return self.unrolled
         if self.width == 8:
-            return 3 - form.reads
-        if form.reads == 1:
-            return 4 - (form.teams > 0) * (1 + self.form.masked)
+            return 3 - grid.reads
+        if grid.reads == 1:
+            return 4 - (grid.teams > 0) * (1 + self.form.masked)
         return 2 if self.width > 1 else 4
 
-    def names(self, form: Form, aligned: bool) -> target.Names:
+    def names(self, grid: Grid, aligned: bool) -> target.Names:
         """Return what a kernel is compiled for: see `nbbn.cuda.kernels`."""
-        unrolled = self._unrolled(form)
+        unrolled = self._unrolled(grid)
         variant = (
             ("POOLED", self.form.pool > 1),
             ("PERIODIC", self.form.period > 0),
@@ -295,8 +295,8 @@ class Plan:
             ("ACROSS", self._across),
             ("MASKED", self.form.masked),
         )
-        members, along = form.threads // form.lanes, self.width // form.own
-        tile = form.lanes * form.own
+        members, along = grid.threads // grid.lanes, self.width // grid.own
+        tile = grid.lanes * grid.own
         return (
             ("stored", np.uint16 if self.storage is BFLOAT16 else self.storage.dtype.type),
             ("STORED", np.dtype(np.uint16) if self.size == 2 else self.storage.dtype),
@@ -311,19 +311,19 @@ class Plan:
             ("EVEN", self._dims == 1),
             ("EXACT", self.size == 8),
             ("ALIGNED", aligned and self.width > 1),
-            ("THREADS", form.threads),
-            ("COLUMNS", form.columns),
-            ("LANES", form.lanes),
+            ("THREADS", grid.threads),
+            ("COLUMNS", grid.columns),
+            ("LANES", grid.lanes),
             ("MEMBERS", members),
-            ("OWN", form.own),
+            ("OWN", grid.own),
             ("ALONG", along),
             ("TILE", tile),
-            ("WORKERS", form.threads // tile),
-            ("PITCH", tile if form.columns else 1),
-            ("OWN_TABLES", 5 * form.own),
+            ("WORKERS", grid.threads // tile),
+            ("PITCH", tile if grid.columns else 1),
+            ("OWN_TABLES", 5 * grid.own),
             ("TILE_TABLES", 5 * tile),
-            ("READS", form.reads),
-            ("TEAMS", form.teams > 0),
+            ("READS", grid.reads),
+            ("TEAMS", grid.teams > 0),
             ("RADIX", RADIX),
             *variant,
         )
@@ -343,10 +343,10 @@ class Plan:
             ("PARAMETER_SIZE", size),
         )
 
-    def fused_names(self, form: Form) -> target.Names:
+    def fused_names(self, grid: Grid) -> target.Names:
         """Return what a kernel does beside batch norm."""
         # Kept in 16 bits, the gradient at the argument would be rounded.
-        kept = form.reads > 0 and self.size > 2
+        kept = grid.reads > 0 and self.size > 2
         return (
             ("ACTIVATION", self.form.activation),
             ("RESIDUAL", self.form.residual),

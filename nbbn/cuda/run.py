@@ -15,7 +15,7 @@ from nbbn.arrays import ABSENT
 from nbbn.compiler import Step
 from nbbn.cuda import kernels, target
 from nbbn.cuda.call import AnyArrays, Arrays, FusedArrays, MaskedArrays, Numbers, Operand, Parameter
-from nbbn.cuda.plan import THREADS, Form, Plan
+from nbbn.cuda.plan import THREADS, Grid, Plan
 from nbbn.frameworks import view
 from nbbn.geometry import Geometry, Layout, canonical
 from nbbn.problem import NOTHING, Extras, Marks, Problem
@@ -41,7 +41,7 @@ class _Call:
         self._memory = target.Memory(run.nbytes, run.plan.barriers, stream)
         self.sums = self._memory.address + run.plan.sums
         self._mask = (0, 0, 0)
-        self._launches: list[tuple[target.Launcher, Form, tuple[Any, ...]]] = []
+        self._launches: list[tuple[target.Launcher, Grid, tuple[Any, ...]]] = []
         if run.mask is not None and extras.marks is not None:
             try:
                 self._take_mask(run.mask.words(extras.marks.kept), extras.marks.values)
@@ -108,27 +108,27 @@ class _Call:
     def add(
         self,
         kernel: Kernel,
-        form: Form,
+        grid: Grid,
         arrays: AnyArrays,
         *numbers: Numbers,
         plan: Plan | None = None,
         names: target.Names = (),
     ) -> None:
         """Launch a kernel after those that were added before, compiled for these names too."""
-        arguments = (arrays, form.cut, *numbers)
+        arguments = (arrays, grid.cut, *numbers)
         plan = plan or self._run.plan
         if plan.form.along and kernel in ELEMENTWISE:
             names += plan.affine_names(arrays.weight, arrays.bias)
         if isinstance(arrays, FusedArrays):
-            names += plan.fused_names(form)
+            names += plan.fused_names(grid)
         aligned = arrays.together % plan.access == 0
-        launcher = self._run.launcher(kernel, plan, form, aligned, names, arguments)
-        self._launches.append((launcher, form, arguments))
+        launcher = self._run.launcher(kernel, plan, grid, aligned, names, arguments)
+        self._launches.append((launcher, grid, arguments))
 
     def launch(self) -> None:
         """Launch them all."""
-        for launcher, form, arguments in self._launches:
-            launcher(form.blocks, form.shared, self._stream, *arguments)
+        for launcher, grid, arguments in self._launches:
+            launcher(grid.blocks, grid.shared, self._stream, *arguments)
 
 
 # What reads the parameters of elements.
@@ -207,17 +207,17 @@ class Run:
         self,
         kernel: Kernel,
         plan: Plan,
-        form: Form,
+        grid: Grid,
         aligned: bool,
         names: target.Names,
         arguments: tuple[Any, ...],
     ) -> target.Launcher:
         """Return a kernel of this problem, compiled."""
-        key = kernel, plan is self.plan, form.threads, form.teams > 0, aligned, names
+        key = kernel, plan is self.plan, grid.threads, grid.teams > 0, aligned, names
         try:
             return self._launchers[key]
         except KeyError:
-            names = plan.names(form, aligned) + names
+            names = plan.names(grid, aligned) + names
             found = target.launcher(kernel, names, target.signature(arguments), self.device)
             self._launchers[key] = found
             return found
