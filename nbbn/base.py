@@ -399,7 +399,8 @@ def _stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return numbers of any type in a module's, rounded once, or raise a TypeError."""
     if array.dtype == np.float64:
         return narrowed(array, dtype)
-    return array.astype(dtype, casting="same_kind")
+    with np.errstate(all="ignore"):
+        return array.astype(dtype, casting="same_kind")
 
 
 def _count(name: str, array: np.ndarray) -> np.ndarray:

@@ -70,13 +70,15 @@ def widened(values: np.ndarray) -> np.ndarray:
 
 
 def narrowed(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return float64 values in a supported type, rounded once."""
+    """Return float64 values in a supported type, rounded once; as in a kernel, no warning where it ends."""
     if storage_of(dtype) is not BFLOAT16:
-        return np.asarray(values.astype(dtype))
+        with np.errstate(all="ignore"):
+            return np.asarray(values.astype(dtype))
     # Rounded to 8 bits here: by way of float32, as ml_dtypes does it, they would be rounded twice.
     exponent = np.frexp(values)[1]
     exponent = np.maximum(exponent, -125)  # below, numbers are subnormal, and have fewer bits
-    rounded = np.ldexp(np.rint(np.ldexp(values, 8 - exponent)), exponent - 8).astype(np.float32)
+    with np.errstate(all="ignore"):
+        rounded = np.ldexp(np.rint(np.ldexp(values, 8 - exponent)), exponent - 8).astype(np.float32)
     return np.asarray((rounded.view(np.uint32) >> np.uint32(16)).astype(np.uint16).view(dtype))
 
 

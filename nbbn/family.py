@@ -24,7 +24,7 @@ from nbbn.compiler import Step, in_one
 from nbbn.dispatch import find
 from nbbn.dtypes import STATISTICS, storage_of
 from nbbn.frameworks import CPU, HOST, Array, Place, place
-from nbbn.functional import evaluate, runner, threads_for
+from nbbn.functional import evaluate, run_of, threads_for
 from nbbn.geometry import Strides
 from nbbn.problem import Form
 
@@ -161,7 +161,7 @@ def _copy(here: Place, source: np.ndarray, target: np.ndarray) -> None:
     """Copy, where the arrays are: what is normalized with a mean of 0 and a variance of 1 is what it was."""
     if source.ndim == 0:
         source, target = source.reshape(1), target.reshape(1)
-    run = runner(here, source.shape, 0, (source.strides, target.strides), source.dtype)
+    run = run_of(source, 0, (source.strides, target.strides), here)
     run.evaluate(address(source), address(target), ABSENT, ABSENT, ABSENT, ABSENT, 0.0)
 
 
@@ -1182,7 +1182,7 @@ def _update_running(
     On the CPU copies of them are updated; return the steps that take these over.
     """
     mean, var = stats[0], stats[1]
-    run = runner(here, mean.shape, 1, (mean.strides, mean.strides), STATISTICS)
+    run = run_of(mean, 1, (mean.strides, mean.strides), here)
     room = here.room(mean.shape, STATISTICS)
     unused = here.room((3, mean.shape[1]), STATISTICS)
     unbiased = here.room(mean.shape, STATISTICS)

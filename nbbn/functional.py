@@ -97,14 +97,6 @@ def threads_for(here: Place, size: int) -> int:
     return 1 if size <= SERIAL_ELEMENTS or here.device != CPU else pool.threads()
 
 
-def runner(
-    here: Place, shape: tuple[int, ...], axis: int, strides: tuple[Strides, ...], dtype: np.dtype
-) -> Any:
-    """Return what runs the stages of batch normalization on such arrays."""
-    threads = threads_for(here, math.prod(shape))
-    return here.on_stream(find(shape, axis, strides, dtype, threads, here.device))
-
-
 def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place, form: Form = BATCH) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
     threads = threads_for(here, x.size)

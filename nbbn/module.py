@@ -396,14 +396,13 @@ class BatchNorm(Tracking):
                     self.bias,
                     self.eps,
                     self.axis,
-                    None,
-                    self.running_mean,
-                    self.running_var,
-                    self._momenta()[0],
-                    self.correction,
-                    self.num_features,
-                    self._counting(),
-                    fused,
+                    running_mean=self.running_mean,
+                    running_var=self.running_var,
+                    momentum=self._momenta()[0],
+                    correction=self.correction,
+                    features=self.num_features,
+                    then=self._counting(),
+                    fused=fused,
                 )
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2], training=True, fused=fused)
@@ -477,15 +476,14 @@ class BatchNorm(Tracking):
                 bias,
                 self.eps,
                 self.axis,
-                None,
-                mean,
-                var,
-                momenta[0],
-                self.correction,
-                self.num_features,
+                running_mean=mean,
+                running_var=var,
+                momentum=momenta[0],
+                correction=self.correction,
+                features=self.num_features,
                 fused=fused,
             )
-        if use:
+        if use:  # the batch's own statistics, which update the running ones, are all that was wanted of it
             running = self.running_mean, self.running_var
             out, here = evaluate(x, *running, self.weight, self.bias, self.eps, self.axis, fused=fused)
             saved = _Saved(x, *self._columns.constants(*running, self.eps, here), False, None, fused)
@@ -611,10 +609,10 @@ class BatchNorm(Tracking):
         for name in STATISTICS:
             self._columns.check(name, getattr(self, name))
         with self._lock:
-            with np.errstate(over="ignore"):  # float16 ends at 65504
-                mean = narrowed(stats.mean, self._columns.view("running_mean", self.running_mean).dtype)
+            mean = narrowed(stats.mean, self._columns.view("running_mean", self.running_mean).dtype)
+            with np.errstate(over="ignore"):
                 var = stats.var * (stats.count / (stats.count - self.correction))
-                var = narrowed(var, self._columns.view("running_var", self.running_var).dtype)
+            var = narrowed(var, self._columns.view("running_var", self.running_var).dtype)
             counter = self.num_batches_tracked
             counting = () if counter is None else (partial(counter.fill, used),)
             self._take_over(mean, var, counting, self._columns.write)

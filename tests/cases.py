@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+import pytest
 from numpy.lib.stride_tricks import as_strided, sliding_window_view
 
 import reference
@@ -347,3 +348,9 @@ VECTOR_LAYOUTS = {
     "broadcast": lambda a: np.broadcast_to(a[:1], a.shape),
 }
 """For weight, bias and statistics."""
+
+
+def in_every_layout(test):
+    """Parametrize by the types of x and the layouts that any array can have."""
+    types = pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+    return types(pytest.mark.parametrize("layout", LAYOUTS)(test))

@@ -94,7 +94,7 @@ def assert_like(out, x):
     assert out.flags.writeable
 
 
-def _out_of(result, out, x):
+def out_of(result, out, x):
     """The array that a call returned: the caller's own, or a fresh one."""
     if out is not None:
         assert result is out
@@ -133,7 +133,7 @@ def check_forward(x, weight=None, bias=None, *, eps=1e-5, axis=1, out=None, chan
     with unchanged(*inputs):
         result = nbbn.batch_norm_forward(x, weight, bias, eps=eps, axis=axis, out=out)
     assert result._fields == ("out", "mean", "var", "invstd", "count")
-    _out_of(result.out, out, x)
+    out_of(result.out, out, x)
     check_statistics(result, expected, x.dtype, channels)
     assert result.invstd.dtype == np.float64
     invstd, actual = (
@@ -167,7 +167,7 @@ def check_evaluation(
         out[...] = np.nan
     with unchanged(None if out is x else x, *inputs):
         result = nbbn.batch_norm(x, *inputs, eps=eps, axis=axis, out=out)
-    _out_of(result, out, x)
+    out_of(result, out, x)
     actual = _chosen(channels, axis, result)[0]
     tolerance = reference.out_tolerance(expected, x.dtype)
     assert_within("out", rows(actual, axis), expected.out, tolerance)
@@ -200,7 +200,7 @@ def check_backward(
             grad_out, x, weight, mean=mean, invstd=invstd, axis=axis, training=training, out=out
         )
     assert result._fields == ("x", "weight", "bias")
-    _out_of(result.x, out, x)
+    out_of(result.x, out, x)
     for name, tolerance in (
         ("bias", reference.grad_bias_tolerance(expected, x.dtype)),
         ("weight", reference.grad_weight_tolerance(expected, x.dtype)),
@@ -243,7 +243,7 @@ def check_training(
         result = nbbn.batch_norm(
             x, running_mean, running_var, weight, bias, True, momentum, eps, axis=axis, out=out
         )
-    _out_of(result, out, x)
+    out_of(result, out, x)
     assert_within("out", rows(result, axis), expected.out, reference.out_tolerance(expected, x.dtype))
     if running_mean is not None:
         tolerance = reference.mean_tolerance(expected)

@@ -8,7 +8,7 @@ import numpy as np
 import nbbn
 import reference
 from cases import Shape, activations, parameter
-from checks import assert_like, assert_same_bits, assert_within, check_running, unchanged
+from checks import assert_same_bits, assert_within, check_running, out_of, unchanged
 
 NORMS = ("layer", "rms", "instance", "group")
 
@@ -202,15 +202,6 @@ def in_rows(case, array, values):
     return values.reshape(-1, 1)
 
 
-def _out_of(result, out, x):
-    """The array that a call returned: the caller's own, or a fresh one."""
-    if out is not None:
-        assert result is out
-    else:
-        assert_like(result, x)
-        assert not np.may_share_memory(result, x)
-
-
 def check_forward(case, x, weight=None, bias=None, *, eps=1e-5, out=None):
     """Call both functions and hold all that they return against the oracle; return …_forward's result."""
     of = case.rows
@@ -221,7 +212,7 @@ def check_forward(case, x, weight=None, bias=None, *, eps=1e-5, out=None):
     with unchanged(weight, bias, *(() if out is x else (x,))):
         result = case.forward(x, weight, bias, eps=eps, out=out)
     assert result._fields == ("out", "mean", "var", "invstd", "count")
-    _out_of(result.out, out, x)
+    out_of(result.out, out, x)
     assert type(result.count) is int and result.count == expected.count
     tolerances = {
         "mean": reference.mean_tolerance(expected),
@@ -241,7 +232,7 @@ def check_forward(case, x, weight=None, bias=None, *, eps=1e-5, out=None):
         else:
             out[...] = np.nan
     alone = case.call(x, weight, bias, eps=eps, out=out)
-    _out_of(alone, out, x)
+    out_of(alone, out, x)
     assert_same_bits(alone.copy(), values)
     return result
 
@@ -257,7 +248,7 @@ def check_backward(case, grad_out, x, weight=None, *, mean, invstd, out=None):
     with unchanged(*inputs, weight, mean, invstd):
         result = case.backward(grad_out, x, weight, mean=mean, invstd=invstd, out=out)
     assert result._fields == ("x", "weight", "bias")
-    _out_of(result.x, out, x)
+    out_of(result.x, out, x)
     for name, scale in zip(("weight", "bias"), expected.scales, strict=True):
         values = getattr(result, name)
         if case.norm == "rms" and name == "bias":

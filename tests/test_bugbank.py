@@ -32,6 +32,7 @@ from cases import (
     STRADDLING,
     Shape,
     activations,
+    in_every_layout,
     odd_strides_of_ones,
     permutations,
     read_only,
@@ -188,12 +189,6 @@ def check(call, layout=np.ascontiguousarray):
 def check_row(row, rng, dtype, layout):
     for one in bank.ROWS[row](rng, dtype):
         check(one, LAYOUTS[layout])
-
-
-def in_every_layout(test):
-    """Parametrize by the types of x and the layouts that any array can have."""
-    types = pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-    return types(pytest.mark.parametrize("layout", LAYOUTS)(test))
 
 
 IN_EVERY_TYPE = pytest.mark.parametrize("dtype", DTYPES, ids=type_id)

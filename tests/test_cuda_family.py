@@ -2,8 +2,7 @@
 
 import pytest
 
-# Bytes of shared memory: as usual; so few that channels are shared by teams, or kept nowhere.
-SHARED = (None, 1200, 1)
+from test_cuda_fused import SHARED
 
 
 @pytest.mark.parametrize("shared", SHARED)

@@ -21,6 +21,12 @@ def simulate(python):
     return run
 
 
+def interleaved(simulate, seed, check):
+    """Run a check in the emulator, where a seed decides on the order of the blocks."""
+    pytest.importorskip("greenlet")
+    return simulate(f"simulated.emulate({seed})\nsimulated.check_{check}\nprint(True)")
+
+
 @pytest.mark.parametrize("index", SIMULATED)
 def test_against_the_oracle(simulate, seed, index):
     dtype = type_id(DTYPES[(SIMULATED.index(index) + seed) % len(DTYPES)])
@@ -29,9 +35,7 @@ def test_against_the_oracle(simulate, seed, index):
 
 @pytest.mark.parametrize("check", ["teams({seed})", "shapes({seed})"])
 def test_interleaved_blocks(simulate, seed, check):
-    pytest.importorskip("greenlet")
-    line = f"simulated.emulate({seed})\nsimulated.check_{check.format(seed=seed)}\nprint(True)"
-    assert simulate(line)
+    assert interleaved(simulate, seed, check.format(seed=seed))
 
 
 def test_the_shapes_go_through_all_forms(simulate):
@@ -50,12 +54,9 @@ def test_the_shapes_go_through_all_forms(simulate):
     "check", ["constants()", "offsets({seed})", "isolation({seed})", "bits({seed})", "running({seed})"]
 )
 def test_properties(simulate, seed, check):
-    pytest.importorskip("greenlet")
-    line = f"simulated.emulate({seed})\nsimulated.check_{check.format(seed=seed)}\nprint(True)"
-    assert simulate(line)
+    assert interleaved(simulate, seed, check.format(seed=seed))
 
 
 @pytest.mark.parametrize("check", ["roundings", "cancellation"])
 def test_sixteen_bits(simulate, seed, check):
-    pytest.importorskip("greenlet")
-    assert simulate(f"simulated.emulate({seed})\nsimulated.check_{check}({seed})\nprint(True)")
+    assert interleaved(simulate, seed, f"{check}({seed})")

@@ -147,7 +147,7 @@ def test_a_round_of_batches_shows_every_image_once(digits):
     assert len({image.tobytes() for image in seen}) == len(seen)
 
 
-def test_both_networks_start_from_the_same_weights(digits):
+def test_both_networks_start_from_the_same_weights():
     plain, normed = demo.build(SHORT).values()
     for name in ("convolution1", "convolution2", "dense"):
         first, second = plain.layers[name].weight, normed.layers[name].weight

@@ -481,7 +481,7 @@ def test_running_statistics(rng, case, momentum, dtype):
             assert (bits(mean), bits(var)) == before
 
 
-def test_running_variance_is_unbiased(rng):
+def test_running_variance_is_unbiased():
     """n = 2: the factor is 2. Two samples with variances 1 and 9: (2 + 18) / 2."""
     x = np.array([[[3.0, 5.0]], [[-1.0, -7.0]]])
     mean, var = np.zeros(1), np.zeros(1)

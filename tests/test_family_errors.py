@@ -345,7 +345,7 @@ def test_out_that_overlaps_a_parameter(rng, function, name, place):
         raises_and_writes_nothing(getattr(nbbn, function), arguments, ValueError, name)
 
 
-def test_running_statistics_that_overlap(rng):
+def test_running_statistics_that_overlap():
     both = np.ones(9)
     arguments = good("instance_norm") | {"running_mean": both[:6], "running_var": both[3:]}
     raises_and_writes_nothing(nbbn.instance_norm, arguments, ValueError, "running_var")

@@ -430,7 +430,7 @@ def test_in_place(rng, dtype):
         )
 
 
-def test_threads(rng, python):
+def test_threads(python):
     code = """
 import numba, numpy as np, nbbn, hashlib
 rng = np.random.default_rng(7)

@@ -351,7 +351,23 @@ def test_the_other_byte_order_is_refused(rng):
     )
 
 
-def test_modules_of_bfloat16_round_once(rng):
+def test_modules_of_float16_say_nothing_where_it_ends():
+    """As kernels do not: gradients and states become infinite, or 0, whatever NumPy is told about errors."""
+    norm = nbbn.BatchNorm(1, dtype="float16")
+    x = np.ones((70_000, 1), np.float16)
+    with np.errstate(all="raise"):
+        norm(x)
+        norm.backward(x)
+        assert norm.grad_bias.tolist() == [np.inf]
+        norm.backward(x[:1].astype(np.float16).repeat(70_000, 0) * np.float16(2.0**-24))
+        for dtype in (np.float32, np.float64):
+            norm.load_state_dict({**norm.state_dict(), "running_var": np.array([1e5], dtype)})
+            assert norm.running_var.tolist() == [np.inf]
+        norm.load_state_dict({**norm.state_dict(), "running_mean": np.array([1e-9])})
+        assert norm.running_mean.tolist() == [0.0]
+
+
+def test_modules_of_bfloat16_round_once():
     """By way of float32 the first of these would be a tie, and go to 1."""
     above = 1 + 2.0**-8 + 2.0**-30
     norm = nbbn.BatchNorm(1, dtype="bfloat16")

@@ -6,15 +6,9 @@ import pytest
 import nbbn
 import reference
 from bank import simulated
-from cases import DTYPES, LAYOUTS, Shape, activations, parameter, running_statistics, type_id
+from cases import LAYOUTS, Shape, activations, in_every_layout, parameter, running_statistics
 from checks import assert_same_bits, assert_within
 from reference import column, finfo, rows, unit
-
-
-def in_every_layout(test):
-    types = pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
-    return types(pytest.mark.parametrize("layout", LAYOUTS)(test))
-
 
 # --- identities that hold to the bit ---------------------------------------------------------------
 #

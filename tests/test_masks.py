@@ -447,7 +447,7 @@ def test_errors(given, error, message):
     assert state == {name: bits(value) for name, value in bn.state_dict().items()}
 
 
-def test_one_value(rng):
+def test_one_value():
     one = np.zeros((4, 5), bool)
     one[2, 3] = True
     bn = nbbn.BatchNorm(3)

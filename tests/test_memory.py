@@ -121,7 +121,7 @@ def content(holder):
 
 
 @pytest.mark.parametrize("name", HOLDERS)
-def test_memory_that_is_seen_is_not_used(rng, x, name):
+def test_memory_that_is_seen_is_not_used(x, name):
     out = normalize(x)
     start, end = place(out), place(out) + out.nbytes
     holder = HOLDERS[name](out)

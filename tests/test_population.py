@@ -296,7 +296,7 @@ def test_options_are_checked_before_the_first_batch():
     assert len(list(batches)) == 1
 
 
-def test_threads(rng):
+def test_threads():
     """Each reads statistics that belong together, and so does who folds."""
     bn = nbbn.BatchNorm(2, dtype="float64", correction=0, eps=0.0)
     parts = [np.array([[-s, -s], [s, s]]) + s for s in (1.0, 2.0, 4.0)]

@@ -117,7 +117,7 @@ def test_a_buffer_that_is_also_a_parameter(rng, statistic, parameter_name):
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
-def test_constant_batches_converge_without_error(rng, momentum):
+def test_constant_batches_converge_without_error(momentum):
     """(1 - momentum) · old + momentum · new, where both are equal, may round but not drift."""
     x = np.full((4, 2, 3), 0.1, np.float64)
     mean, var = np.full(2, 0.1), np.zeros(2)
