@@ -41,7 +41,9 @@ class NormForward(NamedTuple):
         Of x's kind, shape, dtype and memory layout.
     mean, var, invstd : array
         float64 (in JAX without x64: float32): mean, biased variance, and 1 / sqrt(var + eps) of all that
-        is normalized together. Of RMS normalization the mean is 0, and var the mean square.
+        is normalized together. Of RMS normalization the mean is 0, and var the mean square. The shape is
+        that of x without its last dimensions, for layer and RMS normalization; (N, num_groups) for group
+        and (N, C) for instance normalization.
     count : int
         How many values are normalized together; 0 where x is empty.
     """
@@ -601,7 +603,7 @@ def layer_norm_backward(
     invstd: Array,
     out: Array | None = None,
 ) -> NormGradients:
-    """The gradients of layer normalization.
+    """The gradients of layer normalization [1]_.
 
     With x_hat = (x - mean) · invstd, g = grad_out · weight, and means over what is normalized together::
 
@@ -619,7 +621,8 @@ def layer_norm_backward(
     weight : array, optional
         As in `nbbn.layer_norm`.
     mean, invstd : array
-        What x was normalized with, as `layer_norm_forward` returns it.
+        What x was normalized with, as `layer_norm_forward` returns it: float32, float64 or x's type, of the
+        shape of x without its last dimensions.
     out : array, optional
         Where to write grad_x: of x's shape and dtype, any strides. May be x itself.
 
@@ -632,6 +635,10 @@ def layer_norm_backward(
     ------
     TypeError, ValueError, nbbn.DeviceError
         As `layer_norm`.
+
+    References
+    ----------
+    .. [1] J. L. Ba, J. R. Kiros and G. E. Hinton, arXiv 1607.06450, section 3, differentiated.
 
     Examples
     --------
@@ -758,7 +765,7 @@ def rms_norm_backward(
     invstd: Array,
     out: Array | None = None,
 ) -> NormGradients:
-    """The gradients of RMS normalization: those of layer normalization with a mean of 0 that is a constant.
+    """The gradients of RMS normalization [1]_: of layer normalization with a mean of 0 that is a constant.
 
     With x_hat = x · invstd, g = grad_out · weight, and means over what is normalized together::
 
@@ -776,7 +783,8 @@ def rms_norm_backward(
     weight : array, optional
         As in `nbbn.layer_norm_backward`.
     invstd : array
-        As in `nbbn.layer_norm_backward`.
+        What x was normalized with, as `rms_norm_forward` returns it: float32, float64 or x's type, of the
+        shape of x without its last dimensions.
     out : array, optional
         As in `nbbn.layer_norm_backward`.
 
@@ -789,6 +797,10 @@ def rms_norm_backward(
     ------
     TypeError, ValueError, nbbn.DeviceError
         As `rms_norm`.
+
+    References
+    ----------
+    .. [1] B. Zhang and R. Sennrich, arXiv 1910.07467, equation 4, differentiated.
 
     Examples
     --------
@@ -931,7 +943,7 @@ def group_norm_backward(
     axis: int = 1,
     out: Array | None = None,
 ) -> NormGradients:
-    """The gradients of group normalization.
+    """The gradients of group normalization [1]_.
 
     As those of `layer_norm_backward`, with means over the values of a group, and grad_weight and grad_bias
     sums over all values of a channel.
@@ -947,7 +959,8 @@ def group_norm_backward(
     weight : array, optional
         As in `nbbn.group_norm`.
     mean, invstd : array
-        Shape (N, num_groups): what x was normalized with, as `group_norm_forward` returns it.
+        What x was normalized with, as `group_norm_forward` returns it: float32, float64 or x's type, of
+        shape (N, num_groups).
     axis : int, default 1
         As in `nbbn.group_norm`.
     out : array, optional
@@ -962,6 +975,10 @@ def group_norm_backward(
     ------
     TypeError, ValueError, nbbn.DeviceError
         As `group_norm`.
+
+    References
+    ----------
+    .. [1] Y. Wu and K. He, arXiv 1803.08494, section 3.1, differentiated.
 
     Examples
     --------
@@ -1217,7 +1234,7 @@ def instance_norm_backward(
     axis: int = 1,
     out: Array | None = None,
 ) -> NormGradients:
-    """The gradients of instance normalization.
+    """The gradients of instance normalization [1]_.
 
     Those of `nbbn.batch_norm_backward` in training, of each sample for itself; grad_weight and grad_bias are
     sums over the samples. If x was normalized with running statistics, `nbbn.batch_norm_backward` with
@@ -1232,7 +1249,8 @@ def instance_norm_backward(
     weight : array, optional
         As in `nbbn.instance_norm`.
     mean, invstd : array
-        Shape (N, C): what x was normalized with, as `instance_norm_forward` returns it.
+        What x was normalized with, as `instance_norm_forward` returns it: float32, float64 or x's type, of
+        shape (N, C).
     axis : int, default 1
         As in `nbbn.instance_norm`.
     out : array, optional
@@ -1247,6 +1265,10 @@ def instance_norm_backward(
     ------
     TypeError, ValueError, nbbn.DeviceError
         As `instance_norm`.
+
+    References
+    ----------
+    .. [1] D. Ulyanov, A. Vedaldi and V. Lempitsky, arXiv 1607.08022, equation 2, differentiated.
 
     Examples
     --------
