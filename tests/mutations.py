@@ -475,8 +475,8 @@ MUTATIONS = [
         "last-group",
         "the last group of channels, of fewer than the others, is left out",
         "cpu/plan.py",
-        "self.groups = -(-geometry.channels // self.group)",
-        "self.groups = max(1, geometry.channels // self.group)",
+        "self.groups = -(-self.channels // group)",
+        "self.groups = max(1, self.channels // group)",
         24,
         ("test_bugbank.py::test_row_24_channels[contiguous-float32]",),
     ),
@@ -689,10 +689,10 @@ MUTATIONS = [
         "chunks-by-threads",
         "how sums are cut up depends on the number of threads",
         "cpu/plan.py",
-        "tiling = tile(geometry, size, not (across or turned))\n",
-        "tiling = tile(geometry, size, not (across or turned))\n"
+        "self._tiling = tiling = tile(geometry, self._size, not (across or turned))\n",
+        "self._tiling = tiling = tile(geometry, self._size, not (across or turned))\n"
         "        if threads == 1:\n"
-        '            tiling = Tiling(**vars(tiling) | {"chunk": tiling.rows, "chunks": 1})\n',
+        '            self._tiling = tiling = Tiling(**vars(tiling) | {"chunk": tiling.rows, "chunks": 1})\n',
         44,
         ("test_reproducible.py::test_every_number_of_threads[32x3x112x112@1-float32]",),
     ),

@@ -290,7 +290,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
     # Long channels are summed one by one, each into LANES columns, or a whole set of them.
     single = call.single == 1
     width = LANES if single else call.inner
-    mask = 0 if single else -1
+    sums_mask = 0 if single else -1
     shared = call.shared
     channels, group = group, group // shared
     span = call.fold * group * width
@@ -320,7 +320,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
         state = Look(
             column_guesses, (sums, lost), (squares, squares_lost), call.one, call.ahead, call.bits_mask
         )
-        look_down(call, first, last, channel, channels, buffer, state, mask, tile, stored)
+        look_down(call, first, last, channel, channels, buffer, state, sums_mask, tile, stored)
         if count == 0.0:
             continue
         to_channels(call, group, width, sums, lost, real)
@@ -341,7 +341,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
             fill(again, span, 0.0)
             fill(squares_lost, span, 0.0)
             state = to_columns(call, group, width, sums, columns), (again, squares_lost)
-            square_down(call, first, last, channel, channels, buffer, state, mask, stored)
+            square_down(call, first, last, channel, channels, buffer, state, sums_mask, stored)
             to_channels(call, group, width, again, squares_lost, real)
             for g in range(0, group, LANES):
                 anew = about_mean(load(again, g) + load(squares_lost, g), load(lost, g), count)
@@ -804,7 +804,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     real = wide(stored)
     single = call.single == 1
     width = LANES if single else call.inner
-    mask = 0 if single else -1
+    sums_mask = 0 if single else -1
     span = call.fold * group * width
     partials = partials_of(call, chunk, channel)
     mean_of_channel = scratch(ROOM, np.float64)
@@ -835,7 +835,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
         real(call.slope),
         numbers,
     )
-    look_down_both(call, begin, end, channel, group, buffer, state, mask, tile, stored)
+    look_down_both(call, begin, end, channel, group, buffer, state, sums_mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)
     if across(stored) and call.chunks == 1:  # nothing to be added to: as `pool_gradients` leaves them

@@ -258,31 +258,44 @@ class Plan:
         across: bool = False,
         turned: bool = False,
     ) -> None:
-        size = storage.dtype.itemsize
         way = way_for(form, across, turned)
         self.stored = stored_as(storage.name, way)
         self.plain = stored_as(storage.name, way.alone)
-        self.through = form.through
         self.threads = threads
+        self.through = form.through
         self.channels = geometry.channels
-        # Whether short channels are copied to where an element of each lies side by side.
-        self.turned = turned
         self.sets = self.channels // form.pool
         self.parameters = form.period or self.channels
-        tiling = tile(geometry, size, not (across or turned))
+        self._geometry, self._form, self._across, self._turned = geometry, form, across, turned
+        self._size = storage.dtype.itemsize
+        self._operands = Operands.of(geometry.layouts, form)
+        self._tiling = tiling = tile(geometry, self._size, not (across or turned))
         self._single = tiling.fold == 1 and (self.channels == 1 or _alone(tiling.outer, geometry.inner))
+        self.outer, self.rows, self.chunks = tiling.outer, tiling.rows, tiling.chunks
         self.count = tiling.outer * geometry.inner
-        operands = Operands.of(geometry.layouts, form)
-        backward = operands.backward
+        self.planes = tiling.outer * self.channels
+        offsets = (layout.offset for layout in self._operands.layouts)
+        self.offset_x, self.offset_grad_out, self.offset_out, *more = offsets
+        self.offset_second, self.offset_residual, self.offset_mask = more
+        values = self._tasks() | self._rooms() | self._orders()
+        # The record holds addresses in this: kept alive with the plan.
+        self._strides = np.array([geometry.sizes, *(a.outer for a in self._operands.layouts)], np.int64)
+        self.record = self._record(values)
+
+    def _tasks(self) -> dict[str, int]:
+        """Decide what is a task, and whether a task's channels stay in cache until they are written."""
+        geometry, tiling, form, size = self._geometry, self._tiling, self._form, self._size
+        backward = self._operands.backward
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
-        self.group, self.resident = self._schedule(geometry, tiling, size, element)
+        group, self.resident = self._schedule(element)
         # Weights and biases that fill half of L2 are read once for many rows, not once for each.
         beside = 2 * max(size, FLOAT32_BYTES) * geometry.inner
         if form.along and not backward and beside >= L2_BYTES // 2:
             self.resident = False
-        if self.resident and _follow(geometry, operands, size):
-            self.group = max(self.group, self._several(geometry, tiling, form, size, element))
+        follow = _follow(geometry, self._operands, size)
+        if self.resident and follow:
+            group = max(group, self._several(element))
         # Whether a set is summed up as one channel, and only what is written goes by channel; other bits.
         shares = (
             form.pool > 1
@@ -291,37 +304,51 @@ class Plan:
             and tiling.rows == 1
             and form.pool * LANES <= SHARED_COLUMNS
             and size * self.count * form.pool <= SHARED_BYTES
-            and _follow(geometry, operands, size)
+            and follow
         )
         self.shared = form.pool if shares else 1
         tiles = 1
-        if shares or turned:
-            self.group = max(self.group // form.pool, 1) * form.pool
-            self.resident = turned or self.threads == 1 or self.sets >= self.threads
+        if shares or self._turned:
+            group = max(group // form.pool, 1) * form.pool
+            self.resident = self._turned or self.threads == 1 or self.sets >= self.threads
         elif form.pool > 1:
-            whole = element * self.count * form.pool
-            self.group, tiles, self.resident = self._pooled(form.pool, whole)
-        elif self.group == 1 and self.resident:
+            group, tiles, self.resident = self._pooled(group, element * self.count * form.pool)
+        elif group == 1 and self.resident:
             tiles = self._together(element * self.count)
-        self.groups = -(-geometry.channels // self.group)
+        # Whether a set's statistics are taken as those of one channel, ahead of all else; other bits.
+        self.merges = (
+            form.pool > 1
+            and not backward
+            and self.channels >= MERGED_CHANNELS
+            and 1 < geometry.inner <= MERGED_COLUMNS
+            and tiling.outer == 1
+            and _joined(self._operands.x, geometry, size)
+            and self.count * self.channels <= MERGED_ELEMENTS
+        )
+        self.resident = self.resident and not self.merges
+        self.group = group
+        self.groups = -(-self.channels // group)
         self.tasks = -(-self.groups // tiles)
-        slab = self._slab(geometry, tiling)
+        slab = self._slab()
         self.slabs = -(-tiling.rows // slab)
-        self.chunks = tiling.chunks
+        return {"shared": self.shared, "group": group, "groups": self.groups, "tiles": tiles, "slab": slab}
+
+    def _rooms(self) -> dict[str, int]:
+        """Lay out the memory that a call works in, in words of eight bytes: see `nbbn.cpu.call.ROOMS`."""
+        geometry, tiling, form = self._geometry, self._tiling, self._form
         self.partial_words = PARTIALS * self.channels * tiling.chunks
         room = (self.channels // LANES + 2) * LANES  # of a table: whole lines, a vector more to read beyond
-        self.words = self.partial_words + TABLES * (room + (room // 2 if size < 4 else 0)) + LANES
+        self.words = self.partial_words + TABLES * (room + (room // 2 if self._size < 4 else 0)) + LANES
         # Beside that, what forms other than batch normalization need.
         self.along_at = self.words
         self.along_room = 0
         if form.along:
             together = 1 if self._single else self.group
             columns = tiling.pieces * tiling.width if together == 1 else together * geometry.inner
-            if turned:
+            if self._turned:
                 columns = tiling.rows  # a weight for each
             self.along_room = _up(columns, LANES) + 2 * LANES  # they begin again behind a channel
             self.words += 2 * self.along_room + LANES
-        self.rows = tiling.rows
         self.bits_at = self.words
         columns = geometry.inner * (1 if tiling.pieces > 1 else tiling.fold * self.group)
         bits_pitch = -(-columns // 32) * 4 + 16  # eight bytes are written at a time, and zeros behind
@@ -330,120 +357,103 @@ class Plan:
             bits_pitch = columns // 8  # one row's follow the other's, so that many are written as one
         bit_rows = tiling.rows // tiling.pieces
         self.mask_tasks = -(-tiling.rows // tiling.block) if steps_of_one else bit_rows
-        self.mask_threads = 1 if self.count + bits_pitch * bit_rows < SERIAL_MASK else threads
+        self.mask_threads = 1 if self.count + bits_pitch * bit_rows < SERIAL_MASK else self.threads
         if form.masked:
             self.words += -(-bits_pitch * bit_rows // 8) + 1  # more are read at the end
         self.counts_at = self.words
         if form.masked:
             self.words += tiling.rows + 1
         self.channel_stats_at = self.words
-        if across or form.alone != BATCH:
+        if self._across or form.alone != BATCH:
             self.words += 3 * self.channels
-        x, out, second = operands.x, operands.out, operands.second
-        layouts = operands.layouts
-        offsets = (layout.offset for layout in layouts)
-        self.offset_x, self.offset_grad_out, self.offset_out, *more = offsets
-        self.offset_second, self.offset_residual, self.offset_mask = more
+        return {"room": room, "along_room": self.along_room, "bits_pitch": bits_pitch}
 
-        dims = len(geometry.sizes)
-        self._strides = np.array(
-            [geometry.sizes, *(layout.outer for layout in layouts)], np.int64
-        )  # the record holds its addresses: kept alive with the plan
-        at = self._strides.ctypes.data
-        out_bytes = size * self.count * self.channels
-        self.planes = tiling.outer * self.channels
-        # Whether they are gone over in the order of memory, see kernels.normalize_planes.
+    def _orders(self) -> dict[str, int]:
+        """Decide in which orders the result may be written, and whether past the caches."""
+        geometry, form, size, threads = self._geometry, self._form, self._size, self.threads
+        x, second, out = self._operands.x, self._operands.second, self._operands.out
+        joined = all(_joined(a, geometry, size) for a in (x, second, out))
+        # Whether it is gone over in the order of memory, see kernels.normalize_planes.
         self.by_planes = (
-            geometry.inner > 1
-            and not form.along
-            and (threads == 1 or self.planes >= 8 * threads)
-            and _joined(x, geometry, size)
-            and _joined(out, geometry, size)
-            and _joined(second, geometry, size)
+            geometry.inner > 1 and not form.along and (threads == 1 or self.planes >= 8 * threads) and joined
         )
-        # Whether a set's statistics are taken as those of one channel, ahead of all else; other bits.
-        self.merges = (
-            form.pool > 1
-            and not backward
-            and self.channels >= MERGED_CHANNELS
-            and 1 < geometry.inner <= MERGED_COLUMNS
-            and tiling.outer == 1
-            and _joined(x, geometry, size)
-            and self.count * self.channels <= MERGED_ELEMENTS
-        )
-        self.resident = self.resident and not self.merges
         row = self.channels * size
         once = self.channels * (LANES // math.gcd(LANES, self.channels))
         period = once * max(1, SHARED_COLUMNS // once)  # to begin again seldom
+        # Or as one run, see kernels.normalize_columns.
         self.by_columns = (
             geometry.inner == 1
-            and not (form.along or across)
-            and dims == 1
+            and not (form.along or self._across)
+            and len(geometry.sizes) == 1
             and (period <= COLUMNS or period == self.channels)
-            and (threads == 1 or tiling.outer >= 8 * threads)
-            and all(_joined(a, geometry, size) and a.outer[0] == row for a in (x, second, out))
+            and (threads == 1 or self.outer >= 8 * threads)
+            and joined
+            and all(a.outer[0] == row for a in (x, second, out))
         )
-        self.outer = tiling.outer
-        ahead = self._ahead(geometry, tiling, size)
-        values: dict[str, Any] = {}
-        for k, (name, layout) in enumerate(zip(Operands._fields, layouts, strict=False), start=1):
-            joined = _joined(layout, geometry, size) or (
-                self.group == 1 and tiling.fold == 1 and (geometry.inner == 1 or layout.inner == size)
-            )
-            if tiling.fold > 1:
-                joined = joined and layout.outer[0] == self.channels * geometry.inner * size
-            gather = TOGETHER if joined else self._scattered(layout, geometry, tiling, size)
+        out_bytes = size * self.count * self.channels
+        return {
+            "once": once,
+            "period": period,
+            "stream": out_bytes >= STREAM_BYTES,
+            "stream_planes": out_bytes >= STREAM_PLANES_BYTES,
+        }
+
+    def _record(self, values: dict[str, Any]) -> bytes:
+        """Return the plan part of a record, of these values and all others."""
+        geometry, tiling, form = self._geometry, self._tiling, self._form
+        dims, at = len(geometry.sizes), self._strides.ctypes.data
+        for k, (name, layout) in enumerate(
+            zip(Operands._fields, self._operands.layouts, strict=False), start=1
+        ):
+            gather = self._gather(layout)
             values[f"at_{name}"] = layout.channel, layout.inner, at + 8 * dims * k, gather
-        values |= {
+        ahead = self._ahead()
+        values |= vars(tiling) | {
             "one": 1.0,
             "dims": dims,
             "sizes": at,
             "channels": self.channels,
             "inner": geometry.inner,
             "pool": form.pool,
-            "shared": self.shared,
             "parameters": self.parameters,
             "centered": form.centered,
             "activates": self.through,
-            "bits_pitch": bits_pitch,
             "bits_mask": 0 if geometry.inner == 1 and tiling.fold == 1 else -1,
-            "along_room": self.along_room,
-            **vars(tiling),
             "single": self._single,
-            "room": room,
-            "group": self.group,
-            "groups": self.groups,
-            "tiles": tiles,
-            "slab": slab,
             "ahead": ahead,
             "ahead_of_dy": ahead,
-            "stream": out_bytes >= STREAM_BYTES,
-            "stream_planes": out_bytes >= STREAM_PLANES_BYTES,
-            "once": once,
-            "period": period,
         }
         record = np.zeros((), PLAN)
         assert record.dtype.names is not None and values.keys() == set(record.dtype.names)
         for name, value in values.items():
             record[name] = value
-        self.record = record.tobytes()
+        return record.tobytes()
 
-    def _scattered(self, layout: Layout, geometry: Geometry, tiling: Tiling, size: int) -> int:
-        """Return how the columns of a row lie in an array where they do not lie together."""
+    def _gather(self, layout: Layout) -> int:
+        """Return how the columns of a row lie in an array: see `nbbn.cpu.rows.TOGETHER`."""
+        geometry, tiling, size = self._geometry, self._tiling, self._size
+        joined = _joined(layout, geometry, size) or (
+            self.group == 1 and tiling.fold == 1 and (geometry.inner == 1 or layout.inner == size)
+        )
+        if tiling.fold > 1:
+            joined = joined and layout.outer[0] == self.channels * geometry.inner * size
+        if joined:
+            return TOGETHER
         if tiling.fold == 1 and tiling.pieces == 1 and geometry.sizes[-1] > 1 and layout.outer[-1] == size:
             return BY_ROWS
         return BY_CHANNELS if geometry.inner > 1 and layout.channel == size else APART
 
-    def _schedule(self, geometry: Geometry, tiling: Tiling, size: int, element: int) -> tuple[int, bool]:
+    def _schedule(self, element: int) -> tuple[int, bool]:
         """Return how many channels a tile is wide, and whether a group stays in cache.
 
-        Elements are of `size` bytes; all that are read and written with one of x, of `element`.
+        All that is read and written with an element of x are `element` bytes.
         """
+        geometry, tiling, size = self._geometry, self._tiling, self._size
         channels = geometry.channels
         if tiling.fold > 1:
             return channels, self.threads == 1
         slice_bytes = element * tiling.outer * geometry.inner
-        if self.turned:
+        if self._turned:
             shared = -(-channels // max(1, TASKS * self.threads))
             fits = min(COLUMNS, TURNED_ELEMENTS // tiling.outer, shared)
             return min(channels, max(LANES, fits // LANES * LANES)), True
@@ -474,28 +484,29 @@ class Plan:
             return cached, True
         return min(widest, channels), False
 
-    def _pooled(self, pool: int, nbytes: int) -> tuple[int, int, bool]:
-        """Return the same for sets of `pool` channels, of so many bytes; and how many tiles a set has."""
-        if self.group >= pool:
-            return self.group // pool * pool, 1, self.resident
-        tiles = next(tiles for tiles in range(-(-pool // self.group), pool + 1) if pool % tiles == 0)
+    def _pooled(self, group: int, nbytes: int) -> tuple[int, int, bool]:
+        """Return the same for sets of channels, of so many bytes; and how many tiles a set has."""
+        pool = self._form.pool
+        if group >= pool:
+            return group // pool * pool, 1, self.resident
+        tiles = next(tiles for tiles in range(-(-pool // group), pool + 1) if pool % tiles == 0)
         fits = nbytes <= L2_BYTES // 2 or 2 * nbytes * self.threads <= L3_BYTES * 3 // 4
         return pool // tiles, tiles, self.threads == 1 or (fits and self.sets >= self.threads)
 
-    def _several(self, geometry: Geometry, tiling: Tiling, form: Form, size: int, element: int) -> int:
+    def _several(self, element: int) -> int:
         """Return how many long channels make a tile, where they are of few values each; or 0.
 
         What is done for a tile, in as many lanes as there are, takes as long as to look at 500 columns.
         """
-        values = tiling.outer * geometry.inner
-        if not self._single or geometry.inner == 1 or values > FEW_VALUES or form.masked:
+        geometry, tiling, form, size = self._geometry, self._tiling, self._form, self._size
+        if not self._single or geometry.inner == 1 or self.count > FEW_VALUES or form.masked:
             return 0
         # One piece is added up at a time then: with two as one, the sums would be other ones.
         if tiling.pieces > 1 and 2 * tiling.width <= COLUMNS:
             return 0
         line = in_line_of(size)
         group = _up(max(LANES, line // math.gcd(line, geometry.inner)), form.pool)
-        return group if group * LANES <= SHARED_COLUMNS and self._few(group, element * values) else 0
+        return group if group * LANES <= SHARED_COLUMNS and self._few(group, element * self.count) else 0
 
     def _together(self, slice_bytes: int) -> int:
         """Return how many short channels are finished together, in as many lanes as there are."""
@@ -505,20 +516,21 @@ class Plan:
         """Whether so many channels of so many bytes stay in L2, and leave tasks for all threads."""
         return number * slice_bytes <= L2_BYTES // 4 and self.channels >= TASKS * number * self.threads
 
-    def _ahead(self, geometry: Geometry, tiling: Tiling, size: int) -> int:
+    def _ahead(self) -> int:
         """Return how far ahead memory is asked for; from row to row where rows are short and far apart."""
-        x = geometry.layouts[0]
-        if tiling.pieces > 1 and self.group > 1:
+        geometry, x = self._geometry, self._operands.x
+        if self._tiling.pieces > 1 and self.group > 1:
             return x.channel  # the next channel's piece
-        row = self.group * geometry.inner * size
+        row = self.group * geometry.inner * self._size
         if geometry.inner == 1 and self.group < self.channels and len(geometry.sizes) == 1:
             return x.outer[0] * -(-AHEAD // 2 // row)
         return AHEAD
 
-    def _slab(self, geometry: Geometry, tiling: Tiling) -> int:
+    def _slab(self) -> int:
         """Return how many rows are written together."""
+        tiling = self._tiling
         if self.group == 1 and tiling.fold == 1:
             return min(SLAB_ROWS, tiling.pieces)  # in the order of memory
         # A group's tables are made once for a slab.
         share = tiling.rows // (8 * self.threads)
-        return max(SLAB_ROWS, share) if geometry.inner == 1 else SLAB_ROWS
+        return max(SLAB_ROWS, share) if self._geometry.inner == 1 else SLAB_ROWS

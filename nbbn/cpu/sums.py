@@ -190,11 +190,11 @@ def add_columns(state, c, total, rest, square, real):
 
 
 @loop
-def square_row(row, bits, first, last, state, base, mask):
+def square_row(row, bits, first, last, state, base, sums_mask):
     """Add up (x - mean)², in float64, of the columns first … last - 1."""
     means, squares = state
     for j in range(first, last, LANES):
-        c = base + ((j - first) & mask)
+        c = base + ((j - first) & sums_mask)
         mean = load(means, c)
         x = only(lanes(bits, j), widen(some(row, j, last)), mean)
         square = squared_deviation(x, mean)

@@ -2,6 +2,18 @@
 
 Rows of one long channel are read one after the other; where each column has sums of its own, several are
 read together, from far-apart places.
+
+What the loops here are told, beside a call's record and what elements are stored as:
+
+- `rows`: int64[NOTED], the addresses of the rows that are looked at together, of x, or of dy and x in turn;
+  behind them what is noted of each, see `nbbn.cpu.parameters.note_beside` and others like it. And their
+  `number`.
+- `first`, `last`: the columns to look at, from the first to before the last.
+- `state`: what they are looked at with, and their sums, see `nbbn.cpu.sums.Look` and `LookAtBoth`. Those of
+  column j are at `base` + (j & `sums_mask`): a place for each column, or LANES for all those of a channel.
+- `tile`: another one, to be written meanwhile, as `nbbn.cpu.results.tile_of` returns it, and `work`: rows of
+  it, see `nbbn.cpu.results.Work`. `place` is where its numbers are in its tables.
+- `buffer`: room for copies of rows whose columns do not lie together.
 """
 
 import numpy as np
@@ -228,13 +240,12 @@ def _look(name, look_at_channel, look_at_columns, lines_of, write_columns):
     """Return a loop over some columns of a few rows, which writes what there is to be meanwhile."""
 
     @variant(name)
-    def look(rows, number, first, last, state, base, place, mask, work, stored):
+    def look(rows, number, first, last, state, base, place, sums_mask, work, stored):
         """Look at the columns first … last - 1 of `number` rows.
 
-        The sums of column j are at base + (j & mask). Where each column has its own, the rows take turns at
-        being written, many lines at a time.
+        Where each column has sums of its own, the rows take turns at being written, many lines at a time.
         """
-        if mask == 0:
+        if sums_mask == 0:
             look_at_channel(rows, number, first, last, state, base, place, work, stored)
             return
         k = 0
@@ -265,7 +276,7 @@ def apart(call, first, last, wanted):
 
 
 @loop
-def square_down(call, first, last, channel, group, buffer, state, mask, stored):
+def square_down(call, first, last, channel, group, buffer, state, sums_mask, stored):
     """Add up the squares of the rows first … last - 1 of a tile."""
     for row in range(first, last):
         step, piece = locate(call, row)
@@ -277,7 +288,7 @@ def square_down(call, first, last, channel, group, buffer, state, mask, stored):
             bits = row_bits(call, row, stored)
             its = after(x, g * (call.inner - count))  # the channels of a piece do not lie side by side
             base = g // call.shared * LANES
-            square_row(its, bits, g * width, (g + together) * width, state, base, mask)
+            square_row(its, bits, g * width, (g + together) * width, state, base, sums_mask)
 
 
 @loop
@@ -358,7 +369,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                 write_part(call, out, read, work.written[k], count, count, streaming, tile)
 
     @variant(name)
-    def down(call, first, last, channel, group, buffer, state, mask, tile, stored):
+    def down(call, first, last, channel, group, buffer, state, sums_mask, tile, stored):
         """Look at the rows first … last - 1 of a tile, and write those of `tile`, if it has channels."""
         rows = scratch(NOTED, np.int64)
         numbers = scratch(ROWS, np.int64)
@@ -379,9 +390,9 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         for k in range(ROWS):
             begins[k] = ends[k] = written[k] = 0
         # Squares of as many rows as are looked at together are summed in x's type.
-        at_once = ROWS if reads == 1 and mask == 0 else AT_ONCE
+        at_once = ROWS if reads == 1 and sums_mask == 0 else AT_ONCE
         # What is gathered are rows that follow each other: there elements may lie side by side.
-        follow = mask == 0 or gathers | call.at_residual.gather != TOGETHER
+        follow = sums_mask == 0 or gathers | call.at_residual.gather != TOGETHER
         far = 0 if follow else apart(call, first, last, at_once)
         row = first
         while row < last:
@@ -401,7 +412,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                     end = min(begin + span, columns)
                     place = part * LANES if apiece else turn * LANES
                     base = part // call.shared * LANES if apiece else place
-                    look(rows, number, begin, end, state, base, place, mask, work, stored)
+                    look(rows, number, begin, end, state, base, place, sums_mask, work, stored)
                     for k in range(number if apiece else 0):
                         write_border(work, rows, k, begin, end, place, stored)
                         if reads > 1:
