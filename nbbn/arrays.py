@@ -134,7 +134,11 @@ def output(out: Any, x: np.ndarray, replaced: Any = None, **inputs: Any) -> None
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays of one shape have their elements at the same places."""
-    return address(a) == address(b) and a.strides == b.strides
+    if address(a) != address(b):
+        return False
+    return a.strides == b.strides or all(
+        n == 1 or step == other for n, step, other in zip(a.shape, a.strides, b.strides, strict=True)
+    )
 
 
 def apart(written: dict[str, Any], **read: Any) -> None:
@@ -143,6 +147,12 @@ def apart(written: dict[str, Any], **read: Any) -> None:
         for other_name, other in read.items():
             if array is not None and other is not None and overlap(array, other):
                 raise ValueError(f"{name} must not overlap {other_name} on a GPU, since training updates it")
+
+
+def both_updated(running_mean: np.ndarray | None, running_var: np.ndarray | None) -> None:
+    """Check that statistics that are updated, those that there are, have no memory in common."""
+    if running_mean is not None and running_var is not None and overlap(running_mean, running_var):
+        raise ValueError("running_var must not overlap running_mean, since both are updated")
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:

@@ -86,6 +86,7 @@ class Module:
     bias: Any
     running_mean: Any = None
     running_var: Any = None
+    dtype = checked("dtype", lambda name, value: arrays.numpy_dtype(value))
     num_batches_tracked = checked("num_batches_tracked", number_of_batches)
     momentum: Any = None
     track_running_stats = False
@@ -94,7 +95,7 @@ class Module:
     _of_last: Mapping[str, None] = {"_saved": None}
 
     def __init__(self, dtype: Any, device: str) -> None:
-        self.dtype = arrays.numpy_dtype(dtype)
+        self.dtype = dtype
         self._columns = columns_on(device)
         self.training = True
         self.grad_weight: Any = None
@@ -141,9 +142,14 @@ class Module:
         columns = {name: getattr(self, name) for name in COLUMNS}
         return {name: move(column) for name, column in columns.items() if column is not None}
 
-    def _fill(self, shape: tuple[int, ...], weight: bool, bias: bool) -> None:
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """That of the columns."""
+        raise NotImplementedError
+
+    def _fill(self, weight: bool, bias: bool) -> None:
         """Set parameters, those that there are, to what changes nothing, and statistics to the first ones."""
-        new = self._columns.new
+        new, shape = self._columns.new, self._shape
         filled = {
             "weight": new(np.ones(shape, self.dtype)) if weight else None,
             "bias": new(np.zeros(shape, self.dtype)) if bias else None,
@@ -183,7 +189,16 @@ class Module:
     def _counting(self, batches: int = 1) -> tuple[Step, ...]:
         """Return what counts the next batches."""
         counter = self.num_batches_tracked
-        return () if counter is None else (partial(counter.fill, int(counter) + batches),)
+        return () if counter is None else self._counting_to(min(int(counter) + batches, _MOST_BATCHES))
+
+    def _counting_to(self, batches: int) -> tuple[Step, ...]:
+        """Return what sets the counter, if there is one, or raise."""
+        counter = self.num_batches_tracked
+        if counter is None:
+            return ()
+        if not counter.flags.writeable:
+            raise ValueError(f"{COUNTER} of this module must be writable, got a read-only array")
+        return (partial(counter.fill, batches),)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode, which only a module with running statistics goes by; return self.
@@ -288,8 +303,10 @@ class Module:
         Where there may be a `lone` parameter, the other one is set to what changes nothing.
         """
         missing = [name for name, key in keys.items() if key not in state and name != COUNTER]
-        parameters = [name for name in missing if name in PARAMETERS]
-        neutral = parameters if lone and len(parameters) == 1 else []
+        parameters = [name for name in keys if name in PARAMETERS]
+        neutral = [name for name in parameters if name in missing]
+        if not (lone and len(neutral) < len(parameters)):
+            neutral = []
         missing = [keys[name] for name in missing if name not in neutral]
         unexpected = [key for key in state if key not in keys.values()]
         if missing or unexpected:
@@ -298,15 +315,12 @@ class Module:
                 f"state must have the keys {wanted}; missing: {missing}, unexpected: {unexpected}"
             )
         loaded = {name: self._loadable(name, key, state[key]) for name, key in keys.items() if key in state}
-        for name in neutral:
-            shape = self._columns.view(name, getattr(self, name)).shape
-            loaded[name] = np.full(shape, NEUTRAL[name], self.dtype)
+        loaded |= {name: np.full(self._shape, NEUTRAL[name], self.dtype) for name in neutral}
         columns = {name: getattr(self, name) for name in loaded if name != COUNTER}
         for name, column in columns.items():
-            self._columns.check(name, column)
+            self._columns.check(name, column, self._shape)
         with self._lock:
-            counter = self.num_batches_tracked
-            counting = (partial(counter.fill, int(loaded[COUNTER])),) if COUNTER in loaded else ()
+            counting = self._counting_to(int(loaded[COUNTER])) if COUNTER in loaded else ()
             written = [(column, loaded[name]) for name, column in columns.items()]
             self._set(written, counting, self._columns.write)
 
@@ -349,6 +363,10 @@ class Tracking(Module):
 
     num_features: int
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self.num_features,)
+
     def _first_statistics(self) -> dict[str, Any]:
         if not self.track_running_stats:
             return {}
@@ -365,7 +383,7 @@ class Tracking(Module):
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
-        self._fill((self.num_features,), self.weight is not None, self.bias is not None)
+        self._fill(self.weight is not None, self.bias is not None)
 
 
 def mapping(state: Any) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.dispatch import find
 from nbbn.dlpack import NO_ORDER
-from nbbn.dtypes import BFLOAT16, FLOAT64, narrowed, storage_of
+from nbbn.dtypes import BFLOAT16, FLOAT64, NAMES, narrowed, storage_of, widened
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, NUMBA_CUDA, Place, read
 
@@ -31,9 +31,14 @@ class Columns:
         """Return a view of a column, which may be anything that was put in the place of one."""
         return column if isinstance(column, np.ndarray) else read(name, column, None)
 
-    def check(self, name: str, column: Any) -> None:
-        """Raise where a column cannot be written to."""
-        if not self.view(name, column).flags.writeable:
+    def check(self, name: str, column: Any, shape: tuple[int, ...], written: bool = True) -> None:
+        """Raise where a column is not one of this shape, or is to be written and cannot be."""
+        view = self.view(name, column)
+        if storage_of(view.dtype) is None:
+            raise TypeError(f"{name} of this module must be {NAMES}, got dtype {view.dtype}")
+        if view.shape != shape:
+            raise ValueError(f"{name} of this module must have shape {shape}, got {view.shape}")
+        if written and not view.flags.writeable:
             raise ValueError(f"{name} of this module must be writable, got a read-only array")
 
     def host(self, column: Any) -> np.ndarray:
@@ -62,11 +67,11 @@ class Columns:
 
     def constants(self, mean: Any, var: Any, eps: float, here: Place) -> tuple[Any, Any]:
         """Return a mean, and invstd = 1 / sqrt(var + eps), that do not change when `mean` and `var` do."""
-        invstd = self.view("running_var", var).astype(np.float64)
+        invstd = widened(self.view("running_var", var))
         invstd += eps
         with np.errstate(divide="ignore", invalid="ignore"):
             np.divide(1.0, np.sqrt(invstd, out=invstd), out=invstd)
-        return self.view("running_mean", mean).astype(np.float64), invstd
+        return widened(self.view("running_mean", mean)), invstd
 
     def rounded(self, rows: np.ndarray, row: int, dtype: np.dtype, here: Place) -> Any:
         """Return a row of the float64 result of a call as a column of another type."""
@@ -95,9 +100,6 @@ class CudaColumns(Columns):
 
     def view(self, name: str, column: Any) -> np.ndarray:  # noqa: D102
         return NUMBA_CUDA.read(name, column, NO_ORDER)
-
-    def check(self, name: str, column: Any) -> None:  # noqa: D102
-        self.view(name, column)
 
     def host(self, column: Any) -> np.ndarray:  # noqa: D102
         cuda = importlib.import_module("numba.cuda")

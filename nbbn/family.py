@@ -1181,8 +1181,7 @@ def _checked_running(
     channels = view.shape[_grouped(view, None, axis, features)[0]]
     for name, value in (("running_mean", mean), ("running_var", var)):
         arrays.parameter(name, value, channels, view, updated=True)
-    if mean is not None and var is not None and arrays.overlap(mean, var):
-        raise ValueError("running_var must not overlap running_mean, since training updates both")
+    arrays.both_updated(mean, var)
     for name, value in (("running_mean", mean), ("running_var", var)):
         if value is not None and result is not None and arrays.overlap(result, value):
             raise ValueError(f"out must not overlap {name}, unless it is x itself")

@@ -1,11 +1,13 @@
 """Evaluation folded away: the layer before a batch norm takes over its scale and its shift."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nbbn import arrays
 from nbbn.arrays import checked
+from nbbn.base import COUNTER, PARAMETERS, STATISTICS
 from nbbn.dtypes import narrowed, widened
 from nbbn.errors import DeviceError
 from nbbn.frameworks import CPU, Array, Place, place
@@ -110,6 +112,10 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
         raise TypeError(f"bn must be a BatchNorm, got {type(bn).__name__}")
     if bn.running_mean is None or bn.running_var is None:
         raise ValueError("bn must have running statistics (track_running_stats=True), got a module without")
+    for name in (*PARAMETERS, *STATISTICS):
+        if (column := getattr(bn, name)) is not None:
+            bn._columns.check(name, column, (bn.num_features,), written=False)
+    eps = arrays.number("eps", bn.eps, 0.0, math.inf)
     channels = bn.num_features
     axis = arrays.integer("axis", axis)
     if not -view.ndim <= axis < view.ndim:
@@ -121,7 +127,7 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
             raise ValueError(f"bias must have shape ({channels},), got {own_bias.shape}")
     with np.errstate(all="ignore"):  # NaN and infinity go their way, as they do in evaluation
         mean, var, gamma, beta = _statistics_and_parameters(bn)
-        scale = gamma / np.sqrt(var + bn.eps)
+        scale = gamma / np.sqrt(var + eps)
         shift = (0.0 if own_bias is None else widened(own_bias)) - mean
         product = widened(view) * _along(scale, view.shape, axis % view.ndim, groups)
         return Folded(
@@ -132,7 +138,7 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
 
 def _statistics_and_parameters(bn: BatchNorm) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return running_mean, running_var, weight and bias of a module in float64."""
-    state = {name: widened(column) for name, column in bn.state_dict().items() if column.ndim}
+    state = {name: widened(column) for name, column in bn.state_dict().items() if name != COUNTER}
     ones, zeros = np.ones(bn.num_features), np.zeros(bn.num_features)
     return state["running_mean"], state["running_var"], state.get("weight", ones), state.get("bias", zeros)
 

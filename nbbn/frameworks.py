@@ -374,9 +374,11 @@ class Torch(Framework):
             raise _refused(name, value, error) from error
         if not address:
             return read(name, value, stream)
-        size = dtype.itemsize
-        strides = tuple([size * step for step in steps])
-        return view(address, tuple(value.shape), strides, dtype, value)
+        size, shape = dtype.itemsize, tuple(value.shape)
+        last = value.storage_offset() + sum([(n - 1) * step for n, step in zip(shape, steps, strict=True)])
+        if 0 not in shape and (last + 1) * size > value.untyped_storage().nbytes():
+            raise _refused(name, value, "its storage has been made smaller than it is")
+        return view(address, shape, tuple([size * step for step in steps]), dtype, value)
 
     def stream(self, x: Any, index: int) -> int:  # noqa: D102
         return int(sys.modules["torch"].cuda.current_stream(index).cuda_stream)

@@ -302,8 +302,7 @@ def train(
     var = arrays.parameter("running_var", running_var, channels, x, updated=True)
     if fused is not ALONE:
         fused = with_x(fused, x, residual, axis, here)
-    if running_mean is not None and running_var is not None and arrays.overlap(running_mean, running_var):
-        raise ValueError("running_var must not overlap running_mean, since training updates both")
+    arrays.both_updated(running_mean, running_var)
     if here.device != CPU:
         # There a channel's are written while others are still read; on the CPU, after all else.
         arrays.apart(

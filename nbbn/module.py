@@ -208,7 +208,7 @@ class BatchNorm(Tracking):
             use_running_stats=use_running_stats,
             update_running_stats=update_running_stats,
         )
-        self._fill((self.num_features,), self.affine, has_bias)
+        self._fill(self.affine, has_bias)
 
     def _set_options(self, **changes: Any) -> None:
         options = (self._options or DEFAULT)._replace(**changes)
@@ -512,15 +512,16 @@ class BatchNorm(Tracking):
         What `update` writes to has to be as training needs it; copies of it would be, whatever it is.
         """
         columns = {name: getattr(self, name) for name in (*PARAMETERS, *STATISTICS)}
-        here, (view, _, _, *running) = place(x, columns, written=STATISTICS if update else ())
+        here, (view, *views) = place(x, columns, written=STATISTICS if update else ())
         view = arrays.checked("x", view)
         axis = arrays.channel_axis(view, self.axis)
         channels = _channels(view, axis, self.num_features)
+        for name, column in zip(columns, views, strict=True):
+            updated = update and name in STATISTICS
+            if updated or self.renorm or name in PARAMETERS:
+                arrays.parameter(name, column, channels, view, updated)
         if update:
-            for name, column in zip(STATISTICS, running, strict=True):
-                arrays.parameter(name, column, channels, view, updated=True)
-            if arrays.overlap(*running):
-                raise ValueError("running_var must not overlap running_mean, since training updates both")
+            arrays.both_updated(*views[-2:])
         return here, view, axis
 
     def _finite(self, stats: np.ndarray, counts: list[int], here: Place) -> bool:
@@ -607,15 +608,14 @@ class BatchNorm(Tracking):
                 f"{stats.count}"
             )
         for name in STATISTICS:
-            self._columns.check(name, getattr(self, name))
+            self._columns.check(name, getattr(self, name), self._shape)
+        arrays.both_updated(*(self._columns.view(name, getattr(self, name)) for name in STATISTICS))
         with self._lock:
             mean = narrowed(stats.mean, self._columns.view("running_mean", self.running_mean).dtype)
             with np.errstate(over="ignore"):
                 var = stats.var * (stats.count / (stats.count - self.correction))
             var = narrowed(var, self._columns.view("running_var", self.running_var).dtype)
-            counter = self.num_batches_tracked
-            counting = () if counter is None else (partial(counter.fill, used),)
-            self._take_over(mean, var, counting, self._columns.write)
+            self._take_over(mean, var, self._counting_to(used), self._columns.write)
         return self
 
     def backward(self, grad_out: Any) -> Any:

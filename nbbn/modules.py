@@ -34,6 +34,10 @@ class _RowNorm(Module):
     eps: float | None
     _centered: bool
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.normalized_shape
+
     def __call__(self, x: Any) -> Any:
         """Normalize x.
 
@@ -95,7 +99,7 @@ class _RowNorm(Module):
 
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, those that there are."""
-        self._fill(self.normalized_shape, self.weight is not None, self.bias is not None)
+        self._fill(self.weight is not None, self.bias is not None)
 
 
 def _shape(normalized_shape: Any) -> tuple[int, ...]:
@@ -177,7 +181,7 @@ class LayerNorm(_RowNorm):
         self.elementwise_affine = arrays.flag("elementwise_affine", elementwise_affine)
         has_bias = arrays.flag("bias", bias) and self.elementwise_affine
         super().__init__(dtype, device)
-        self._fill(self.normalized_shape, self.elementwise_affine, has_bias)
+        self._fill(self.elementwise_affine, has_bias)
 
     def __repr__(self) -> str:
         bias = self.bias is not None or not self.elementwise_affine
@@ -249,7 +253,7 @@ class RMSNorm(_RowNorm):
         self.eps = None if eps is None else arrays.number("eps", eps, 0.0, float("inf"))
         self.elementwise_affine = arrays.flag("elementwise_affine", elementwise_affine)
         super().__init__(dtype, device)
-        self._fill(self.normalized_shape, self.elementwise_affine, False)
+        self._fill(self.elementwise_affine, False)
 
     def __repr__(self) -> str:
         return (
@@ -333,7 +337,7 @@ class GroupNorm(Module):
         self.axis = arrays.integer("axis", axis)
         has_bias = arrays.flag("bias", bias) and self.affine
         super().__init__(dtype, device)
-        self._fill((self.num_channels,), self.affine, has_bias)
+        self._fill(self.affine, has_bias)
 
     def __repr__(self) -> str:
         return (
@@ -341,9 +345,13 @@ class GroupNorm(Module):
             f"axis={self.axis}, dtype='{self.dtype}', device='{self.device}'{self._without_bias()})"
         )
 
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (self.num_channels,)
+
     def reset_parameters(self) -> None:
         """Set weight to 1 and bias to 0, those that there are."""
-        self._fill((self.num_channels,), self.weight is not None, self.bias is not None)
+        self._fill(self.weight is not None, self.bias is not None)
 
     def __call__(self, x: Any) -> Any:
         """Normalize x.
@@ -490,7 +498,7 @@ class InstanceNorm(Tracking):
         self.axis = arrays.integer("axis", axis)
         has_bias = arrays.flag("bias", bias) and self.affine
         super().__init__(dtype, device)
-        self._fill((self.num_features,), self.affine, has_bias)
+        self._fill(self.affine, has_bias)
 
     def __repr__(self) -> str:
         return (

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nbbn.columns import Columns
+from nbbn.dtypes import widened
 from nbbn.frameworks import Place
 from nbbn.functional import differentiate, take_stats
 from nbbn.fusion import Fusion
@@ -81,9 +82,9 @@ def renormalize(
     stats = here.empty((3, channels))
     take_stats(x, axis, here, fused, stats)
     mean, var = columns.numbers(stats[:2], here)
-    running_mean, running_var = (columns.host(column).astype(np.float64) for column in running)
-    gamma = np.ones(channels) if weight is None else columns.host(weight).astype(np.float64)
-    beta = np.zeros(channels) if bias is None else columns.host(bias).astype(np.float64)
+    running_mean, running_var = (widened(columns.host(column)) for column in running)
+    gamma = np.ones(channels) if weight is None else widened(columns.host(weight))
+    beta = np.zeros(channels) if bias is None else widened(columns.host(bias))
     with np.errstate(all="ignore"):  # of what is not finite in x
         sigma = np.sqrt(running_var + eps)
         r = np.clip(np.sqrt(var + eps) / sigma, 1.0 / bounds.r_max, bounds.r_max)

@@ -17,7 +17,7 @@ pytest.register_assert_rewrite("checks")
 TESTS = pathlib.Path(__file__).parent
 
 # Examples of each property. How long one takes says nothing on a machine that has other things to do.
-PROFILES = {"short": 200, "long": 10_000}
+PROFILES = {"short": 100, "long": 10_000}
 for _name, _examples in PROFILES.items():
     hypothesis.settings.register_profile(
         _name,

@@ -131,6 +131,12 @@ class Tensor(WithDlpack, Array):
     def data_ptr(self):
         return self.address
 
+    def storage_offset(self):
+        return 0
+
+    def untyped_storage(self):
+        return types.SimpleNamespace(nbytes=lambda: SIZE)
+
     def stride(self):
         return tuple(step // self.dtype.itemsize for step in self.strides)
 

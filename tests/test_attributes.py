@@ -218,3 +218,123 @@ def test_a_module_that_tracks_nothing_does_not_wait(rng, module):
         thread.start()
         thread.join(60)
     assert_same_bits(results[0], expected)
+
+
+# --- columns that are another's --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["evaluation", "frozen", "renorm", "instances", "fold"])
+def test_columns_of_bfloat16_of_another_library(rng, case):
+    """Its numbers are read, not its bits."""
+    torch = pytest.importorskip("torch")
+    columns = {
+        "running_mean": [1.0, -2.0],
+        "running_var": [1.5, 4.0],
+        "weight": [3.0, 0.5],
+        "bias": [1.0, -1.0],
+    }
+    x, dy = (torch.tensor(rng.normal(size=(4, 2, 3))).bfloat16() for _ in range(2))
+    results = []
+    for kind in (lambda values: torch.tensor(values).bfloat16(), lambda values: np.array(values, np.float32)):
+        norm = made("InstanceNorm" if case == "instances" else "BatchNorm")
+        for name, values in columns.items():
+            setattr(norm, name, kind(values))
+        if case == "fold":
+            results.append(nbbn.fold(np.eye(2), None, norm))
+            continue
+        if case == "renorm":
+            norm.renorm = True
+        elif case == "frozen":
+            norm.freeze()
+        else:
+            norm.eval()
+        update = {} if case == "instances" else {"update_running_stats": False}
+        results.append((norm(x, **update).float().numpy(), norm.backward(dy).float().numpy()))
+    assert_same_bits(tuple(results[0]), tuple(results[1]))
+
+
+@pytest.mark.parametrize("what", ["training", "options", "instances", "calibrate", "load"])
+def test_a_counter_that_cannot_be_written_to(rng, what):
+    """It is an error before anything is written."""
+    x = batches(rng)[0]
+    norm = made("InstanceNorm" if what == "instances" else "BatchNorm")
+    state = {name: value + 1 for name, value in norm.state_dict().items()}
+    norm.num_batches_tracked.flags.writeable = False
+    if what == "options":
+        norm.nonfinite = "skip"
+    calls = {"calibrate": lambda: norm.calibrate([x]), "load": lambda: norm.load_state_dict(state)}
+    before = state_of(norm)
+    with pytest.raises(ValueError, match=r"^num_batches_tracked of this module must be writable"):
+        calls.get(what, lambda: norm(x))()
+    assert state_of(norm) == before
+
+
+def test_a_counter_that_counts_no_further(rng):
+    """Its state can be loaded again."""
+    norm = made("BatchNorm")
+    norm.num_batches_tracked = 2**62
+    norm(batches(rng)[0])
+    norm.load_state_dict(norm.state_dict())
+    assert norm.num_batches_tracked == 2**62
+
+
+BAD_COLUMNS = {
+    "longer": (np.ones(3, np.float32), ValueError, r"must have shape \(2,\)"),
+    "shorter": (np.ones(1, np.float32), ValueError, r"must have shape \(2,\)"),
+    "one number": (np.array(1.0), ValueError, r"must have shape \(2,\)"),
+    "a row": (np.ones((1, 2)), ValueError, r"must have shape \(2,\)"),
+    "int": (np.ones(2, np.int32), TypeError, "float32"),
+    "the other byte order": (np.ones(2, ">f4"), TypeError, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean", "running_var"])
+@pytest.mark.parametrize("bad", BAD_COLUMNS)
+def test_columns_that_do_not_fit(rng, name, bad):
+    """Whoever uses them, or writes to them, says so, and writes nothing."""
+    column, error, says = BAD_COLUMNS[bad]
+    x, norm = batches(rng)[0], made("BatchNorm")
+    setattr(norm, name, column)
+    state = norm.state_dict()
+    calls = [lambda: nbbn.fold(np.ones((2, 3)), None, norm), lambda: norm(x)]
+    if name != "weight":
+        calls.append(lambda: norm.calibrate([x]))
+    if error is ValueError:
+        calls.append(lambda: norm.load_state_dict(state))
+    before = state_of(norm)
+    for call in calls:
+        with pytest.raises(error, match=f"^(state.*)?{name}.*{says}"):
+            call()
+    norm.renorm = True
+    with pytest.raises(error, match=f"^{name}.*{says}"):
+        norm(x)
+    assert state_of(norm) == before
+
+
+def test_statistics_that_are_one_array(rng):
+    norm = made("BatchNorm")
+    norm.running_var = norm.running_mean
+    for call in (lambda: norm(batches(rng)[0]), lambda: norm.calibrate(batches(rng))):
+        with pytest.raises(ValueError, match=r"^running_var must not overlap running_mean"):
+            call()
+    assert (norm.running_mean == 0).all()
+
+
+@pytest.mark.parametrize("eps", [-1.0, np.nan, "none"])
+def test_an_eps_that_is_none(eps):
+    norm = made("BatchNorm")
+    norm.eps = eps
+    with pytest.raises((TypeError, ValueError), match=r"^eps must be"):
+        nbbn.fold(np.ones((2, 3)), None, norm)
+
+
+def test_a_dtype_that_was_set(rng):
+    """Gradients have it from then on."""
+    norm = made("BatchNorm")
+    norm.dtype = "f8"
+    norm(batches(rng)[0])
+    norm.backward(batches(rng)[0])
+    assert norm.dtype == norm.grad_weight.dtype == np.float64
+    with pytest.raises(TypeError, match=r"^dtype must be float32"):
+        norm.dtype = "i4"
+    assert norm.dtype == np.float64

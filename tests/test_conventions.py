@@ -544,6 +544,18 @@ def test_errors_name_what_the_library_names(rng, convention, own):
         assert kept(bn) == before
 
 
+@pytest.mark.parametrize("convention", ["keras", "flax"])
+def test_a_module_of_one_parameter_does_not_lose_it(rng, convention):
+    """A state without parameters is not that of a layer with only the other one."""
+    bn = nbbn.BatchNorm(C, bias=False)
+    bn.weight[:] = rng.normal(size=C)
+    before = kept(bn)
+    state = nbbn.BatchNorm(C, affine=False).state_dict(convention=convention)
+    with pytest.raises(ValueError, match=r"missing: \['.*(gamma|scale)'\], unexpected: \[\]"):
+        bn.load_state_dict(state, convention=convention)
+    assert kept(bn) == before
+
+
 @every_convention
 def test_states_of_others(rng, convention):
     """Under a convention only its own names will do, and the counter only PyTorch's."""

@@ -214,13 +214,14 @@ def at_points(code, seed, every):
 
 @pytest.mark.parametrize(
     ("environment", "every"),
-    [({"NUMBA_THREADING_LAYER": "workqueue"}, 4), ({"NUMBA_NUM_THREADS": "1"}, 1)],
+    [({"NUMBA_THREADING_LAYER": "workqueue"}, 4), ({"NUMBA_NUM_THREADS": "1"}, 2)],
     ids=["workqueue", "one_thread"],
 )
 def test_interrupt_at_every_point(python, seed, environment, every):
     """State is whole wherever an exception comes from a signal's handler, and wherever one computes.
 
-    On one thread at every point; on several, which differ in little, at every fourth, others in each run.
+    On one thread at every second point; on several, which differ in little, at every fourth; others in each
+    run.
     """
     python(at_points(POINTS, seed, every), timeout=300, **environment)
 

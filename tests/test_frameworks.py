@@ -485,6 +485,20 @@ def test_bad_tensors(torch, name):
     assert (good == 1).all() and (column == 1).all()
 
 
+def test_tensors_larger_than_their_storage(torch):
+    """Their memory is not all theirs; a part of it that is will do."""
+    x, good = torch.ones(4, 3), torch.ones(4, 3)
+    x.untyped_storage().resize_(30)
+    for call in (
+        lambda: nbbn.batch_norm_forward(x),
+        lambda: nbbn.batch_norm_forward(good, out=x),
+    ):
+        with pytest.raises(TypeError, match=r"^(x|out) cannot be used where it lies.*storage"):
+            call()
+    assert nbbn.batch_norm_forward(x[:2]).out.shape == (2, 3)
+    assert nbbn.batch_norm_forward(torch.ones(1, 3).expand(4, 3)).out.shape == (4, 3)
+
+
 def test_tensors_with_tangents(torch):
     """Of forward-mode differentiation, which would be lost without a word."""
     x, column = torch.ones(3, 4), torch.ones(4)

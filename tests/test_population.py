@@ -6,6 +6,7 @@ import itertools
 import pickle
 import sys
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -529,6 +530,27 @@ def archive(**values):
     return file.getvalue()
 
 
+def members(content):
+    """What zipfile makes of the names that there are, each with some bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as opened:
+        for name in ("count", "mean", "var"):
+            opened.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+def npy(header):
+    """A file of NumPy's with a header and no numbers."""
+    text = header.encode().ljust(118) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+def unknown_compression(content):
+    """Of all members, in the central directory (APPNOTE.TXT, 4.3.12)."""
+    first, *entries = content.split(b"PK\x01\x02")
+    return b"PK\x01\x02".join([first, *(entry[:6] + b"\x63\x00" + entry[8:] for entry in entries)])
+
+
 def single():
     file = io.BytesIO()
     np.save(file, np.zeros(3))
@@ -544,6 +566,11 @@ def single():
         "npy": single(),
         "cut": archive()[:-30],
         "flipped": archive().replace(np.ones(3).tobytes(), np.full(3, 2.0).tobytes()),
+        "no arrays": members(b"hello"),
+        "no header": members(npy("('")),
+        "endless": members(npy("{'descr': '<f8', 'fortran_order': False, 'shape': (3 * 10**9,) * 3}")),
+        "more than memory": members(npy("{'descr': '<f8', 'fortran_order': False, 'shape': (10**15,)}")),
+        "compressed in no known way": unknown_compression(archive()),
         "missing": archive(var=None),
         "more": archive(weight=np.ones(3)),
         "harm": archive(mean=np.array([Harm()] * 3, object)),
