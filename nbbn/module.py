@@ -446,13 +446,8 @@ class BatchNorm(Tracking):
             parts = cut(view.shape, axis, options.virtual_batch_size, max(1.0, update * self.correction))
         step: Renormalized | Parts | None = None
         weight, bias = self.weight, self.bias
-        if options.renorm and self.training and not use and count > 1:
-            running = self.running_mean, self.running_var
-            if any(column is None for column in running):
-                raise ValueError("renorm needs both running_mean and running_var, got None for one of them")
-            bounds, columns = options.renorm, self._columns
-            assert isinstance(bounds, Renorm)
-            step = renormalize(view, axis, here, seen, bounds, self.eps, columns, running, weight, bias)
+        if isinstance(options.renorm, Renorm) and self.training and not use and count > 1:
+            step = self._renormalized(view, axis, here, seen, options.renorm)
             if step is not None:
                 weight, bias = step.weight, step.bias
         momenta = [0.0] * max(1, len(parts))
@@ -493,18 +488,22 @@ class BatchNorm(Tracking):
             kept = here.kept_rows(stats)
             saved = _Saved(x, kept[0], kept[2], True, step, fused)
         counts = [view[part].size // self.num_features for part in parts] or [count]
-        if update and options.nonfinite != "propagate" and not self._finite(stats, counts, here):
-            if options.nonfinite == "raise":
-                raise FloatingPointError(
-                    "x must have a finite mean and variance in every channel (nonfinite='raise'), got NaN or "
-                    f"infinity in {self.dtype}"
-                )
-            update = False
-        if update:
+        if update and self._may_update(stats, counts, here, options.nonfinite):
             counting = self._counting(len(momenta))
             self._take_over(mean, var, counting, partial(self._columns.assign, here=here))
         self._saved = saved
         return out
+
+    def _renormalized(
+        self, view: np.ndarray, axis: int, here: Place, seen: Fusion, bounds: Renorm
+    ) -> Renormalized | None:
+        """Return what x is renormalized with, where that is something else than to normalize it."""
+        running = self.running_mean, self.running_var
+        if any(column is None for column in running):
+            raise ValueError("renorm needs both running_mean and running_var, got None for one of them")
+        return renormalize(
+            view, axis, here, seen, bounds, self.eps, self._columns, running, self.weight, self.bias
+        )
 
     def _looked_at(self, x: Any, update: bool) -> tuple[Place, np.ndarray, int]:
         """Return where a call is computed, a view of x and its channel axis, or raise.
@@ -523,6 +522,20 @@ class BatchNorm(Tracking):
         if update:
             arrays.both_updated(*views[-2:])
         return here, view, axis
+
+    def _may_update(self, stats: np.ndarray, counts: list[int], here: Place, nonfinite: str) -> bool:
+        """Whether statistics of all parts, of so many values per channel, may update the running ones.
+
+        Or raise, as the option `nonfinite` has it.
+        """
+        if nonfinite == "propagate" or self._finite(stats, counts, here):
+            return True
+        if nonfinite == "raise":
+            raise FloatingPointError(
+                "x must have a finite mean and variance in every channel (nonfinite='raise'), got NaN or "
+                f"infinity in {self.dtype}"
+            )
+        return False
 
     def _finite(self, stats: np.ndarray, counts: list[int], here: Place) -> bool:
         """Whether what is tracked of all parts, of so many values per channel, is finite."""
