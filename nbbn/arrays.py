@@ -133,8 +133,8 @@ def output(out: Any, x: np.ndarray, replaced: Any = None, **inputs: Any) -> None
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one shape have their elements at the same places."""
-    if address(a) != address(b):
+    """Whether two arrays are of one shape and have their elements at the same places."""
+    if address(a) != address(b) or a.shape != b.shape:
         return False
     return a.strides == b.strides or all(
         n == 1 or step == other for n, step, other in zip(a.shape, a.strides, b.strides, strict=True)
