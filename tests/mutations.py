@@ -85,7 +85,7 @@ MUTATIONS = [
         "trusted-guess",
         "squares around a guess that an outlier spoilt are taken for good",
         "cpu/kernels.py",
-        "at_most(offset * 1.25, squares)",
+        "at_most(least, squares)",
         "at_most(squares, squares)",
         1,
         ("test_accuracy.py::test_one_outlier",),

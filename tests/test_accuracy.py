@@ -94,6 +94,23 @@ def test_one_outlier(rng, count, place, outlier, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("first", [2, 8])
+@pytest.mark.parametrize("shape", [Shape((100, 500)), Shape((13, 500, 8)), Shape((105, 33, 2))], ids=str)
+def test_first_values_a_little_off(rng, shape, first, dtype):
+    """By 0.5 to 2.5 deviations: squares around a guess made of them are larger than those around the mean.
+
+    What they lose more by rounding is as much as float64's bound allows for, at twice a deviation.
+    """
+    values = rng.normal(size=(shape.channels, shape.count))
+    off = rng.uniform(0.5, 2.5, size=(shape.channels, 1))
+    values[:, :first] = off + 0.2 * values[:, :first]
+    dims = list(shape.dims)
+    dims.insert(0, dims.pop(shape.axis))
+    x = np.ascontiguousarray(np.moveaxis(values.reshape(dims), 0, shape.axis)).astype(dtype)
+    check_forward(x, axis=shape.axis)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
 def test_one_outlier_in_a_large_mean(rng, dtype):
     """The outlier is where everything else is; all else is far off."""
     x = activations(rng, Shape((50, 3, 700)), dtype, offset=1e7)

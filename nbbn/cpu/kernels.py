@@ -189,12 +189,14 @@ def trusted(count, squares, offset, guess, real):
     """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
 
     It is not where the guess was more than twice as far from the mean as the values are (`offset` is
-    n · (mean - guess)², and 5 offset > 4 squares), or where the squares left the range of x's type. Where
-    there are none at all, the channel is constant; but next to 0 values may be so close that each is 0.
+    n · (mean - guess)², and 5 offset > 4 squares; for float64, whose squares are no better than the result
+    has to be, √2 times as far and 3 offset > 2 squares), or where the squares left the range of x's type.
+    Where there are none at all, the channel is constant; but next to 0 values may be so close that each is 0.
     """
     smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
     finite = at_most(squares, splat(LARGEST))
-    near = at_most(offset * 1.25, squares) & at_most(smallest, squares) & finite
+    least = offset * (1.5 if exact(real) else 1.25)
+    near = at_most(least, squares) & at_most(smallest, squares) & finite
     apart = splat(2.0**-480 if exact(real) else 2.0**-48)  # from here on, other values are far enough off
     constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0)) & at_most(apart, math.fabs(guess))
     return near | constant
@@ -228,10 +230,12 @@ def guess_all(call, first, last, channel, group, buffer, guesses, stored):
         else:
             values = min(width, PILOT_VALUES)
             pitch = call.shared * width // values  # from all over the row: its ends may be a border
-            for g in range(group):
-                for i in range(values):
-                    guesses[g] += number(x, g * call.shared * call.inner + i * pitch)
-            count += values
+            for f in range(steps):
+                for g in range(group):
+                    its = (f * group + g) * call.shared * call.inner
+                    for i in range(values):
+                        guesses[g] += number(x, its + i * pitch)
+            count += steps * values
     for g in range(0, group, LANES):
         store(guesses, g, load(guesses, g) / real(count))
 
