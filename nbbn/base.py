@@ -160,6 +160,10 @@ class Module:
         """Return the running statistics of a module that has seen nothing, if it is to have any."""
         return {}
 
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics, if any."""
+        self._fill(self.weight is not None, self.bias is not None)
+
     @property
     def _has_running(self) -> bool:
         return not (self.running_mean is self.running_var is None)
@@ -188,8 +192,8 @@ class Module:
 
     def _counting(self, batches: int = 1) -> tuple[Step, ...]:
         """Return what counts the next batches."""
-        counter = self.num_batches_tracked
-        return () if counter is None else self._counting_to(min(int(counter) + batches, _MOST_BATCHES))
+        tracked = int(self.num_batches_tracked or 0)
+        return self._counting_to(min(tracked + batches, _MOST_BATCHES))
 
     def _counting_to(self, batches: int) -> tuple[Step, ...]:
         """Return what sets the counter, if there is one, or raise."""
@@ -302,12 +306,10 @@ class Module:
 
         Where there may be a `lone` parameter, the other one is set to what changes nothing.
         """
-        missing = [name for name, key in keys.items() if key not in state and name != COUNTER]
-        parameters = [name for name in keys if name in PARAMETERS]
-        neutral = [name for name in parameters if name in missing]
-        if not (lone and len(neutral) < len(parameters)):
-            neutral = []
-        missing = [keys[name] for name in missing if name not in neutral]
+        absent = {name for name, key in keys.items() if key not in state and name != COUNTER}
+        parameters = keys.keys() & NEUTRAL
+        neutral = parameters & absent if lone and not parameters <= absent else set()
+        missing = [key for name, key in keys.items() if name in absent - neutral]
         unexpected = [key for key in state if key not in keys.values()]
         if missing or unexpected:
             wanted = list(keys.values())
@@ -318,7 +320,7 @@ class Module:
         loaded |= {name: np.full(self._shape, NEUTRAL[name], self.dtype) for name in neutral}
         columns = {name: getattr(self, name) for name in loaded if name != COUNTER}
         for name, column in columns.items():
-            self._columns.check(name, column, self._shape)
+            self._columns.checked(name, column, self._shape)
         with self._lock:
             counting = self._counting_to(int(loaded[COUNTER])) if COUNTER in loaded else ()
             written = [(column, loaded[name]) for name, column in columns.items()]
@@ -380,10 +382,6 @@ class Tracking(Module):
     def reset_running_stats(self) -> None:
         """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, if they are tracked."""
         vars(self).update(self._first_statistics())
-
-    def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, those that there are, and reset the running statistics."""
-        self._fill(self.weight is not None, self.bias is not None)
 
 
 def mapping(state: Any) -> Mapping[str, Any]:

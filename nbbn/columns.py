@@ -31,8 +31,8 @@ class Columns:
         """Return a view of a column, which may be anything that was put in the place of one."""
         return column if isinstance(column, np.ndarray) else read(name, column, None)
 
-    def check(self, name: str, column: Any, shape: tuple[int, ...], written: bool = True) -> None:
-        """Raise where a column is not one of this shape, or is to be written and cannot be."""
+    def checked(self, name: str, column: Any, shape: tuple[int, ...], written: bool = True) -> np.ndarray:
+        """Return a view of a column, or raise: if it has another shape, or is to be written and cannot be."""
         view = self.view(name, column)
         if storage_of(view.dtype) is None:
             raise TypeError(f"{name} of this module must be {NAMES}, got dtype {view.dtype}")
@@ -40,6 +40,7 @@ class Columns:
             raise ValueError(f"{name} of this module must have shape {shape}, got {view.shape}")
         if written and not view.flags.writeable:
             raise ValueError(f"{name} of this module must be writable, got a read-only array")
+        return view
 
     def host(self, column: Any) -> np.ndarray:
         """Return a copy in the memory of the host."""

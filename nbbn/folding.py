@@ -114,7 +114,7 @@ def fold(weight: Array, bias: Array | None, bn: BatchNorm, *, axis: int = 0, gro
         raise ValueError("bn must have running statistics (track_running_stats=True), got a module without")
     for name in (*PARAMETERS, *STATISTICS):
         if (column := getattr(bn, name)) is not None:
-            bn._columns.check(name, column, (bn.num_features,), written=False)
+            bn._columns.checked(name, column, (bn.num_features,), written=False)
     eps = arrays.number("eps", bn.eps, 0.0, math.inf)
     channels = bn.num_features
     axis = arrays.integer("axis", axis)

@@ -79,7 +79,7 @@ def strides_like(x: np.ndarray) -> tuple[int, ...]:
 # --- reading an array ------------------------------------------------------------------------------
 
 # DLPack's types: a code, the bits of an element, and the lanes of a vector, in 8, 8 and 16 bits.
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}  # DLPack's
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
 _STORAGES = {s.dlpack | 8 * s.dtype.itemsize << 8 | 1 << 16: s for s in STORAGES}
 _KINDS: dict[Storage | None, int] = {storage: kind for kind, storage in _STORAGES.items()}
 _READ_ONLY, _COPIED = 1, 2  # DLPack's flags

@@ -620,14 +620,13 @@ class BatchNorm(Tracking):
                 f"batches must have more than {self.correction:g} values per channel (correction), got "
                 f"{stats.count}"
             )
-        for name in STATISTICS:
-            self._columns.check(name, getattr(self, name), self._shape)
-        arrays.both_updated(*(self._columns.view(name, getattr(self, name)) for name in STATISTICS))
+        views = [self._columns.checked(name, getattr(self, name), self._shape) for name in STATISTICS]
+        arrays.both_updated(*views)
         with self._lock:
-            mean = narrowed(stats.mean, self._columns.view("running_mean", self.running_mean).dtype)
+            mean = narrowed(stats.mean, views[0].dtype)
             with np.errstate(over="ignore"):
                 var = stats.var * (stats.count / (stats.count - self.correction))
-            var = narrowed(var, self._columns.view("running_var", self.running_var).dtype)
+            var = narrowed(var, views[1].dtype)
             self._take_over(mean, var, self._counting_to(used), self._columns.write)
         return self
 

@@ -97,10 +97,6 @@ class _RowNorm(Module):
         self._keep_gradients(gradients, here)
         return grad_x
 
-    def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, those that there are."""
-        self._fill(self.weight is not None, self.bias is not None)
-
 
 def _shape(normalized_shape: Any) -> tuple[int, ...]:
     shape = shape_of(normalized_shape)
@@ -348,10 +344,6 @@ class GroupNorm(Module):
     @property
     def _shape(self) -> tuple[int, ...]:
         return (self.num_channels,)
-
-    def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, those that there are."""
-        self._fill(self.weight is not None, self.bias is not None)
 
     def __call__(self, x: Any) -> Any:
         """Normalize x.

@@ -946,19 +946,22 @@ def fails(*arguments, **options):
 target.Memory = Memory
 x = cuda.to_device(np.ones((4, 3), np.float32))
 mask = np.ones(4, bool)
-kept = {}
+
+def forward(mask):
+    nbbn.batch_norm_forward(x, mask=mask)
+
 for owner, name in ((run._Call, "add"), (run._Call, "launch"), (target, "write")):
-    kept, function = getattr(owner, name), lambda mask: nbbn.batch_norm_forward(x, mask=mask)
+    kept = getattr(owner, name)
     setattr(owner, name, fails)
     try:
-        function(mask)
+        forward(mask)
     except RuntimeError:
         pass
     else:
         raise AssertionError(name)
     setattr(owner, name, kept)
 print(had["taken"], had["freed"])
-function(None)
+forward(None)
 print(had["taken"], had["freed"])
 """
     assert python(program, NUMBA_ENABLE_CUDASIM="1").split() == ["3", "3", "4", "4"]

@@ -359,7 +359,7 @@ def test_modules_of_float16_say_nothing_where_it_ends():
         norm(x)
         norm.backward(x)
         assert norm.grad_bias.tolist() == [np.inf]
-        norm.backward(x[:1].astype(np.float16).repeat(70_000, 0) * np.float16(2.0**-24))
+        norm.backward(x * np.float16(2.0**-24))
         for dtype in (np.float32, np.float64):
             norm.load_state_dict({**norm.state_dict(), "running_var": np.array([1e5], dtype)})
             assert norm.running_var.tolist() == [np.inf]

@@ -249,7 +249,7 @@ RESIDUALS, GRAD_RESIDUALS = ROWS, ROWS + AT_ONCE
 
 
 @loop
-def gather_residual(call, row, number, channel, group, buffer, stored):
+def gather_residual(call, row, number, channel, group, buffer):
     """Copy rows of the residual, from this one on, to their room in `buffer`, if their columns lie apart."""
     room, at_residual = row_room(buffer), call.at_residual
     there = after(buffer, RESIDUALS * room)
@@ -269,7 +269,7 @@ def note_residual(call, rows, k, step, piece, channel, buffer, stored):
 
 
 @loop
-def scatter_residual(call, row, number, channel, group, buffer, stored):
+def scatter_residual(call, row, number, channel, group, buffer):
     """Copy rows of the gradient of the residual to where they go to, if their columns lie apart."""
     room, at_second = row_room(buffer), call.at_second
     there = after(buffer, GRAD_RESIDUALS * room)

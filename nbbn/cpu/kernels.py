@@ -574,7 +574,7 @@ def turn(its, buffer, strides):
 
 
 @loop
-def turned_in(call, base, operand, channel, group, buffer, stored):
+def turned_in(call, base, operand, channel, group, buffer):
     """Copy a tile of an array to a buffer.
 
     Return where the array would begin that the tile in the buffer is of, and how far from there the next
@@ -586,7 +586,7 @@ def turned_in(call, base, operand, channel, group, buffer, stored):
 
 
 @loop
-def turned_back(call, channel, group, buffer, stored):
+def turned_back(call, channel, group, buffer):
     """Copy a tile of the result back."""
     scatter_rows(call, call.out, call.at_out, plain(0), call.rows, channel, group, buffer, call.group)
 
@@ -608,7 +608,7 @@ def forward_turned(first, last, call_at, stored):
     nothing = no_tile(tables)
     for task in range(first, last):
         channel, group = group_of(call, task)
-        its.x, its.ahead = turned_in(call, call.x, call.at_x, channel, group, buffer, stored)
+        its.x, its.ahead = turned_in(call, call.x, call.at_x, channel, group, buffer)
         its.second = its.x
         its.out = its.x
         for chunk in range(call.chunks):
@@ -616,7 +616,7 @@ def forward_turned(first, last, call_at, stored):
         finish_channels(its, channel, channel + group, stored)
         tile = tile_of(its, channel, group, 3, tables, real)
         write_normalized_rows(its, plain(0), call.rows, tile, buffer, stored)
-        turned_back(call, channel, group, buffer, stored)
+        turned_back(call, channel, group, buffer)
     if call.updates == 1:
         update_channels(call)  # there is no other share
 
@@ -1010,9 +1010,9 @@ def backward_turned(first, last, call_at, stored):
     count = gradient_tables(stored)
     for task in range(first, last):
         channel, group = group_of(call, task)
-        its.x, its.ahead = turned_in(call, call.x, call.at_x, channel, group, buffer, stored)
+        its.x, its.ahead = turned_in(call, call.x, call.at_x, channel, group, buffer)
         its.grad_out, its.ahead_of_dy = turned_in(
-            call, call.grad_out, call.at_grad_out, channel, group, of_dy, stored
+            call, call.grad_out, call.at_grad_out, channel, group, of_dy
         )
         its.second = its.grad_out
         its.out = its.grad_out
@@ -1021,7 +1021,7 @@ def backward_turned(first, last, call_at, stored):
         finish_gradients(its, channel, channel + group, stored)
         tile = tile_of(its, channel, group, count, tables, real)
         write_gradient_rows(its, plain(0), call.rows, tile, buffer, stored)
-        turned_back(call, channel, group, of_dy, stored)
+        turned_back(call, channel, group, of_dy)
 
 
 @kernel

@@ -262,7 +262,6 @@ class Plan:
         self.stored = stored_as(storage.name, way)
         self.plain = stored_as(storage.name, way.alone)
         self.threads = threads
-        self.through = form.through
         self.channels = geometry.channels
         self.sets = self.channels // form.pool
         self.parameters = form.period or self.channels
@@ -417,7 +416,7 @@ class Plan:
             "pool": form.pool,
             "parameters": self.parameters,
             "centered": form.centered,
-            "activates": self.through,
+            "activates": form.through,
             "bits_mask": 0 if geometry.inner == 1 and tiling.fold == 1 else -1,
             "single": self._single,
             "ahead": ahead,

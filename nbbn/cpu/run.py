@@ -460,18 +460,19 @@ class Run:
             call(self._backward, plan.tasks)
         else:
             self._compile(kernels.backward_reduce, kernels.finish_backward)
-            constant = not (training or plan.through)  # grad_x = scale · dy, and no more
+            scales = not (training or self.form.through)  # grad_x = scale · dy, and no more
             last, tasks = self._applies if training else self._applies_constant
-            if constant:
+            if scales:
                 last, tasks = self._normalizes
-            entry(last, plan.plain if constant else plan.stored)
+            entry(last, plan.plain if scales else plan.stored)
             call(kernels.backward_reduce, self._tiles)
             call(kernels.finish_backward, self._sets, self._finishers)
-            if constant:
+            if scales:
                 call.normalize_second()
-            call(last, tasks, plain=constant)
-            if constant:
+                call(last, tasks, plain=True)
                 call.normalize_x()
+            else:
+                call(last, tasks)
         if not (direct or self.form.along):
             call(kernels.sum_parameters, plan.parameters, 1)
         self._give_back(call)

@@ -323,7 +323,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
             at_grad_out = call.at_grad_out
             gather_apart(call, call.grad_out, at_grad_out, row, number, channel, group, dys, room)
             if with_residual(stored):
-                gather_residual(call, row, number, channel, group, buffer, stored)
+                gather_residual(call, row, number, channel, group, buffer)
         for k in range(number):
             work.rows[k] = row + k * pitch
             step, piece = locate(call, work.rows[k])
@@ -421,7 +421,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
                     its_tile = with_tables_of(its_tile, turn)
                     write_ends(call, rows, number, width, work, its_tile, stored)
                 if reads > 1 and with_residual(stored):
-                    scatter_residual(call, row, number, its, count, buffer, stored)
+                    scatter_residual(call, row, number, its, count, buffer)
             # Only now: what is gathered or scattered goes through the buffer that held the rows above.
             if writing and not direct:
                 write_rows(call, row, row + number, tile, buffer, stored)
