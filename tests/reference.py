@@ -257,6 +257,9 @@ def grad_x_tolerance(expected, dtype):
     grad_weight, which may cancel in the sum. It shows in float64 only, where all three terms above are
     small at once. Half precision: `ulp_tolerance`, and this with float64's u, where grad_bias and
     grad_weight are plain sums in float64, within c u_stat of the sums of absolute values.
+
+    A subnormal result is rounded three times to the smallest number that there is, each time by half of it:
+    the channel's offset, its sum with what goes with x, and that with what goes with dy.
     """
     if is_half(dtype):
         bound = ulp_tolerance(expected.x, dtype) + grad_x_tolerance(expected, np.float64)
@@ -271,7 +274,7 @@ def grad_x_tolerance(expected, dtype):
         sums = np.abs(expected.bias.hi) + x_hat * np.abs(expected.weight.hi)
         products = (dy * x_hat).sum(axis=1, keepdims=True)
         bound = bound + (8 * unit(dtype) * sums + unit(STATISTICS) * x_hat * products) / expected.count
-    return expected.slope * bound
+    return expected.slope * bound + 1.5 * float(np.finfo(dtype).smallest_subnormal)
 
 
 def running_tolerance(old, new, momentum, expected, dtype, new_tolerance):
