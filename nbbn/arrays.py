@@ -22,6 +22,7 @@ _NO_NUMBERS = (np.bool_, np.complexfloating, np.flexible, np.object_, np.datetim
 
 Parameter = tuple[int, int, int]  # address, stride in bytes, code of the storage; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
+may_share_memory = np.may_share_memory  # asked of each pair of arrays of a call
 
 
 # Where, after the head of every object, a NumPy array has its data pointer.
@@ -122,11 +123,11 @@ def output(out: Any, x: np.ndarray, replaced: Any = None, **inputs: Any) -> None
         raise ValueError("out must be writable, got a read-only array")
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
-    is_x = _same(array, x)  # and so is an input that lies there, too
-    for name, other in {"x": x, "residual": replaced, **inputs}.items():
+    for name, other in (("x", x), ("residual", replaced), *inputs.items()):
         if other is None or not overlap(array, other):
             continue
-        if _same(array, other) and (is_x or other is replaced):
+        # Where out is x, an input that lies there too is x itself.
+        if _same(array, other) and (other is replaced or _same(array, x)):
             continue
         itself = name if other is x or other is replaced else "x"
         raise ValueError(f"out must not overlap {name}, unless it is {itself} itself")
@@ -157,7 +158,7 @@ def both_updated(running_mean: np.ndarray | None, running_var: np.ndarray | None
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have memory in common."""
-    if not np.may_share_memory(a, b):
+    if not may_share_memory(a, b):
         return False
     try:
         return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
