@@ -26,10 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         if given == ["info"]:  # what one asks first where something is missing, so it needs no extra
-            return tell()
-        from nbbn import commands
+            from nbbn.info import tell
 
-        return commands.invoke(given)
+            return tell()
+        from nbbn.commands import invoke
+
+        outcome = invoke(given)
+        return refuse(outcome) if isinstance(outcome, str) else outcome
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("nbbn"):
             raise
@@ -38,15 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"this command needs {error.name}, which is not installed; it comes with nbbn's extra {extra!r}: "
             f'pip install ".[{extra}]" where nbbn\'s sources are'
         )
-
-
-def tell() -> int:
-    """Print what `nbbn.info` knows, and return the exit status."""
-    from nbbn.info import facts
-
-    for name, value in facts().items():
-        print(f"{name:<17}{value}")
-    return 0
 
 
 def refuse(reason: str) -> int:

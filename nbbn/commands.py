@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nbbn import cli
 from nbbn.demo.settings import Settings
+from nbbn.info import tell
 
 app = typer.Typer(
     help="Batch normalization for arrays, compiled by Numba.",
@@ -33,16 +33,17 @@ def arguments() -> tuple[str, ...]:
     return tuple(_arguments)
 
 
-def invoke(arguments: list[str]) -> int:
-    """Run one command and return the exit status; tell in one line what is wrong with the command line."""
+def invoke(arguments: list[str]) -> int | str:
+    """Run one command and return the exit status, or what is wrong with the command line."""
     _arguments[:] = arguments
     commands = [command.callback.__name__ for command in app.registered_commands if command.callback]
     if arguments[0] not in commands and not arguments[0].startswith("-"):
-        return cli.refuse(f"got the command {arguments[0]!r}, needs one of {', '.join(commands)}.")
+        return f"got the command {arguments[0]!r}, needs one of {', '.join(commands)}."
     try:
         status: int | None = app(arguments, prog_name="nbbn", standalone_mode=False)
     except UsageError as error:
-        return cli.refuse(error.format_message())
+        message: str = error.format_message()
+        return message
     except typer.Abort:
         return 130  # what a shell reports for a program that Ctrl-C ended
     return status or 0
@@ -118,7 +119,7 @@ def demo(
 @app.command(epilog="Example: `nbbn info`")
 def info() -> int:
     """Print versions, threads, vector width, the kernel cache and whether CUDA is there."""
-    return cli.tell()
+    return tell()
 
 
 # A blank line between examples, or Markdown makes a paragraph of them.

@@ -11,6 +11,13 @@ import nbbn
 from nbbn.compiler import pool
 
 
+def tell() -> int:
+    """Print the facts, and return the exit status."""
+    for name, value in facts().items():
+        print(f"{name:<17}{value}")
+    return 0
+
+
 def facts() -> dict[str, str]:
     """Return what there is to know about this installation and this machine, by name.
 
