@@ -500,6 +500,9 @@ def in_one(*steps: Step) -> None:
     collections.deque(map(partial.__call__, steps), maxlen=0)
 
 
+_WORD = ctypes.c_void_p  # what ctypes makes of an int fastest, as wide as an int64, and as good for one
+
+
 class Entry:
     """A compiled kernel: `run(first, last, call)` in this thread, `address` for the parallel loop."""
 
@@ -510,7 +513,7 @@ class Entry:
         """Whether it came from the cache on disk."""
         self.address: int = self._compiled.address
         # ctypes gives up the GIL for as long as the kernel runs. `stored` carries nothing: left out.
-        function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(self.address)
+        function = ctypes.CFUNCTYPE(None, *[_WORD] * 3)(self.address)
         self.run: Callable[[int, int, int], None] = function
         """Does the tasks first … last - 1 of the call described at an address."""
 
@@ -585,7 +588,7 @@ SHARES = 8  # of each thread: one that wakes late, or whose core does something 
 class _ParallelLoop:
     """Numba's threads at work: its own parallel loop, without the passes that make one of a `prange`."""
 
-    _function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 5, *[ctypes.c_ssize_t] * 3)
+    _function = ctypes.CFUNCTYPE(None, *[_WORD] * 8)
     _numbers = ctypes.c_int64 * 7
 
     def __init__(self) -> None:
