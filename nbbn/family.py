@@ -201,7 +201,7 @@ def _parameter(
 
 
 def _run(here: Place, walk: _Walk, dtype: np.dtype) -> Any:
-    threads = threads_for(here, math.prod(walk.shape))
+    threads = threads_for(here, math.prod(walk.shape), len(walk.strides))
     key = dtype, threads, here.device
     if (run := walk.runs.get(key)) is None:
         run = walk.runs[key] = find(walk.shape, 0, walk.strides, dtype, threads, here.device, walk.form)

@@ -29,8 +29,8 @@ from nbbn.masks import counted, seen
 from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks
 from nbbn.stats import BatchStats
 
-# Up to this many elements, waking the threads costs more than they save.
-SERIAL_ELEMENTS = 1 << 17
+# Up to this many elements, of all arrays together, waking the threads costs more than they save.
+SERIAL_ELEMENTS = 1 << 18
 
 # With these alone there is nothing to find out about a call. Asked in line: a small call takes few µs.
 _Array = np.ndarray
@@ -92,14 +92,14 @@ class BatchNormResidualGradients(NamedTuple):
     residual: Array
 
 
-def threads_for(here: Place, size: int) -> int:
-    """Return how many threads may work on so many elements."""
-    return 1 if size <= SERIAL_ELEMENTS or here.device != CPU else pool.threads()
+def threads_for(here: Place, size: int, operands: int) -> int:
+    """Return how many threads may work on so many arrays, of so many elements each."""
+    return 1 if size * operands <= SERIAL_ELEMENTS or here.device != CPU else pool.threads()
 
 
 def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place, form: Form = BATCH) -> Any:
     """Return what runs the stages on x and other arrays of its shape; `strides` are x's and theirs."""
-    threads = threads_for(here, x.size)
+    threads = threads_for(here, x.size, len(strides))
     if form is BATCH:  # to look a form up takes time, of which a small call takes little
         return here.on_stream(find(x.shape, axis, strides, x.dtype, threads, here.device))
     return here.on_stream(find(x.shape, axis, strides, x.dtype, threads, here.device, form))
