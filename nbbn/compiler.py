@@ -361,6 +361,22 @@ def in_line(typingctx):
     return types.void(), codegen
 
 
+@intrinsic
+def invoke(typingctx, kernel, first, last, call):
+    """Do the tasks first … last - 1 with the kernel at an address (`Entry.address`)."""
+
+    def codegen(context, builder, signature, args):
+        integer = ir.IntType(64)
+        element = ir.IntType(8).as_pointer()  # the kernel's `stored`, which carries nothing
+        function = ir.FunctionType(ir.VoidType(), [integer] * 3 + [element])
+        builder.call(
+            builder.inttoptr(args[0], function.as_pointer()), [*args[1:], ir.Constant(element, None)]
+        )
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
 @functools.cache
 def interpreted(function: Any) -> Callable[..., Any]:
     """Return a formula as a plain Python function, of numbers or of whole arrays."""
@@ -544,19 +560,6 @@ def _new_entry(name: str, stored: types.Type) -> Entry:
 
 
 @intrinsic
-def _invoke(typingctx, address, first, last, call):
-    def codegen(context, builder, signature, args):
-        integer = ir.IntType(64)
-        element = ir.IntType(8).as_pointer()  # the kernel's `stored`, which carries nothing
-        function = ir.FunctionType(ir.VoidType(), [integer] * 3 + [element])
-        kernel = builder.inttoptr(args[0], function.as_pointer())
-        builder.call(kernel, [*args[1:], ir.Constant(element, None)])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 4), codegen
-
-
-@intrinsic
 def _number_at(typingctx, address, index):
     def codegen(context, builder, signature, args):
         numbers = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
@@ -579,7 +582,7 @@ def _share(begin, number, step, job):
     )
     first = _number_at(begin, 0)
     for share in range(first, first + _number_at(number, 0)):
-        _invoke(kernel, share * tasks // shares, (share + 1) * tasks // shares, call)
+        invoke(kernel, share * tasks // shares, (share + 1) * tasks // shares, call)
 
 
 SHARES = 8  # of each thread: one that wakes late, or whose core does something else, leaves some to others

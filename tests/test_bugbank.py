@@ -679,7 +679,7 @@ def test_row_40_every_task_is_done_once(tasks):
         compiler._parallel_loop().over(at, min(threads, shares), shares, tasks, 77)()
         names = {
             "_number_at": operator.getitem,
-            "_invoke": lambda _, *arguments, to=expected: to.append(arguments),
+            "invoke": lambda _, *arguments, to=expected: to.append(arguments),
         }
         share = types.FunctionType(compiler._share.__code__, names)
         share([0], [shares], None, [at, shares, tasks, 77])

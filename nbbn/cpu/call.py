@@ -62,7 +62,10 @@ ARGUMENTS = [
     ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
     ("adds", _WORD),  # to gradients of parameters: 1, others will be added; 2, they are added to those there
-    ("updates", _WORD),  # 1: `forward` is one share, and updates the running statistics at its end
+    (
+        "updates",
+        _WORD,
+    ),  # address of the kernel that updates the running statistics, if `forward` is one share
 ]
 
 PARTIALS = 4  # numbers of a channel that a chunk leaves behind
@@ -76,6 +79,16 @@ ROOMS = [
     ("bits", _WORD),  # of the rows: see nbbn.cpu.masks
     ("counts", _WORD),  # int64[rows + 1]: values of a channel that count before each row
     ("along", _WORD),  # real[2, along_room]: weight and bias of each element of a row, where they go along
+]
+
+# Addresses of kernels that others call, for what few problems need: the others are compiled in less time.
+CALLED = [
+    (
+        "gather",
+        _WORD,
+    ),  # copies rows whose columns do not lie together: see nbbn.cpu.copies. 0: there are none
+    ("scatter", _WORD),  # copies them back
+    ("finish", _WORD),  # finishes sets of several channels. 0: each has its own statistics
 ]
 
 # What a plan knows ahead.
@@ -121,18 +134,42 @@ PLAN = [
     ("period", _WORD),  # a multiple, after which the tables of `normalize_columns` begin again
 ]
 
-CALL = np.dtype(MASK + ARGUMENTS + ROOMS + PLAN)
-_CALL = from_dtype(CALL)
+CALL = np.dtype(MASK + ARGUMENTS + ROOMS + CALLED + PLAN)
+
+# What one of those is told: see nbbn.cpu.rows.copy_rows.
+COPY = np.dtype(
+    [
+        ("call", _WORD),  # addresses of records
+        ("operand", _WORD),
+        ("base", _WORD),  # of the array
+        ("channel", _WORD),
+        ("group", _WORD),
+        ("buffer", _WORD),  # its address
+        ("apart", _WORD),  # elements from a row in it to the next
+    ]
+)
 
 
-@intrinsic
-def read(typingctx, address):
-    """Return the CALL record at `address`."""
+def _reader(kind, name):
+    """Return what takes an address for that of a record."""
+    record = from_dtype(kind)
+    record.name = name  # not one of all its fields, which would be in that of each function that has one
 
-    def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(_CALL))
+    @intrinsic
+    def read(typingctx, address):
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(record))
 
-    return _CALL(types.int64), codegen
+        return record(types.int64), codegen
+
+    return read
+
+
+read, operand_at, copy_at = (
+    _reader(CALL, "nbbn.CALL"),
+    _reader(OPERAND, "nbbn.OPERAND"),
+    _reader(COPY, "nbbn.COPY"),
+)
 
 
 @intrinsic

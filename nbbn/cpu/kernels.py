@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from nbbn.compiler import by_type, in_line, kernel, loop, out_of_line
+from nbbn.compiler import by_type, in_line, invoke, kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, copied, read
 from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
@@ -32,7 +32,6 @@ from nbbn.cpu.parameters import (
     affines_of,
     mean_of_row,
     parameter,
-    set_of,
     set_parameter,
     several,
     spread_along,
@@ -57,17 +56,16 @@ from nbbn.cpu.rows import (
     ROOM,
     ROWS,
     TOGETHER,
+    copy_rows,
     extent,
     fill,
     gather_apart,
-    gather_rows,
     locate,
     row_address,
     row_buffers,
     row_in,
     row_of,
     row_room,
-    scatter_rows,
     to_columns,
 )
 from nbbn.cpu.simd import (
@@ -411,7 +409,6 @@ def pool_chunks(call, first, last, stored):
 @loop
 def pool_sets(call, first, last):
     """Merge the statistics of the channels of the sets first … last - 1, in their order."""
-    out_of_line()
     channels = pointer(call.channel_stats, np.float64)
     stats = pointer(call.stats, np.float64)
     sets, pool, each = call.channels // call.pool, call.pool, call.count
@@ -469,54 +466,65 @@ def for_normalize(call, tables, c, here, known, real):
 def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
     pool_chunks(call, first // call.shared, last // call.shared, stored)
-    if call.pool > call.shared:
-        pool_sets(call, first // call.pool, last // call.pool)
-    finish_sets(call, first // call.pool, last // call.pool, stored)
-
-
-@loop
-def finish_sets(call, begin, end, stored):
-    """From mean, var and the mean's low part, in invstd's place, to that and the tables of normalization."""
-    stats = pointer(call.stats, np.float64)
-    sets = call.channels // call.pool
-    for s in range(begin, end, LANES):
-        here = min(LANES, end - s)
-        mean, var = load_first(stats, s, here), load_first(stats, sets + s, here)
-        rest = load_first(stats, 2 * sets + s, here)
-        if call.centered == 0:
-            var = mean_square(var, mean)
-            mean = rest = splat(0.0)
-            store_first(stats, s, mean, here)
-            store_first(stats, sets + s, var, here)
-        invstd = inverse_deviation(var, call.eps)
-        store_first(stats, 2 * sets + s, invstd, here)
-        if call.pool == 1:
-            weight, bias = affines_of(call, s, here, stored)
-            set_tables(call, s, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
-        else:
-            rests = scratch(LANES, np.float64)
-            store(rests, 0, rest)
-            for k in range(here):
-                normalize_set(call, s + k, rests[k], stored)
-
-
-@loop
-def normalize_set(call, s, rest, stored):
-    """Set the tables of normalization of the channels of a set."""
-    out_of_line()
-    stats = pointer(call.stats, np.float64)
-    sets = call.channels // call.pool
-    mean, rest, invstd = splat(stats[s]), splat(rest), splat(stats[2 * sets + s])
-    for c in range(s * call.pool, (s + 1) * call.pool, LANES):
-        here = min(LANES, (s + 1) * call.pool - c)
+    if call.pool > 1:
+        invoke(call.finish, first // call.pool, last // call.pool, address(call))
+        return
+    for c in range(first, last, LANES):
+        here = min(LANES, last - c)
+        mean, rest, invstd = finished(call, c, here)
         weight, bias = affines_of(call, c, here, stored)
         set_tables(call, c, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
 
 
 @loop
-def update_channels(call):
-    """Update the running statistics of all channels."""
-    out_of_line()
+def finished(call, s, here):
+    """From mean, var and the mean's low part, in invstd's place, to that; of some sets.
+
+    Return the mean, its low part and invstd.
+    """
+    stats, sets = pointer(call.stats, np.float64), call.channels // call.pool
+    mean, var = load_first(stats, s, here), load_first(stats, sets + s, here)
+    rest = load_first(stats, 2 * sets + s, here)
+    if call.centered == 0:
+        var = mean_square(var, mean)
+        mean = rest = splat(0.0)
+        store_first(stats, s, mean, here)
+        store_first(stats, sets + s, var, here)
+    invstd = inverse_deviation(var, call.eps)
+    store_first(stats, 2 * sets + s, invstd, here)
+    return mean, rest, invstd
+
+
+@loop
+def finish_several(call, begin, end, stored):
+    """As `finish_channels`, from the statistics of sets of several channels."""
+    stats, sets = pointer(call.stats, np.float64), call.channels // call.pool
+    rests = scratch(LANES, np.float64)
+    for first in range(begin, end, LANES):
+        last = min(end, first + LANES)
+        _, rest, _ = finished(call, first, last - first)
+        store(rests, 0, rest)
+        for s in range(first, last):
+            mean, rest, invstd = splat(stats[s]), splat(rests[s - first]), splat(stats[2 * sets + s])
+            for c in range(s * call.pool, (s + 1) * call.pool, LANES):
+                here = min(LANES, (s + 1) * call.pool - c)
+                weight, bias = affines_of(call, c, here, stored)
+                set_tables(call, c, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
+
+
+@kernel
+def finish_sets(first, last, call_at, stored):
+    """The same, from those of the channels, where they are not the sets' already. Tasks: sets."""
+    call = read(call_at)
+    if call.pool > call.shared:
+        pool_sets(call, first, last)
+    finish_several(call, first, last, stored)
+
+
+@kernel
+def update_running_stats(first, last, call_at, stored):
+    """Of all channels, after all that reads a running statistic or writes what may lie over one. One task."""
+    call = read(call_at)
     stats = pointer(call.stats, np.float64)
     count = call.count
     for c in range(call.channels):
@@ -529,12 +537,12 @@ def update_channels(call):
 
 
 @kernel
-def forward(first, last, address, stored):
+def forward(first, last, call_at, stored):
     """Training forward, resident. Tasks: groups of channels, or sets of several.
 
     While the statistics of one are taken, the one before is written.
     """
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = row_buffers(ROWS, stored)
@@ -556,8 +564,8 @@ def forward(first, last, address, stored):
         write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
-    if call.updates == 1:
-        update_channels(call)  # there is no other share
+    if call.updates != 0:
+        invoke(call.updates, plain(0), plain(1), address(call))  # there is no other share
 
 
 @loop
@@ -580,7 +588,7 @@ def turned_in(call, base, operand, channel, group, buffer):
     Return where the array would begin that the tile in the buffer is of, and how far from there the next
     tile is, which is to be asked for meanwhile.
     """
-    gather_rows(call, base, operand, plain(0), call.rows, channel, group, buffer, call.group)
+    copy_rows(call.gather, call, base, operand, plain(0), call.rows, channel, group, buffer, call.group)
     ahead = base + (channel + group) * operand.channel - address(buffer)
     return address(buffer) - channel * size_of(buffer), ahead
 
@@ -588,7 +596,9 @@ def turned_in(call, base, operand, channel, group, buffer):
 @loop
 def turned_back(call, channel, group, buffer):
     """Copy a tile of the result back."""
-    scatter_rows(call, call.out, call.at_out, plain(0), call.rows, channel, group, buffer, call.group)
+    copy_rows(
+        call.scatter, call, call.out, call.at_out, plain(0), call.rows, channel, group, buffer, call.group
+    )
 
 
 @kernel
@@ -617,14 +627,14 @@ def forward_turned(first, last, call_at, stored):
         tile = tile_of(its, channel, group, 3, tables, real)
         write_normalized_rows(its, plain(0), call.rows, tile, buffer, stored)
         turned_back(call, channel, group, buffer)
-    if call.updates == 1:
-        update_channels(call)  # there is no other share
+    if call.updates != 0:
+        invoke(call.updates, plain(0), plain(1), address(call))  # there is no other share
 
 
 @kernel
-def collect_stats(first, last, address, stored):
+def collect_stats(first, last, call_at, stored):
     """Statistics of tiles into the partials. Tasks: chunks × groups."""
-    call = read(address)
+    call = read(call_at)
     nothing = no_tile(pointer(call.tables, wide(stored)))
     buffer = row_buffers(ROWS, stored)
     for task in range(first, last):
@@ -633,31 +643,31 @@ def collect_stats(first, last, address, stored):
 
 
 @kernel
-def finish_stats(first, last, address, stored):
+def finish_stats(first, last, call_at, stored):
     """Partials into mean, var, invstd and the tables. Tasks: blocks of LANES sets."""
-    call = read(address)
+    call = read(call_at)
     block = LANES * call.pool
     finish_channels(call, first * block, min(last * block, call.channels), stored)
 
 
 @kernel
-def pool_stats(first, last, address, stored):
+def pool_stats(first, last, call_at, stored):
     """Partials into mean, var and the mean's low part, in invstd's place. Tasks: blocks of LANES channels."""
-    call = read(address)
+    call = read(call_at)
     pool_chunks(call, first * LANES, min(last * LANES, call.channels), stored)
 
 
 @kernel
-def use_stats(first, last, address, stored):
+def use_stats(first, last, call_at, stored):
     """Those of sets into invstd and the tables of their channels. Tasks: blocks of LANES sets."""
-    call = read(address)
-    finish_sets(call, first * LANES, min(last * LANES, call.channels // call.pool), stored)
+    call = read(call_at)
+    finish_several(call, first * LANES, min(last * LANES, call.channels // call.pool), stored)
 
 
 @kernel
-def use_running_stats(first, last, address, stored):
+def use_running_stats(first, last, call_at, stored):
     """The tables from the running statistics, for evaluation. Tasks: blocks of LANES channels."""
-    call = read(address)
+    call = read(call_at)
     for c in range(first * LANES, min(last * LANES, call.channels), LANES):
         here = min(LANES, call.channels - c)
         invstd = inverse_deviation(several(call.var, c, here, call.channels, 1.0), call.eps)
@@ -667,9 +677,9 @@ def use_running_stats(first, last, address, stored):
 
 
 @kernel
-def normalize(first, last, address, stored):
+def normalize(first, last, call_at, stored):
     """Tasks: slabs of rows × groups, in the order of memory."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = row_buffers(ROWS, stored)
@@ -734,12 +744,12 @@ def normalize_run(call, channel, last, row, out, real):
 
 
 @kernel
-def normalize_planes(first, last, address, stored):
+def normalize_planes(first, last, call_at, stored):
     """The same where all channels of an outer step lie side by side. Tasks: channels of outer steps.
 
     So it is written in the order of memory, and no tables are spread over columns.
     """
-    call = read(address)
+    call = read(call_at)
     plane = first
     while plane < last:
         step = plane // call.channels
@@ -777,21 +787,15 @@ def repeated_tables(call, number, repeated, real):
 
 
 @kernel
-def normalize_columns(first, last, address, stored):
+def normalize_columns(first, last, call_at, stored):
     """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
     streaming = (call.stream if call.training == 1 else call.stream_planes) == 1
     write_normalized_run(call, first, last, tables, streaming, stored)
     if streaming:
         fence()
-
-
-@kernel
-def update_running_stats(first, last, address, stored):
-    """One task, after all that reads a running statistic or writes what may lie over one."""
-    update_channels(read(address))
 
 
 # --- backward --------------------------------------------------------------------------------------
@@ -884,8 +888,7 @@ def finish_gradients(call, first, last, stored):
     pool_gradients(call, first, last)
     gradients = pointer(call.channel_stats, np.float64)
     if call.pool > 1:
-        for s in range(set_of(call, first), set_of(call, last)):
-            finish_set_gradients(call, s, stored)
+        invoke(call.finish, first // call.pool, last // call.pool, address(call))
         return
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
@@ -912,10 +915,20 @@ def folded(total):
     return high + (low + small)
 
 
+@kernel
+def finish_set_gradients(first, last, call_at, stored):
+    """The same of sets of several channels: their weights are in the sums that they have in common.
+
+    Tasks: sets.
+    """
+    call = read(call_at)
+    for s in range(first, last):
+        set_gradients(call, s, stored)
+
+
 @loop
-def finish_set_gradients(call, s, stored):
-    """The same of a set of several channels: their weights are in the sums that they have in common."""
-    out_of_line()
+def set_gradients(call, s, stored):
+    """From the sums of a set's channels to the gradients of their parameters, and the tables of grad_x."""
     gradients = pointer(call.channel_stats, np.float64)
     mean, invstd = parameter(call.mean, s, 0.0), parameter(call.var, s, 1.0)
     total, product = (splat(0.0), splat(0.0)), (splat(0.0), splat(0.0))
@@ -968,9 +981,9 @@ def for_apply(call, tables, c, here, known, real):
 
 
 @kernel
-def backward(first, last, address, stored):
+def backward(first, last, call_at, stored):
     """Training backward, resident. Tasks and writing as in `forward`."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = row_buffers(ALL_ROWS, stored)
@@ -1025,9 +1038,9 @@ def backward_turned(first, last, call_at, stored):
 
 
 @kernel
-def backward_reduce(first, last, address, stored):
+def backward_reduce(first, last, call_at, stored):
     """Tasks: chunks × groups."""
-    call = read(address)
+    call = read(call_at)
     nothing = no_tile(pointer(call.tables, wide(stored)))
     buffer = row_buffers(ALL_ROWS, stored)
     for task in range(first, last):
@@ -1036,24 +1049,24 @@ def backward_reduce(first, last, address, stored):
 
 
 @kernel
-def finish_backward(first, last, address, stored):
+def finish_backward(first, last, call_at, stored):
     """Partials into grad_weight, grad_bias and the tables. Tasks: blocks of LANES sets."""
-    call = read(address)
+    call = read(call_at)
     block = LANES * call.pool
     finish_gradients(call, first * block, min(last * block, call.channels), stored)
 
 
 @kernel
-def finish_across(first, last, address, stored):
+def finish_across(first, last, call_at, stored):
     """Partials into the gradients of each column's parameters. Tasks: blocks of LANES columns."""
-    call = read(address)
+    call = read(call_at)
     pool_gradients(call, first * LANES, min(last * LANES, call.channels))
 
 
 @kernel
-def sum_parameters(first, last, address, stored):
+def sum_parameters(first, last, call_at, stored):
     """The gradients of parameters that several channels, or several calls, have. Tasks: parameters."""
-    call = read(address)
+    call = read(call_at)
     of_channels = pointer(call.channel_stats, np.float64)
     gradients = pointer(call.stats, np.float64)
     kept = after(gradients, 2 * call.parameters)
@@ -1074,12 +1087,12 @@ def sum_parameters(first, last, address, stored):
 
 
 @kernel
-def set_mask(first, last, address, stored):
+def set_mask(first, last, call_at, stored):
     """The bits of rows, and how many values each has that count.
 
     Tasks: rows; steps of several pieces; or blocks of rows of several steps of one position.
     """
-    call = read(address)
+    call = read(call_at)
     if call.inner == 1 and call.fold > 1:
         spread = scratch(256, np.int64)
         if call.channels <= SPREAD_CHANNELS:
@@ -1096,9 +1109,9 @@ def set_mask(first, last, address, stored):
 
 
 @kernel
-def add_up_counts(first, last, address, stored):
+def add_up_counts(first, last, call_at, stored):
     """From how many values of each row count to how many come before each. One task."""
-    call = read(address)
+    call = read(call_at)
     counts = pointer(call.counts, np.int64)
     counts[0] = 0
     for row in range(call.rows):
@@ -1106,16 +1119,16 @@ def add_up_counts(first, last, address, stored):
 
 
 @kernel
-def set_along(first, last, address, stored):
+def set_along(first, last, call_at, stored):
     """The table of weights and biases, where they go along rows. Tasks: LINE elements of it."""
-    call = read(address)
+    call = read(call_at)
     spread_along(call, first * LINE, min(last * LINE, call.along_room), stored)
 
 
 @kernel
-def backward_apply(first, last, address, stored):
+def backward_apply(first, last, call_at, stored):
     """Tasks: slabs of rows × groups, in the order of memory."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = row_buffers(ROWS, stored)
@@ -1130,9 +1143,9 @@ def backward_apply(first, last, address, stored):
 
 
 @kernel
-def apply_columns(first, last, address, stored):
+def apply_columns(first, last, call_at, stored):
     """The same where channels lie side by side, and so do outer steps. Tasks: outer steps."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = repeated_tables(call, gradient_tables(stored), scratch(TABLES_ROOM, real), real)
     streaming = call.stream == 1
@@ -1142,9 +1155,9 @@ def apply_columns(first, last, address, stored):
 
 
 @kernel
-def apply_constant(first, last, address, stored):
+def apply_constant(first, last, call_at, stored):
     """As `backward_apply`, through an activation, where the statistics are constants."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
     buffer = row_buffers(ROWS, stored)
@@ -1159,9 +1172,9 @@ def apply_constant(first, last, address, stored):
 
 
 @kernel
-def apply_constant_columns(first, last, address, stored):
+def apply_constant_columns(first, last, call_at, stored):
     """As `apply_columns`, through an activation, where the statistics are constants."""
-    call = read(address)
+    call = read(call_at)
     real = wide(stored)
     tables = repeated_tables(call, 3, scratch(TABLES_ROOM, real), real)
     streaming = call.stream == 1

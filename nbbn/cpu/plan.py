@@ -261,6 +261,7 @@ class Plan:
         way = way_for(form, across, turned)
         self.stored = stored_as(storage.name, way)
         self.plain = stored_as(storage.name, way.alone)
+        self.elements = stored_as(storage.name)
         self.threads = threads
         self.channels = geometry.channels
         self.sets = self.channels // form.pool
@@ -268,6 +269,7 @@ class Plan:
         self._geometry, self._form, self._across, self._turned = geometry, form, across, turned
         self._size = storage.dtype.itemsize
         self._operands = Operands.of(geometry.layouts, form)
+        self.backward = self._operands.backward
         self._tiling = tiling = tile(geometry, self._size, not (across or turned))
         self._single = tiling.fold == 1 and (self.channels == 1 or _alone(tiling.outer, geometry.inner))
         self.outer, self.rows, self.chunks = tiling.outer, tiling.rows, tiling.chunks
@@ -284,7 +286,7 @@ class Plan:
     def _tasks(self) -> dict[str, int]:
         """Decide what is a task, and whether a task's channels stay in cache until they are written."""
         geometry, tiling, form, size = self._geometry, self._tiling, self._form, self._size
-        backward = self._operands.backward
+        backward = self.backward
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
         group, self.resident = self._schedule(element)
@@ -401,10 +403,12 @@ class Plan:
         """Return the plan part of a record, of these values and all others."""
         geometry, tiling, form = self._geometry, self._tiling, self._form
         dims, at = len(geometry.sizes), self._strides.ctypes.data
+        self.copies = self._turned
         for k, (name, layout) in enumerate(
             zip(Operands._fields, self._operands.layouts, strict=False), start=1
         ):
             gather = self._gather(layout)
+            self.copies |= gather != TOGETHER and name != "mask"
             values[f"at_{name}"] = layout.channel, layout.inner, at + 8 * dims * k, gather
         ahead = self._ahead()
         values |= vars(tiling) | {

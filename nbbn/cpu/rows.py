@@ -4,22 +4,20 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from nbbn.compiler import loop, out_of_line, variant
+from nbbn.compiler import invoke, loop, out_of_line
+from nbbn.cpu.call import COPY, copy_at
 from nbbn.cpu.simd import (
     LANES,
-    TURNED,
+    address,
     after,
     load,
     load_first,
     on_stack,
     plain,
     pointer,
-    pointer_like,
-    size_of,
+    scratch,
     splat,
     store,
-    turn_in,
-    turn_out,
 )
 
 COLUMNS = 1024  # a row is at most this long, of each channel where several long ones share it;
@@ -32,6 +30,7 @@ ROOM = HALF_COLUMNS + LANES  # for a number of each column; vectors may be store
 # themselves, those of several rows side by side, or those of several channels.
 TOGETHER, APART, BY_ROWS, BY_CHANNELS = 0, 1, 2, 4
 AHEAD = 2048  # bytes: how far ahead of what is written its memory is asked for
+COPY_WORDS = COPY.itemsize // 8
 
 
 def columns_of(size):
@@ -122,6 +121,34 @@ def step_address(call, at, operand, step):
 
 
 @loop
+def copy_rows(kernel, call, base, operand, row, number, channel, group, buffer, apart):
+    """Have a kernel (`nbbn.cpu.copies`) copy `number` rows of a tile, from this one on.
+
+    In the buffer they are `apart` elements apart, and their columns lie together.
+    """
+    out_of_line()
+    job = copy_at(address(scratch(COPY_WORDS, np.int64)))
+    job.call, job.operand = address(call), address(operand)
+    job.base, job.channel, job.group = base, channel, group
+    job.buffer, job.apart = address(buffer), apart
+    invoke(kernel, row, row + number, address(job))
+
+
+@loop
+def gather_apart(call, base, operand, row, number, channel, group, buffer, apart):
+    """Copy rows to a buffer, but for those whose columns lie together: they are read where they are."""
+    if operand.gather != TOGETHER:
+        copy_rows(call.gather, call, base, operand, row, number, channel, group, buffer, apart)
+
+
+@loop
+def scatter_apart(call, base, operand, row, number, channel, group, buffer, apart):
+    """Copy them back, but for those that have been written where they are."""
+    if operand.gather != TOGETHER:
+        copy_rows(call.scatter, call, base, operand, row, number, channel, group, buffer, apart)
+
+
+@loop
 def row_in(call, base, operand, step, piece, channel, buffer, stored):
     """Return a pointer to a row's columns: to `buffer`, where they do not lie together and were copied to."""
     if operand.gather == TOGETHER:
@@ -135,88 +162,6 @@ def row_of(call, base, operand, step, piece, channel, group, buffer, stored):
     row = step // call.fold if call.pieces == 1 else step * call.pieces + piece
     gather_apart(call, base, operand, row, plain(1), channel, group, buffer, plain(0))
     return row_in(call, base, operand, step, piece, channel, buffer, stored)
-
-
-def _copy(name, turn, move):
-    """Return what copies between an array, where columns do not lie together, and a buffer, where they do."""
-
-    @variant(name)
-    def copy(at, across, along, columns, number, buffer, apart):
-        """Copy `number` rows of `columns` columns.
-
-        In the array they are `along` and `across` bytes apart; in the buffer the rows are, `apart` elements.
-        """
-        out_of_line()
-        if along == size_of(buffer) and number > 1 and columns >= LANES:
-            for j in range(0, columns, LANES):
-                j = min(j, columns - LANES)  # the last ones a second time
-                for k in range(0, number, TURNED):
-                    here = min(TURNED, number - k)
-                    turn(at + j * across + k * along, across, here, after(buffer, k * apart + j), apart)
-            return
-        for k in range(number):
-            move(at + k * along, across, columns, after(buffer, k * apart))
-
-    return copy
-
-
-@loop
-def move_in(at, across, columns, buffer):
-    """Copy `columns` elements, `across` bytes apart, to a buffer."""
-    for j in range(columns):
-        buffer[j] = pointer_like(buffer, at + j * across)[0]
-
-
-@loop
-def move_out(at, across, columns, buffer):
-    """Copy them back."""
-    for j in range(columns):
-        pointer_like(buffer, at + j * across)[0] = buffer[j]
-
-
-def _each_row(name, copy):
-    """Return a loop that copies rows of a tile between an array and a buffer; and one where that needs be."""
-
-    @variant(name)
-    def copy_rows(call, base, operand, row, number, channel, group, buffer, apart):
-        """Copy `number` rows, from this one on, which are `apart` elements apart in the buffer.
-
-        Elements that lie side by side are copied at once: those of several rows, or of several channels.
-        """
-        out_of_line()
-        outer = pointer(operand.strides, np.int64)[call.dims - 1]
-        steps_of_last = pointer(call.sizes, np.int64)[call.dims - 1]
-        k = 0
-        while k < number:
-            step, piece = locate(call, row + k)
-            steps, count = extent(call, step, piece)
-            at = row_address(call, base, operand, step, piece, channel)
-            together = 1
-            if operand.gather == BY_ROWS:
-                together = min(number - k, steps_of_last - step % steps_of_last)
-            for f in range(steps):
-                here = after(buffer, k * apart + f * group * count)
-                if count == 1:
-                    copy(at + f * outer, operand.channel, outer, group, together, here, apart)
-                elif operand.gather == BY_CHANNELS:
-                    copy(at + f * outer, operand.inner, operand.channel, count, group, here, count)
-                else:
-                    for g in range(group):
-                        there = at + f * outer + g * operand.channel
-                        copy(there, operand.inner, outer, count, together, after(here, g * count), apart)
-            k += together
-
-    @variant(name)
-    def copy_apart(call, base, operand, row, number, channel, group, buffer, apart):
-        """The same, but for rows whose columns lie together: they are read, or written, where they are."""
-        if operand.gather != TOGETHER:
-            copy_rows(call, base, operand, row, number, channel, group, buffer, apart)
-
-    return copy_rows, copy_apart
-
-
-gather_rows, gather_apart = _each_row("gather", _copy("in", turn_in, move_in))
-scatter_rows, scatter_apart = _each_row("scatter", _copy("out", turn_out, move_out))
 
 
 @loop

@@ -8,7 +8,7 @@ import numpy as np
 
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.compiler import Step, entry, pool
-from nbbn.cpu import kernels
+from nbbn.cpu import copies, kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan, is_mixed, is_short, way_for
 from nbbn.cpu.simd import ACROSS, ALONG, DOWN, LANES, Way, stored_as
@@ -29,12 +29,15 @@ _MASK = struct.Struct("q")  # see nbbn.cpu.call
 _ARGUMENTS = struct.Struct("7q12q5d3q")
 _ROOMS = struct.Struct("5q")
 _ROOMS_AT = _MASK.size + _ARGUMENTS.size
+_CALLED = struct.Struct("3q")
+_CALLED_AT = _ROOMS_AT + _ROOMS.size
 _X, _SECOND, _AT_X, _AT_SECOND = (_field(name) for name in ("x", "second", "at_x", "at_second"))
 SERIAL_PARTIALS = 1 << 13  # numbers to merge, below which one thread is as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 18  # what a larger one worked in is kept for others up to here
 
 
+_COPIES = copies.gather, copies.scatter
 _KERNELS = {
     "training": (
         kernels.forward,
@@ -109,20 +112,35 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
         plain = Way(), (*_KERNELS["training"], *_TURNED["training"])
         yield from _ROW_KERNELS["forward"].items() if of_rows else (plain,)
         if norm == "group":
-            yield Way(), (kernels.pool_stats, kernels.use_stats)
+            yield Way(), (kernels.finish_sets, kernels.pool_stats, kernels.use_stats)
     if "backward" in operations:
         plain = Way(), (*_KERNELS["backward"], *_TURNED["backward"], *_SCALED, kernels.sum_parameters)
         yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
+        if norm == "group":
+            yield Way(), (kernels.finish_set_gradients,)
 
 
 def compile_for(
     storage: Storage, norms: Iterable[str], operations: Collection[str], form: Form = BATCH
 ) -> None:
     """Compile all that the operations of these normalizations may run on arrays that are stored so."""
+    for name in _COPIES:
+        entry(name, stored_as(storage.name))
     for norm in norms:
         for way, names in _kernels_of(norm, operations, form):
             for name in names:
                 entry(name, stored_as(storage.name, way))
+
+
+def _called(plan: Plan) -> tuple[int, int, int]:
+    """Return nbbn.cpu.call.CALLED."""
+    gather = scatter = finish = 0
+    if plan.copies:
+        gather, scatter = (entry(name, plan.elements).address for name in _COPIES)
+    if plan.sets < plan.channels:
+        name = kernels.finish_set_gradients if plan.backward else kernels.finish_sets
+        finish = entry(name, plan.stored).address
+    return gather, scatter, finish
 
 
 class _Room:
@@ -152,7 +170,8 @@ class _Call:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.room: _Room | None = None
-        self._buffer = bytearray(_ROOMS_AT + _ROOMS.size) + plan.record
+        self._buffer = bytearray(_CALLED_AT + _CALLED.size) + plan.record
+        _CALLED.pack_into(self._buffer, _CALLED_AT, *_called(plan))
         self._record = np.frombuffer(self._buffer, np.uint8)
         self._at = address(self._record)
         self._at_x = self._buffer[_AT_X]
@@ -255,8 +274,7 @@ class Run:
         # Few partial results are not worth waking the threads for.
         few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
         self._finishers = 1 if few else plan.threads
-        # One share alone updates the running statistics itself, after all else.
-        self._alone = int(plan.resident and min(plan.threads, plan.tasks) == 1)
+        self._alone = plan.resident and min(plan.threads, plan.tasks) == 1
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
         self._idle: list[_Call] = []
         self._merged = _Sets(problem, geometry) if plan.merges else None
@@ -355,15 +373,16 @@ class Run:
             self._compile(kernels.use_stats, self._normalizes_x[0])
             self._merged.take_stats(x, stats)
         second = extras.residual + plan.offset_second if self.form.residual else x
-        alone = self._alone
-        updates = mean is not ABSENT or var is not ABSENT
+        updating = mean is not ABSENT or var is not ABSENT
+        # One share alone updates the running statistics itself, after all else.
+        update = entry(kernels.update_running_stats, plan.stored).address if updating and self._alone else 0
         call, count = self._begin(extras)
         channel_stats = stats if plan.shared == self.form.pool else call.channel_stats
         call.set(
             x, 0, out, second, 0, stats, channel_stats, *weight, *bias, *mean, *var,
-            eps, momentum, correction, extras.slope, count, 1, 0, updates and alone,
+            eps, momentum, correction, extras.slope, count, 1, 0, update,
         )  # fmt: skip
-        if updates and not alone:
+        if updating and not update:
             then = (call.step(kernels.update_running_stats), *then)
         if self.form.along:
             self._compile(kernels.set_along, self._forward)
