@@ -35,10 +35,11 @@ from numba.core.callconv import CPUCallConv, Status
 from numba.core.ccallback import CFunc
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.compiler_machinery import register_pass
+from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.cpu import CPUContext
 from numba.core.runtime import rtsys
 from numba.core.typed_passes import NativeLowering
+from numba.core.typing import Context
 from numba.extending import intrinsic, overload
 
 log = logging.getLogger("nbbn")
@@ -67,15 +68,19 @@ class _CallConvention(CPUCallConv):
         return status, self.context.get_returned_value(builder, resty, builder.load(result))
 
 
-class _Target(CPUContext):
-    """Numba's CPU, for what kernels are made of."""
+class _Copied:
+    """One of Numba's contexts, with a few things done otherwise."""
 
     @classmethod
-    def of(cls, target: CPUContext) -> "_Target":
+    def of(cls, context: Any) -> Any:
         """Return a copy of Numba's own, which shares all that is registered with it."""
-        result: _Target = copy.copy(target)
+        result = copy.copy(context)
         result.__class__ = cls
         return result
+
+
+class _Target(_Copied, CPUContext):
+    """Numba's CPU, for what kernels are made of."""
 
     @property
     def call_conv(self):
@@ -92,6 +97,37 @@ class _HelperTarget(_Target):
         )
 
 
+class _KnownTarget(_Copied, CPUContext):
+    """Numba's CPU as it is when a kernel's helpers are compiled."""
+
+    def refresh(self) -> None:
+        """Do nothing: what has been registered since was looked for when the kernel was begun."""
+
+
+class _Typing(_Copied, Context):
+    """Numba's types of calls, nine in ten of which are of a function and of types that have been before."""
+
+    @classmethod
+    def of(cls, context: Any) -> Any:
+        result = super().of(context)
+        result._found = {}
+        return result
+
+    def refresh(self) -> None:
+        """Do nothing: it shares what Numba's own finds."""
+
+    def resolve_function_type(self, func, args, kws):
+        if kws or isinstance(func, str):  # those of Numba's own are of values, not of types alone
+            return super().resolve_function_type(func, args, kws)
+        found = self._found.get((func, args))
+        if found is None:
+            found = self._found[func, args] = super().resolve_function_type(func, args, kws)
+        return found
+
+
+_typing = functools.cache(_Typing.of)
+
+
 @register_pass(mutates_CFG=True, analysis_only=False)
 class _HelperLowering(NativeLowering):
     """Lowering without machine code: of a helper, only its own LLVM code is wanted, to be inlined."""
@@ -99,7 +135,6 @@ class _HelperLowering(NativeLowering):
     _name = "nbbn_helper_lowering"
 
     def run_pass(self, state):
-        state.targetctx = _HelperTarget.of(state.targetctx)
         library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
 
         def finalize_without_code():
@@ -121,7 +156,6 @@ class _KernelLowering(NativeLowering):
     _name = "nbbn_kernel_lowering"
 
     def run_pass(self, state):
-        state.targetctx = _Target.of(state.targetctx)
         library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
         library.enable_object_caching()
         linked = set()
@@ -144,6 +178,8 @@ class _KernelLowering(NativeLowering):
 # expressions, no exceptions, and nothing that is decided by a literal.
 _NOT_FOR_HELPERS = frozenset(
     {
+        "IRProcessing",
+        "AnnotateTypes",
         "WithLifting",
         "InlineClosureLikes",
         "RewriteSemanticConstants",
@@ -162,36 +198,57 @@ _NOT_FOR_HELPERS = frozenset(
 )
 
 
+class _Passes(PassManager):
+    """Numba's passes, one after the other, without its events, timers and looks at what they leave."""
+
+    def _runPass(self, index, step, state):
+        step.analysis = self._analysis
+        step.run_initialization(state)
+        step.run_pass(state)
+        step.run_finalizer(state)
+
+
 class _Compiler(CompilerBase):
-    """Numba's own pipeline with another lowering, and without what is not wanted."""
+    """Numba's own pipeline with another lowering, for another target, and without what is not wanted."""
 
     lowering: type
+    target: type[_Target]
     unwanted: frozenset[str] = frozenset()
+
+    def __init__(self, typing, target, *rest):
+        super().__init__(_typing(typing), target, *rest)
+        self.state.targetctx = self.target.of(self.state.targetctx)
 
     def define_pipelines(self):
         passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
+        passes.__class__ = _Passes
         passes.passes = [
             (self.lowering if step is NativeLowering else step, text)
             for step, text in passes.passes
             if step.__name__ not in self.unwanted
         ]
         passes.finalize()
-        passes._ENFORCING = False  # to look after each pass whether it left what it should
         return [passes]
 
 
 class _HelperCompiler(_Compiler):
     lowering = _HelperLowering
+    target = _HelperTarget
     unwanted = _NOT_FOR_HELPERS
+
+    def __init__(self, typing, target, *rest):
+        super().__init__(typing, _KnownTarget.of(target), *rest)
 
 
 class _KernelCompiler(_Compiler):
     lowering = _KernelLowering
+    target = _Target
 
 
 # Helpers are only ever called from compiled code: they need no way in from Python or C.
 _HELPER: dict[str, Any] = {
     **_OPTIONS,
+    "_nrt": False,
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
     "pipeline_class": _HelperCompiler,

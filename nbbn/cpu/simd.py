@@ -23,7 +23,7 @@ from numba.core import cgutils, types
 from numba.core.datamodel import models
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
-from numba.extending import intrinsic, overload, register_model
+from numba.extending import intrinsic, register_model
 
 from nbbn.compiler import CONTRACT, broadcast
 
@@ -191,21 +191,18 @@ def _negate(context, builder, signature, args):
 def _function(function, name):
     """Let a function of `math` take vectors, by LLVM's instruction of that name."""
 
-    @intrinsic
-    def of_vector(typingctx, x):
-        def codegen(context, builder, signature, args):
-            bits = 64 if x.element == types.float64 else 32
-            kind = args[0].type
-            called = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(kind, [kind]), f"llvm.{name}.v{LANES}f{bits}"
-            )
-            return builder.call(called, args)
+    @infer_global(function)
+    class Template(ConcreteTemplate):
+        cases = [signature(vector, vector) for vector in _VECTORS.values()]
 
-        return x(x), codegen
-
-    @overload(function)
-    def overloaded(x):
-        return (lambda x: of_vector(x)) if isinstance(x, Vector) else None
+    @lower_builtin(function, Vector)
+    def lower(context, builder, signature, args):
+        bits = 64 if signature.return_type.element == types.float64 else 32
+        kind = args[0].type
+        called = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(kind, [kind]), f"llvm.{name}.v{LANES}f{bits}"
+        )
+        return builder.call(called, args)
 
 
 _function(math.sqrt, "sqrt")

@@ -248,7 +248,7 @@ def _look(name, look_at_channel, look_at_columns, lines_of, write_columns):
         if sums_mask == 0:
             look_at_channel(rows, number, first, last, state, base, place, work, stored)
             return
-        k = 0
+        k = plain(0)
         j = first
         while j < last:
             begin, j = j, look_at_columns(rows, number, j, last, state, base, stored)
