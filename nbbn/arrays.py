@@ -22,7 +22,6 @@ _NO_NUMBERS = (np.bool_, np.complexfloating, np.flexible, np.object_, np.datetim
 
 Parameter = tuple[int, int, int]  # address, stride in bytes, code of the storage; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
-may_share_memory = np.may_share_memory  # asked of each pair of arrays of a call
 
 
 # Where, after the head of every object, a NumPy array has its data pointer.
@@ -158,7 +157,7 @@ def both_updated(running_mean: np.ndarray | None, running_var: np.ndarray | None
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have memory in common."""
-    if not may_share_memory(a, b):
+    if not np.may_share_memory(a, b):
         return False
     try:
         return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import pytest
 
 import nbbn
 from nbbn import formulas
-from nbbn.cpu import kernels, results, sums, tiles
+from nbbn.cpu import copies, fused, kernels, masks, parameters, results, rows, sums, tiles
 
 PACKAGE = Path(nbbn.__file__).parent
 WORK = """
@@ -115,9 +115,30 @@ def test_kernels_of_several_processes_do_not_mix(python, tmp_path):
         python(PHASES.format(order=order), NUMBA_CACHE_DIR=str(tmp_path))
 
 
+FEW = """
+import numpy as np, nbbn
+from nbbn import compiler
+x = np.ones((2, 6, 4, 8), np.float32)
+compiled = set()
+def new_after(result):
+    global compiled
+    before, compiled = compiled, {name for name, _ in compiler._entries}
+    return compiled - before
+assert new_after(nbbn.batch_norm_forward(x)) == {"forward"}
+assert new_after(nbbn.batch_norm_forward(x[..., ::2])) == {"gather", "scatter"}
+assert new_after(nbbn.group_norm_forward(x, 2)) == {"finish_sets"}
+"""
+
+
+def test_first_calls_compile_nothing_for_others(python):
+    """Neither copies of elements that lie apart nor sets of channels, which few arrays need."""
+    python(FEW)
+
+
 def test_parts_of_kernels_have_names_of_their_own():
     """Two of one name and the same types could be taken for each other: see nbbn.compiler.variant."""
-    parts = [part for module in (sums, results, tiles, kernels, formulas) for part in vars(module).values()]
+    modules = copies, formulas, fused, kernels, masks, parameters, results, rows, sums, tiles
+    parts = [part for module in modules for part in vars(module).values()]
     dispatchers = {id(part): part for part in parts if isinstance(part, numba.core.dispatcher.Dispatcher)}
     names = [part.py_func.__qualname__ for part in dispatchers.values()]
     assert len(names) > 40

@@ -62,10 +62,7 @@ ARGUMENTS = [
     ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
     ("adds", _WORD),  # to gradients of parameters: 1, others will be added; 2, they are added to those there
-    (
-        "updates",
-        _WORD,
-    ),  # address of the kernel that updates the running statistics, if `forward` is one share
+    ("updates", _WORD),  # address of what updates the running statistics, if `forward` is one share; or 0
 ]
 
 PARTIALS = 4  # numbers of a channel that a chunk leaves behind
@@ -83,12 +80,9 @@ ROOMS = [
 
 # Addresses of kernels that others call, for what few problems need: the others are compiled in less time.
 CALLED = [
-    (
-        "gather",
-        _WORD,
-    ),  # copies rows whose columns do not lie together: see nbbn.cpu.copies. 0: there are none
+    ("gather", _WORD),  # copies rows whose columns do not lie together (nbbn.cpu.copies); 0: all do
     ("scatter", _WORD),  # copies them back
-    ("finish", _WORD),  # finishes sets of several channels. 0: each has its own statistics
+    ("finish", _WORD),  # finishes sets of several channels; 0: each has its own statistics
 ]
 
 # What a plan knows ahead.
@@ -165,11 +159,9 @@ def _reader(kind, name):
     return read
 
 
-read, operand_at, copy_at = (
-    _reader(CALL, "nbbn.CALL"),
-    _reader(OPERAND, "nbbn.OPERAND"),
-    _reader(COPY, "nbbn.COPY"),
-)
+read = _reader(CALL, "nbbn.CALL")
+operand_at = _reader(OPERAND, "nbbn.OPERAND")
+copy_at = _reader(COPY, "nbbn.COPY")
 
 
 @intrinsic
