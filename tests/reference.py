@@ -195,6 +195,9 @@ def out_tolerance(expected, dtype):
     Half precision: `ulp_tolerance`, this with float64's u, and what the variance's own tolerance adds.
     And |γ|/s · 8 u_stat² · mean|x|: a mean of x's own is known to twice float64's precision, which is all
     there is to see where x is the mean.
+
+    A subnormal result is rounded twice to the smallest number that there is, each time by half of it: the
+    channel's shift, which is as small where the result is, and its sum with what goes with x.
     """
     if is_half(dtype):
         bound = ulp_tolerance(expected.out, dtype) + out_tolerance(expected, np.float64)
@@ -207,6 +210,7 @@ def out_tolerance(expected, dtype):
     bound = u * weight * (8 * x_hat + 2 * (x_hat + x_hat)) + u * (
         np.abs(expected.out.hi) + np.abs(expected.bias)
     )
+    bound = bound + float(np.finfo(dtype).smallest_subnormal)
     if expected.mean_abs is not None:
         bound = bound + weight * expected.invstd.hi * 8 * unit(STATISTICS) ** 2 * expected.mean_abs
     return bound
