@@ -58,8 +58,8 @@ def about_mean(squares, rest, count):
 
 
 @formula
-def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
-    """Pool two sets of statistics (Chan et al.); a constant channel keeps m2 == 0 exactly.
+def pooled(count_a, mean_a, rest_a, count_b, mean_b, rest_b):
+    """Return the mean of two sets of values as mean, rest, and what their m2 have less than m2 of all.
 
     mean = mean_a + delta · n_b/n        m2 = m2_a + m2_b + delta² · n_a · n_b/n
 
@@ -76,7 +76,21 @@ def merge(count_a, mean_a, rest_a, m2_a, count_b, mean_b, rest_b, m2_b):
     mean, rest = two_sum(mean, rest_a + lost + step_lost)
     delta = delta + delta_lost
     # delta · (delta · weight), in this order, so that large means do not overflow delta².
-    return mean, rest, m2_a + m2_b + delta * (delta * (count_a * share))
+    return mean, rest, delta * (delta * (count_a * share))
+
+
+@formula
+def merge(count_a, a, count_b, b):
+    """Pool two sets of statistics (Chan et al.); a constant channel keeps m2 == 0 exactly.
+
+    Of each there are mean, rest, m2 and what the sums in m2 have lost: many are merged, one after the other.
+    """
+    mean_a, rest_a, m2_a, lost_a = a
+    mean_b, rest_b, m2_b, lost_b = b
+    mean, rest, between = pooled(count_a, mean_a, rest_a, count_b, mean_b, rest_b)
+    m2, lost = two_sum(m2_a, m2_b)
+    m2, more = two_sum(m2, between)
+    return mean, rest, m2, (lost_a + lost_b) + (lost + more)
 
 
 @formula

@@ -77,10 +77,10 @@ class BatchStats(NamedTuple):
             return self if others == 0 else other
         count = own + others
         a, b = _widened(self), _widened(other)
-        mean, rest, m2 = interpreted(formulas.merge)(
-            float(own), a.mean, 0.0, a.var * own, float(others), b.mean, 0.0, b.var * others
+        mean, rest, between = interpreted(formulas.pooled)(
+            float(own), a.mean, 0.0, float(others), b.mean, 0.0
         )
-        return BatchStats(count, mean + rest, m2 / count)
+        return BatchStats(count, mean + rest, (a.var * own + b.var * others + between) / count)
 
     def save(self, file: "str | os.PathLike[str] | IO[bytes]") -> None:
         """Write these statistics to a file, in the format of ``numpy.savez``.

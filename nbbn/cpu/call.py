@@ -69,7 +69,7 @@ PARTIALS = 4  # numbers of a channel that a chunk leaves behind
 
 # The memory that it works in.
 ROOMS = [
-    ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, its rest, m2; Σ dy, its rest, Σ dy · …
+    ("partials", _WORD),  # float64[chunks, PARTIALS, channels]: mean, rest, m2, lost; Σ dy, lost, Σ dy · …
     # real[TABLES, room]: what normalize and backward_apply need of a channel. Where elements are of 16 bits,
     # the same in float64 comes after it: see nbbn.cpu.results.precise_tables.
     ("tables", _WORD),

@@ -173,6 +173,29 @@ def partials_of(call, chunk, channel):
     return after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
 
 
+@loop
+def load_partials(call, partials, c, here):
+    """Return all numbers of `here` channels, from channel c on of those whose first numbers are here."""
+    in_line()
+    apart = call.channels
+    return (
+        load_first(partials, c, here),
+        load_first(partials, apart + c, here),
+        load_first(partials, 2 * apart + c, here),
+        load_first(partials, 3 * apart + c, here),
+    )
+
+
+@loop
+def store_partials(call, partials, c, numbers, here):
+    in_line()
+    apart = call.channels
+    store_first(partials, c, numbers[0], here)
+    store_first(partials, apart + c, numbers[1], here)
+    store_first(partials, 2 * apart + c, numbers[2], here)
+    store_first(partials, 3 * apart + c, numbers[3], here)
+
+
 # --- forward ---------------------------------------------------------------------------------------
 
 
@@ -296,9 +319,7 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
     shared = call.shared
     channels, group = group, group // shared
     span = call.fold * group * width
-    means = partials_of(call, chunk, channel // shared)
-    rests = after(means, call.channels)
-    m2s = after(rests, call.channels)
+    known = partials_of(call, chunk, channel // shared)
     guesses = scratch(ROOM, real)  # of columns
     guess_of = scratch(ROOM, real)  # of channels
     sums = scratch(ROOM, np.float64)
@@ -351,16 +372,11 @@ def chunk_stats(call, chunk, channel, group, tile, buffer, stored):
         before = float(values_before(call, first, stored) - values_before(call, begin, stored)) * shared
         for g in range(0, group, LANES):
             here = min(LANES, group - g)
-            mean = load(sums, g)
-            rest = load(lost, g)
-            m2 = load(squares, g)
+            new = load(sums, g), load(lost, g), load(squares, g), splat(0.0)
             if before > 0.0:
-                old = load_first(means, g, here), load_first(rests, g, here), load_first(m2s, g, here)
-                mean, rest, m2 = merge(before, old[0], old[1], old[2], count, mean, rest, m2)
-            store_first(means, g, mean, here)
-            store_first(rests, g, rest, here)
-            store_first(m2s, g, m2, here)
-            store(guess_of, g, narrow(mean, real))
+                new = merge(before, load_partials(call, known, g, here), count, new)
+            store_partials(call, known, g, new, here)
+            store(guess_of, g, narrow(new[0], real))
 
 
 @loop
@@ -374,32 +390,18 @@ def pool_chunks(call, first, last, stored):
     apart = call.channels // call.shared
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
-        mean = splat(0.0)
-        rest = splat(0.0)
-        m2 = splat(0.0)
-        lost = splat(0.0)
         nothing = splat(0.0)
+        known = nothing, nothing, nothing, nothing
         count = 0.0
         for chunk in range(call.chunks):
             begin, end = chunk_rows(call, chunk)
             more = float(values_before(call, end, stored) - values_before(call, begin, stored)) * call.shared
             if more == 0.0:
                 continue
-            means = partials_of(call, chunk, c)
-            rests = after(means, call.channels)
-            m2s = after(rests, call.channels)
-            new_mean = load_first(means, 0, here)
-            new_rest = load_first(rests, 0, here)
-            between = nothing
-            if count == 0.0:
-                mean, rest = new_mean, new_rest
-            else:
-                mean, rest, between = merge(count, mean, rest, nothing, more, new_mean, new_rest, nothing)
-            m2, small = two_sum(m2, load_first(m2s, 0, here))
-            lost = lost + small
-            m2, small = two_sum(m2, between)
-            lost = lost + small
+            new = load_partials(call, partials_of(call, chunk, c), 0, here)
+            known = new if count == 0.0 else merge(count, known, more, new)
             count += more
+        mean, rest, m2, lost = known
         m2 = m2 + lost
         store_first(stats, c, mean, here)
         store_first(stats, apart + c, variance(m2, count), here)
@@ -414,19 +416,15 @@ def pool_sets(call, first, last):
     sets, pool, each = call.channels // call.pool, call.pool, call.count
     for s in range(first, last, LANES):
         here = min(LANES, last - s)
-        mean, rest, m2, lost, nothing = splat(0.0), splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+        nothing = splat(0.0)
+        known = nothing, nothing, nothing, nothing
         for c in range(pool):
             its_mean = load_apart(channels, s * pool + c, pool, here)
             its_var = load_apart(channels, call.channels + s * pool + c, pool, here)
             its_rest = load_apart(channels, 2 * call.channels + s * pool + c, pool, here)
-            between = nothing
-            if c == 0:
-                mean, rest = its_mean, its_rest
-            else:
-                mean, rest, between = merge(c * each, mean, rest, nothing, each, its_mean, its_rest, nothing)
-            m2, small = two_sum(m2, its_var * each)
-            m2, more = two_sum(m2, between)
-            lost = lost + (small + more)
+            new = its_mean, its_rest, its_var * each, nothing
+            known = new if c == 0 else merge(c * each, known, each, new)
+        mean, rest, m2, lost = known
         store_first(stats, s, mean, here)
         store_first(stats, sets + s, variance(m2 + lost, pool * each), here)
         store_first(stats, 2 * sets + s, rest, here)
@@ -565,7 +563,7 @@ def forward(first, last, call_at, stored):
     if call.stream == 1:
         fence()
     if call.updates != 0:
-        invoke(call.updates, plain(0), plain(1), address(call))  # there is no other share
+        invoke(call.updates, 0, 1, address(call))  # there is no other share
 
 
 @loop
@@ -628,7 +626,7 @@ def forward_turned(first, last, call_at, stored):
         write_normalized_rows(its, plain(0), call.rows, tile, buffer, stored)
         turned_back(call, channel, group, buffer)
     if call.updates != 0:
-        invoke(call.updates, plain(0), plain(1), address(call))  # there is no other share
+        invoke(call.updates, 0, 1, address(call))  # there is no other share
 
 
 @kernel

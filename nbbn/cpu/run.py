@@ -137,7 +137,7 @@ def _called(plan: Plan) -> tuple[int, int, int]:
     gather = scatter = finish = 0
     if plan.copies:
         gather, scatter = (entry(name, plan.elements).address for name in _COPIES)
-    if plan.sets < plan.channels:
+    if plan.sets < plan.channels and not plan.merges:
         name = kernels.finish_set_gradients if plan.backward else kernels.finish_sets
         finish = entry(name, plan.stored).address
     return gather, scatter, finish

@@ -683,14 +683,13 @@ def products_across(values, others, k, means, invstds, element, stop):
 
 
 @part
-def merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2):
+def merged(count, known, more, others):
     """Pool two sets of statistics of which the first may be empty, and the second too."""
     if count == 0:
-        return more, more_mean, more_rest, more_m2
+        return more, others
     if more == 0:
-        return count, mean, rest, m2
-    mean, rest, m2 = merge(float64(count), mean, rest, m2, float64(more), more_mean, more_rest, more_m2)
-    return count + more, mean, rest, m2
+        return count, known
+    return count + more, merge(float64(count), known, float64(more), others)
 
 
 # --- what a block or a team knows of a tile ----------------------------------------------------------
@@ -764,26 +763,30 @@ def place_of(cut, piece, c):
 
 
 @part
+def in_three(known):
+    """Return mean, rest and m2, with what m2 has lost in it."""
+    mean, rest, m2, lost = known
+    return mean, rest, m2 + lost
+
+
+@part
 def pool_statistics(arrays, cut, address, pitch, c, parts, counts, means, rests, m2s):
     """Return mean, rest and m2 of all parts of a channel: each worker merges some, and then as a tree."""
     t = cuda.threadIdx.x
     _, index = worker()
     count = int64(0)
-    mean = rest = m2 = float64(0)
+    known = float64(0), float64(0), float64(0), float64(0)
     piece = int64(index)
     while piece < parts and channel_of(cut, c) < pitch:
         place, its = piece, c
         if POOLED:
             place, its = place_of(cut, piece, c)
         more = part_count(arrays, cut, place)
-        more_mean, more_rest, more_m2, _ = get_four(address, place, pitch, its)
-        count, mean, rest, m2 = merged(count, mean, rest, m2, more, more_mean, more_rest, more_m2)
+        count, known = merged(count, known, more, get_four(address, place, pitch, its))
         piece += workers()
     cuda.syncthreads()  # what was there before has been read
     counts[t] = count
-    means[t] = mean
-    rests[t] = rest
-    m2s[t] = m2
+    means[t], rests[t], m2s[t] = in_three(known)
     cuda.syncthreads()
     width = 1
     while width < min(parts, workers()):
@@ -792,9 +795,10 @@ def pool_statistics(arrays, cut, address, pitch, c, parts, counts, means, rests,
         width //= 2
         if index < width:
             other = t + width * PITCH
-            counts[t], means[t], rests[t], m2s[t] = merged(
-                counts[t], means[t], rests[t], m2s[t], counts[other], means[other], rests[other], m2s[other]
-            )  # fmt: skip
+            known = means[t], rests[t], m2s[t], float64(0)
+            others = means[other], rests[other], m2s[other], float64(0)
+            counts[t], known = merged(counts[t], known, counts[other], others)
+            means[t], rests[t], m2s[t] = in_three(known)
         cuda.syncthreads()
     first = t - index * PITCH
     return means[first], rests[first], m2s[first]
@@ -850,7 +854,7 @@ def collect(arrays, cut):
     c, first, last, stop = span(cut, tile, piece)
     channel, index = worker()
     count = int64(0)
-    mean = rest = m2 = float64(0)
+    found = float64(0), float64(0), float64(0), float64(0)
     step, inner = begin(cut, first)
     start = first
     while start < last:
@@ -868,12 +872,12 @@ def collect(arrays, cut):
             totals[k], losses[k] = squares_of(values, bits, k, means[k], element, stop)
         total, lost = block_sum(totals, losses, high, low)
         its_m2 = about_mean(total + lost, its_rest, float64(more))
-        count, mean, rest, m2 = merged(count, mean, rest, m2, more, its_mean, its_rest, its_m2)
+        count, found = merged(count, found, more, (its_mean, its_rest, its_m2, float64(0)))
         step, inner = advance_all(cut, step, inner)
         start += chunk()
     c = tile * TILE + channel
     if index == 0 and c < cut.channels:
-        put_four(arrays.partials, piece, cut.channels, c, (mean, rest, m2, float64(0)))
+        put_four(arrays.partials, piece, cut.channels, c, found)
 
 
 @part
