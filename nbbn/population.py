@@ -5,7 +5,8 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nbbn import arrays
+from nbbn import arrays, formulas
+from nbbn.compiler import interpreted
 from nbbn.errors import DeviceError
 from nbbn.frameworks import FRAMEWORKS, Array, kind_of
 from nbbn.functional import batch_stats
@@ -21,7 +22,8 @@ def population_stats(batches: Iterable[Array], *, axis: int = 1, progress: bool 
         mean = mean_a + delta · n_b / n
         var  = (n_a · var_a + n_b · var_b + delta² · n_a · n_b / n) / n
 
-    So the result is, to rounding, that of all values at once, and the sizes of the batches do not matter.
+    What rounding loses is carried along, so that the result is, to rounding, that of all values at once,
+    however many batches there are. Their sizes do not matter.
     This is the population that algorithm 2 of the paper [1]_ has in mind; `BatchNorm.calibrate` takes the
     running statistics from it.
 
@@ -79,6 +81,7 @@ def pooled(
 
     `features` is how many channels they must have, if it is known ahead.
     """
+    merge = interpreted(formulas.merge)
     axis = arrays.integer("axis", axis)
     progress = arrays.flag("progress", progress)
     if any(framework.owns(batches) for framework in FRAMEWORKS):
@@ -90,7 +93,8 @@ def pooled(
         rest = iter(batches)
     except TypeError:
         raise TypeError(f"batches must be an iterable of arrays, got {kind_of(batches)}") from None
-    total, used = None, 0
+    first, count, used = None, 0, 0
+    known: Any = None
     with _bar(batches) if progress else contextlib.nullcontext(_no_step) as step:
         for k, x in enumerate(rest):
             stats = _of_batch(f"batches[{k}]", x, axis)
@@ -102,12 +106,20 @@ def pooled(
                     f"batches[{k}] must have {features} channels on axis {axis}, got {channels} "
                     f"(shape {tuple(x.shape)})"
                 )
-            total = stats if total is None else total.merge(stats)
-            used += stats.count > 0
+            if used == 0 and (first is None or stats.count > 0):
+                first = stats
+            if stats.count > 0:
+                its = stats.mean, 0.0, stats.var * stats.count, 0.0
+                known = its if used == 0 else merge(float(count), known, float(stats.count), its)
+                count += stats.count
+                used += 1
             step()
-    if total is None:
+    if first is None:
         raise ValueError("batches must have at least one array, got none")
-    return total, used
+    if used <= 1:
+        return first, used
+    mean, rest, m2, lost = known
+    return BatchStats(count, mean + rest, (m2 + lost) / count), used
 
 
 def _of_batch(name: str, x: Any, axis: int) -> BatchStats:
