@@ -118,7 +118,8 @@ def test_shift_of_the_input_leaves_the_output(rng, layout, dtype):
     """A shift by which no value is rounded leaves the variance, and all of the rest to rounding."""
     x = (rng.integers(-64, 64, (8, 3, 25)) / 8).astype(dtype)
     plain, shifted = (nbbn.batch_norm_forward(LAYOUTS[layout](v)) for v in (x, x + dtype(8)))
-    assert_within("mean", shifted.mean, plain.mean + 8, 8 * unit(np.float64))
+    bound = 18 * unit(np.float64)  # both are rounded in the end, where units are of 16 u at most
+    assert_within("mean", shifted.mean, plain.mean + 8, bound)
     assert_within("var", shifted.var, plain.var, 2 * reference.depth(200) * unit(dtype) * plain.var)
     bound = 2 * 15 * rounding(dtype) * np.abs(plain.out.astype(float)) + 2.0**-50
     assert_within("out", shifted.out, plain.out.astype(float), bound)
