@@ -284,11 +284,12 @@ def grad_x_tolerance(expected, dtype):
 def running_tolerance(old, new, momentum, expected, dtype, new_tolerance):
     """u |running| + 4 u_stat ((1 - momentum) |old| + momentum |new|) + momentum · (new's tolerance)
 
-    One rounding to the type of the buffer, four at most in float64, and what `new` brings with it.
+    One rounding to the type of the buffer, four at most in float64, and what `new` brings with it. A
+    subnormal number is rounded to the smallest number that there is, by half of it.
     """
     old = column(old, 0.0, len(old))
     parts = (1 - momentum) * np.abs(old) + momentum * np.abs(new.hi)
-    rounding = float(finfo(dtype).eps) / 2 * np.abs(expected.hi)
+    rounding = (float(finfo(dtype).eps) * np.abs(expected.hi) + float(finfo(dtype).smallest_subnormal)) / 2
     return rounding + 4 * unit(STATISTICS) * parts + momentum * new_tolerance
 
 

@@ -461,6 +461,14 @@ def for_normalize(call, tables, c, here, known, real):
 
 
 @loop
+def set_normalization(call, c, here, mean, rest, invstd, stored):
+    """Set what the channels from c on, `here` of them, are normalized with."""
+    in_line()
+    weight, bias = affines_of(call, c, here, stored)
+    set_tables(call, c, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
+
+
+@loop
 def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
     pool_chunks(call, first // call.shared, last // call.shared, stored)
@@ -470,8 +478,7 @@ def finish_channels(call, first, last, stored):
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
         mean, rest, invstd = finished(call, c, here)
-        weight, bias = affines_of(call, c, here, stored)
-        set_tables(call, c, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
+        set_normalization(call, c, here, mean, rest, invstd, stored)
 
 
 @loop
@@ -506,8 +513,7 @@ def finish_several(call, begin, end, stored):
             mean, rest, invstd = splat(stats[s]), splat(rests[s - first]), splat(stats[2 * sets + s])
             for c in range(s * call.pool, (s + 1) * call.pool, LANES):
                 here = min(LANES, (s + 1) * call.pool - c)
-                weight, bias = affines_of(call, c, here, stored)
-                set_tables(call, c, here, for_normalize, (mean, rest, invstd, weight, bias), stored)
+                set_normalization(call, c, here, mean, rest, invstd, stored)
 
 
 @kernel
@@ -670,8 +676,7 @@ def use_running_stats(first, last, call_at, stored):
         here = min(LANES, call.channels - c)
         invstd = inverse_deviation(several(call.var, c, here, call.channels, 1.0), call.eps)
         mean = several(call.mean, c, here, call.channels, 0.0)
-        weight, bias = affines_of(call, c, here, stored)
-        set_tables(call, c, here, for_normalize, (mean, splat(0.0), invstd, weight, bias), stored)
+        set_normalization(call, c, here, mean, splat(0.0), invstd, stored)
 
 
 @kernel
