@@ -246,7 +246,7 @@ def test_against_the_oracle(rng, schedule, shape, name, dtype):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_many_blocks(rng, schedule, layout):
     """Thousands of them one after the other: what a variance's sum loses in float64 is not forgotten."""
-    schedule({"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 1, "plan.PARTIAL_WORDS": 0})
+    schedule({"plan.BLOCK_ELEMENTS": 1, "plan.MAX_CHUNKS": 1})
     x = MEMORY[layout](activations(rng, Shape((2500, 64, 3, 3)), np.float64, offset=4))
     check_forward(x)
 

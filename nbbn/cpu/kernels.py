@@ -175,7 +175,7 @@ def partials_of(call, chunk, channel):
 
 @loop
 def load_partials(call, partials, c, here):
-    """Return all numbers of `here` channels, from channel c on of those whose first numbers are here."""
+    """Return all numbers of `here` channels, from channel c on of those whose partials begin there."""
     in_line()
     apart = call.channels
     return (
@@ -858,10 +858,8 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
         return
     for g in range(0, group, LANES):
         here = min(LANES, group - g)
-        store_first(partials, g, load(sums, g), here)
-        store_first(partials, call.channels + g, load(lost, g), here)
-        store_first(partials, 2 * call.channels + g, load(products, g), here)
-        store_first(partials, 3 * call.channels + g, load(products_lost, g), here)
+        new = load(sums, g), load(lost, g), load(products, g), load(products_lost, g)
+        store_partials(call, partials, g, new, here)
 
 
 @loop
@@ -876,11 +874,9 @@ def pool_gradients(call, first, last):
         total = splat(0.0), splat(0.0)
         product = splat(0.0), splat(0.0)
         for chunk in range(call.chunks):
-            sums = partials_of(call, chunk, c)
-            lost = load_first(sums, call.channels, here)
-            total = add_to(total, load_first(sums, 0, here), lost)
-            lost = load_first(sums, 3 * call.channels, here)
-            product = add_to(product, load_first(sums, 2 * call.channels, here), lost)
+            more = load_partials(call, partials_of(call, chunk, c), 0, here)
+            total = add_to(total, more[0], more[1])
+            product = add_to(product, more[2], more[3])
         store_first(stats, c, product[0] + product[1], here)
         store_first(stats, call.channels + c, total[0] + total[1], here)
 
