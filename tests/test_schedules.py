@@ -23,6 +23,7 @@ from cases import (
     type_id,
 )
 from checks import around, assert_same_bits, assert_within, check_backward, check_evaluation, check_forward
+from family import CASES, Case, check
 from nbbn import dispatch, family
 from nbbn.cpu import plan
 from test_reproducible import THREADS, threads
@@ -82,6 +83,14 @@ CUTS = {
         "plan.BLOCK_ELEMENTS": 128,
         "plan.TURNED_ELEMENTS": 2048,
     },
+    "no_rows": {"plan.LEAST_VALUES": 1 << 62},
+    "rows": {"plan.LEAST_VALUES": 1, "plan.MOST_VALUES": 1 << 62, "plan.MOST_SHARED": 1 << 62},
+    "rows_by_threads": {
+        "functional.SERIAL_ELEMENTS": 0,
+        "plan.LEAST_VALUES": 1,
+        "plan.MOST_VALUES": 1 << 62,
+        "plan.MOST_SHARED": 1 << 62,
+    },
 }
 
 SHAPES = [
@@ -98,6 +107,8 @@ SHAPES = [
     Shape((3, 70, 5, 13)),
     Shape((1, 67, 3, 11)),
     Shape((1, 135, 3, 5)),
+    Shape((1, 37, 9, 11)),
+    Shape((1, 3, 5, 331)),
     Shape((2, 301, 2, 3)),
     Shape((11, 3, 37, 5), -1),
     Shape((3, 5, 4, 77), -1),
@@ -215,9 +226,11 @@ def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
         weight, bias = rng.normal(size=(2, inner if along else 12))
         affine = (weight,) if norm == "rms_norm" else (weight, bias)
         given = ("invstd",) if norm == "rms_norm" else ("mean", "invstd")
-        expected = []
-        for name in ("no_cache", "together", "together_streaming"):
-            schedule(SCHEDULES[name])
+        expected = {}
+        for name, cut in itertools.product(
+            ("no_cache", "together", "together_streaming"), ({}, CUTS["no_rows"])
+        ):
+            schedule(SCHEDULES[name] | cut)
             for first in (0, 3, 11):
                 out, grad_x = (
                     np.full(x.size + 16, np.nan, dtype)[first : first + x.size].reshape(x.shape)
@@ -227,8 +240,7 @@ def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
                 found = {field: getattr(result, field) for field in given}
                 gradients = backward(grad_out, x, *which, weight, **found, out=grad_x)
                 actual = tuple(map(np.copy, (*result[:-1], *(g for g in gradients if g is not None))))
-                expected = expected or actual
-                assert_same_bits(actual, expected)
+                assert_same_bits(actual, expected.setdefault(len(cut), actual))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
@@ -241,6 +253,31 @@ def test_against_the_oracle(rng, schedule, shape, name, dtype):
         with around(out):
             for operation, arguments, options in calls:
                 CHECKS[operation](*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=type_id)
+@pytest.mark.parametrize("name", ["no_rows", "rows", "rows_by_threads"])
+def test_sets_as_rows(rng, schedule, name, dtype):
+    """Whether a set is one row, looked at twice, or not: of as many values as there may be, and of few."""
+    schedule(CUTS[name])
+    for case in (
+        *CASES,
+        Case("group", (3, 60, 2, 100), 2),
+        Case("instance", (2, 19, 2100)),
+        Case("layer", (18, 99)),
+    ):
+        check(case, case.data(rng, dtype, 2.0), case.data(rng, dtype), *case.pair(rng))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=type_id)
+def test_rows_that_are_looked_at_again(rng, dtype):
+    """Squares of float32 that are no numbers, or are zeros, among rows where they are as they should be."""
+    scales = np.array([1.0, 1e30, 1e-30, 1e-3, 1e15, 1e-15])
+    offsets = np.array([0.0, 1e38, 1e-28, 1e6, 1e18, 0.0])
+    for values in (48, 77, 300):
+        which = rng.integers(len(scales), size=(1, 41, 1))
+        x = (rng.normal(size=(1, 41, values)) * scales[which] + offsets[which]).astype(dtype)
+        check_forward(x, eps=1e-38)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

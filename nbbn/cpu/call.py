@@ -119,6 +119,7 @@ PLAN = [
     ("group", _WORD),  # channels of a tile
     ("groups", _WORD),
     ("tiles", _WORD),  # of a task: a set of several, or short channels that are finished together
+    ("runs", _WORD),  # 1: what channels of a task have is written as one run
     ("slab", _WORD),  # rows that are written together
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for
     ("ahead_of_dy", _WORD),  # the same of grad_out

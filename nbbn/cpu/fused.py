@@ -45,6 +45,7 @@ from nbbn.formulas import ACTIVATIONS, normalized, normalized_doubt, shift_of
 
 # Where, among the addresses of rows, those of the residual and of its gradient are.
 AT_RESIDUAL, AT_GRAD_RESIDUAL = 2 * ROWS, 3 * ROWS
+NUMBERS_ROOM = 3 * ROOM  # for what columns are normalized with
 
 
 def quieted(value, real):

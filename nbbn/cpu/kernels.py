@@ -6,13 +6,11 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 `finish_stats`, `normalize`. The chunks are the same, so the bits are.
 """
 
-import math
-
 import numpy as np
 
 from nbbn.compiler import by_type, in_line, invoke, kernel, loop, out_of_line
 from nbbn.cpu.call import PARTIALS, copied, read
-from nbbn.cpu.fused import before_activation, gradient_tables, normalization, quieted
+from nbbn.cpu.fused import NUMBERS_ROOM, before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
     SPREAD_CHANNELS,
     lanes,
@@ -68,11 +66,11 @@ from nbbn.cpu.rows import (
     row_room,
     to_columns,
 )
+from nbbn.cpu.short import short_gradients, short_stats
 from nbbn.cpu.simd import (
     LANES,
     address,
     after,
-    at_most,
     choose,
     fence,
     fold,
@@ -101,6 +99,7 @@ from nbbn.cpu.sums import (
     exact,
     plus_product,
     to_channels,
+    trusted,
 )
 from nbbn.cpu.tiles import (
     look_down,
@@ -126,11 +125,9 @@ from nbbn.formulas import (
 
 ALL_ROWS = 2 * ROWS  # with those of a residual and its gradient
 TABLES_ROOM = TABLES * ROOM
-NUMBERS_ROOM = 3 * ROOM  # for what columns are normalized with
 # A guess at a block's mean goes by so many values: one in 10⁸ is too far off, of normal deviates.
 PILOT_VALUES = 8
 LINE = 1 << 12  # elements of a table that are set together
-LARGEST = float(np.finfo(np.float64).max)
 
 
 @loop
@@ -203,24 +200,6 @@ def store_partials(call, partials, c, numbers, here):
 def no_tile(tables):
     """Return a tile without channels."""
     return plain(0), plain(0), tables, plain(0), plain(0)
-
-
-@loop
-def trusted(count, squares, offset, guess, real):
-    """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
-
-    It is not where the guess was more than twice as far from the mean as the values are (`offset` is
-    n · (mean - guess)², and 5 offset > 4 squares; for float64, whose squares are no better than the result
-    has to be, √2 times as far and 3 offset > 2 squares), or where the squares left the range of x's type.
-    Where there are none at all, the channel is constant; but next to 0 values may be so close that each is 0.
-    """
-    smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
-    finite = at_most(squares, splat(LARGEST))
-    least = offset * (1.5 if exact(real) else 1.25)
-    near = at_most(least, squares) & at_most(smallest, squares) & finite
-    apart = splat(2.0**-480 if exact(real) else 2.0**-48)  # from here on, other values are far enough off
-    constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0)) & at_most(apart, math.fabs(guess))
-    return near | constant
 
 
 @loop
@@ -472,6 +451,12 @@ def set_normalization(call, c, here, mean, rest, invstd, stored):
 def finish_channels(call, first, last, stored):
     """From partials to mean, var, invstd and the tables of normalization."""
     pool_chunks(call, first // call.shared, last // call.shared, stored)
+    finish_pooled(call, first, last, stored)
+
+
+@loop
+def finish_pooled(call, first, last, stored):
+    """The same from mean, var and the mean's low part, in invstd's place."""
     if call.pool > 1:
         invoke(call.finish, first // call.pool, last // call.pool, address(call))
         return
@@ -636,6 +621,30 @@ def forward_turned(first, last, call_at, stored):
 
 
 @kernel
+def forward_short(first, last, call_at, stored):
+    """Training forward of sets that are one short row each. Tasks: LANES of them."""
+    call = read(call_at)
+    real = wide(stored)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = row_buffers(ROWS, stored)
+    runs = call.runs == 1
+    for task in range(first, last):
+        begin, end = set_at(call, task)
+        short_stats(call, begin // call.shared, end // call.shared, stored)
+        finish_pooled(call, begin, end, stored)
+        if runs:
+            normalize_plane(call, plain(0), begin, end, stored)
+            continue
+        for part in range(parts_of(call, task)):
+            tile = tile_before(call, task + 1, part, 3, tables, real)
+            write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
+    if call.stream == 1:
+        fence()
+    if call.updates != 0:
+        invoke(call.updates, 0, 1, address(call))  # there is no other share
+
+
+@kernel
 def collect_stats(first, last, call_at, stored):
     """Statistics of tiles into the partials. Tasks: chunks × groups."""
     call = read(call_at)
@@ -746,6 +755,16 @@ def normalize_run(call, channel, last, row, out, real):
                 j += line
 
 
+@loop
+def normalize_plane(call, step, channel, last, stored):
+    """Normalize and write the channels channel … last - 1 of one outer step, which lie side by side."""
+    x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), stored)
+    second = pointer(row_address(call, call.second, call.at_second, step, 0, 0), stored)
+    out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), stored)
+    row = operands(call, second, x, step_bits(call, step, stored), 0, stored)
+    normalize_run(call, channel, last, row, out, wide(stored))
+
+
 @kernel
 def normalize_planes(first, last, call_at, stored):
     """The same where all channels of an outer step lie side by side. Tasks: channels of outer steps.
@@ -758,11 +777,7 @@ def normalize_planes(first, last, call_at, stored):
         step = plane // call.channels
         channel = plane % call.channels
         until = min(call.channels, channel + last - plane)
-        x = pointer(row_address(call, call.x, call.at_x, step, 0, 0), stored)
-        second = pointer(row_address(call, call.second, call.at_second, step, 0, 0), stored)
-        out = pointer(row_address(call, call.out, call.at_out, step, 0, 0), stored)
-        row = operands(call, second, x, step_bits(call, step, stored), 0, stored)
-        normalize_run(call, channel, until, row, out, wide(stored))
+        normalize_plane(call, step, channel, until, stored)
         plane += until - channel
     if call.stream_planes == 1:
         fence()
@@ -885,6 +900,12 @@ def pool_gradients(call, first, last):
 def finish_gradients(call, first, last, stored):
     """From partials to the gradients of each channel's parameters, and the tables of grad_x."""
     pool_gradients(call, first, last)
+    finish_pooled_gradients(call, first, last, stored)
+
+
+@loop
+def finish_pooled_gradients(call, first, last, stored):
+    """The same from Σ dy and Σ dy · (x - mean), in the places of the gradients."""
     gradients = pointer(call.channel_stats, np.float64)
     if call.pool > 1:
         invoke(call.finish, first // call.pool, last // call.pool, address(call))
@@ -1034,6 +1055,25 @@ def backward_turned(first, last, call_at, stored):
         tile = tile_of(its, channel, group, count, tables, real)
         write_gradient_rows(its, plain(0), call.rows, tile, buffer, stored)
         turned_back(call, channel, group, of_dy)
+
+
+@kernel
+def backward_short(first, last, call_at, stored):
+    """Training backward of channels that are one short row each. Tasks: some LANES of them."""
+    call = read(call_at)
+    real = wide(stored)
+    tables = scratch(TABLES_ROOM, real)
+    buffer = row_buffers(ALL_ROWS, stored)
+    count = gradient_tables(stored)
+    for task in range(first, last):
+        begin, end = set_at(call, task)
+        short_gradients(call, begin, end, buffer, stored)
+        finish_pooled_gradients(call, begin, end, stored)
+        for part in range(parts_of(call, task)):
+            tile = tile_before(call, task + 1, part, count, tables, real)
+            write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
+    if call.stream == 1:
+        fence()
 
 
 @kernel

@@ -29,6 +29,8 @@ MERGED_ELEMENTS = 1 << 22  # and of all of them so few: x is read twice
 SHORT_VALUES = 128  # channels of no more values, and
 SHORT_BYTES = 384  # of no more bytes, are looked at side by side, LANES at a time,
 SHORT_CHANNELS = 128  # where there are as many
+LEAST_VALUES, MOST_VALUES = 48, 768  # of what is one row, to be looked at twice in L1
+MOST_SHARED = 4096  # of a set of several channels, none longer than MERGED_COLUMNS
 TURNED_ELEMENTS = ROWS * COLUMNS  # so many of them are copied to be so
 SHARED_BYTES = 1 << 18  # a set of no more is summed up as one channel
 FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
@@ -158,6 +160,24 @@ def _alone(outer: int, inner: int) -> bool:
     return inner >= OWN_COLUMNS or (inner >= FEW_COLUMNS and outer <= 1 << (inner - FEW_COLUMNS) // 8)
 
 
+def is_row(geometry: Geometry, form: Form, size: int) -> bool:
+    """Whether what has sums of its own is one short row, whose values lie side by side: see `nbbn.cpu.short`.
+
+    That is a set; in a backward pass, a channel.
+    """
+    operands = Operands.of(geometry.layouts, form)
+    pool = 1 if operands.backward else form.pool
+    most = MOST_SHARED if pool > 1 and geometry.inner <= MERGED_COLUMNS else MOST_VALUES
+    return (
+        geometry.steps == 1
+        and geometry.inner > 1
+        and LEAST_VALUES <= geometry.inner * pool <= most
+        and not form.masked
+        and all(layout.inner == size for layout in operands.layouts[:5])
+        and (pool == 1 or _joined(operands.x, geometry, size))
+    )
+
+
 def is_short(geometry: Geometry, form: Form, size: int, arrays: int) -> bool:
     """Whether channels are so many and of so few values that they are better looked at LANES at a time.
 
@@ -172,6 +192,7 @@ def is_short(geometry: Geometry, form: Form, size: int, arrays: int) -> bool:
         and geometry.channels >= SHORT_CHANNELS
         and form == form.alone
         and (arrays == 3 or (arrays == 2 and form.pool == 1))
+        and not is_row(geometry, form, size)
         and geometry.layouts[0].inner == size
     )
 
@@ -287,6 +308,7 @@ class Plan:
         """Decide what is a task, and whether a task's channels stay in cache until they are written."""
         geometry, tiling, form, size = self._geometry, self._tiling, self._form, self._size
         backward = self.backward
+        self.by_rows = not (self._turned or self._across) and is_row(geometry, form, size)
         # x, and in a backward pass grad_out; a residual is read along with them, in one pass or the other.
         element = size * (1 + backward + form.residual)
         group, self.resident = self._schedule(element)
@@ -309,7 +331,10 @@ class Plan:
         )
         self.shared = form.pool if shares else 1
         tiles = 1
-        if shares or self._turned:
+        if self.by_rows:
+            group, tiles = self._of_rows(follow)
+            self.shared, self.resident = 1 if backward else form.pool, True
+        elif shares or self._turned:
             group = max(group // form.pool, 1) * form.pool
             self.resident = self._turned or self.threads == 1 or self.sets >= self.threads
         elif form.pool > 1:
@@ -319,7 +344,7 @@ class Plan:
         # Whether a set's statistics are taken as those of one channel, ahead of all else; other bits.
         self.merges = (
             form.pool > 1
-            and not backward
+            and not (backward or self.by_rows)
             and self.channels >= MERGED_CHANNELS
             and 1 < geometry.inner <= MERGED_COLUMNS
             and tiling.outer == 1
@@ -332,7 +357,14 @@ class Plan:
         self.tasks = -(-self.groups // tiles)
         slab = self._slab()
         self.slabs = -(-tiling.rows // slab)
-        return {"shared": self.shared, "group": group, "groups": self.groups, "tiles": tiles, "slab": slab}
+        return {
+            "shared": self.shared,
+            "group": group,
+            "groups": self.groups,
+            "tiles": tiles,
+            "slab": slab,
+            "runs": self.by_rows and follow and not (form.along or backward),
+        }
 
     def _rooms(self) -> dict[str, int]:
         """Lay out the memory that a call works in, in words of eight bytes: see `nbbn.cpu.call.ROOMS`."""
@@ -495,6 +527,17 @@ class Plan:
         tiles = next(tiles for tiles in range(-(-pool // group), pool + 1) if pool % tiles == 0)
         fits = nbytes <= L2_BYTES // 2 or 2 * nbytes * self.threads <= L3_BYTES * 3 // 4
         return pool // tiles, tiles, self.threads == 1 or (fits and self.sets >= self.threads)
+
+    def _of_rows(self, follow: bool) -> tuple[int, int]:
+        """Return how many channels a tile has, and how many tiles a task of LANES rows, or fewer, has."""
+        pool = self._form.pool
+        sets = -(-LANES // pool) if self.backward else LANES
+        while sets > 1 and self.sets < sets * self.threads:
+            sets //= 2
+        channels = sets * pool
+        fits = COLUMNS // (LANES if self._single else self._geometry.inner) if follow else 1
+        tiles = next(n for n in range(1, channels + 1) if channels % n == 0 and channels // n <= fits)
+        return channels // tiles, tiles
 
     def _several(self, element: int) -> int:
         """Return how many long channels make a tile, where they are of few values each; or 0.

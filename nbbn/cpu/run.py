@@ -41,6 +41,7 @@ _COPIES = copies.gather, copies.scatter
 _KERNELS = {
     "training": (
         kernels.forward,
+        kernels.forward_short,
         kernels.collect_stats,
         kernels.finish_stats,
         kernels.normalize,
@@ -56,6 +57,7 @@ _KERNELS = {
     ),
     "backward": (
         kernels.backward,
+        kernels.backward_short,
         kernels.backward_reduce,
         kernels.finish_backward,
         kernels.backward_apply,
@@ -73,6 +75,7 @@ _ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
         Way(ALONG): (
             kernels.set_along,
             kernels.forward,
+            kernels.forward_short,
             kernels.collect_stats,
             kernels.finish_stats,
             kernels.normalize,
@@ -83,6 +86,7 @@ _ROW_KERNELS: dict[str, dict[Way, tuple[str, ...]]] = {
         Way(ALONG): (
             kernels.set_along,
             kernels.backward,
+            kernels.backward_short,
             kernels.backward_reduce,
             kernels.finish_backward,
             kernels.backward_apply,
@@ -259,6 +263,8 @@ class Run:
         self.plan = plan = Plan(geometry, problem.storage, problem.threads, form, turned=turned)
         self._forward = kernels.forward_turned if turned else kernels.forward
         self._backward = kernels.backward_turned if turned else kernels.backward
+        if plan.by_rows:
+            self._forward, self._backward = kernels.forward_short, kernels.backward_short
         self._sets = -(-plan.sets // LANES)  # blocks of them
         self._tiles = plan.chunks * plan.groups
         self._slabs = plan.slabs * plan.groups

@@ -902,6 +902,19 @@ def fold(typingctx, vector):
     return types.UniTuple(element, 2)(vector), codegen
 
 
+@intrinsic
+def unzipped(typingctx, a, b):
+    """Return of two vectors, one after the other, every second lane from the first on, and the others."""
+
+    def codegen(context, builder, signature, args):
+        kind = ir.VectorType(_INDEX, LANES)
+        orders = [ir.Constant(kind, list(range(first, 2 * LANES, 2))) for first in (0, 1)]
+        halves = [builder.shuffle_vector(*args, order) for order in orders]
+        return context.make_tuple(builder, signature.return_type, halves)
+
+    return types.UniTuple(a, 2)(a, a), codegen
+
+
 def _comparison(relation):
     @intrinsic
     def compare(typingctx, a, b):

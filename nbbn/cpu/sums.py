@@ -4,8 +4,10 @@ A column is added up downwards, so a row needs no particular length or alignment
 channel are added up at the end of a block.
 """
 
+import math
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba.core import types
 
 from nbbn.compiler import by_type, fma, in_line, like, loop, out_of_line
@@ -15,6 +17,7 @@ from nbbn.cpu.parameters import deviation, weighted
 from nbbn.cpu.rows import some
 from nbbn.cpu.simd import (
     LANES,
+    at_most,
     fold,
     keep_first,
     load,
@@ -28,6 +31,8 @@ from nbbn.cpu.simd import (
     widen,
 )
 from nbbn.formulas import add_squared_deviation, squared_deviation, two_sum
+
+LARGEST = float(np.finfo(np.float64).max)
 
 
 class Look(NamedTuple):
@@ -187,6 +192,24 @@ def add_columns(state, c, total, rest, square, real):
     store_sums(state.sums, c, add_to(load_sums(state.sums, c, always), total, rest), always)
     squares = add_up(load_sums(state.squares, c, both), widen(square), splat(0.0), real)
     store_sums(state.squares, c, squares, both)
+
+
+@loop
+def trusted(count, squares, offset, guess, real):
+    """Return the lanes whose sum of squared deviations from a guess is good to the last bits.
+
+    It is not where the guess was more than twice as far from the mean as the values are (`offset` is
+    n · (mean - guess)², and 5 offset > 4 squares; for float64, whose squares are no better than the result
+    has to be, √2 times as far and 3 offset > 2 squares), or where the squares left the range of x's type.
+    Where there are none at all, the channel is constant; but next to 0 values may be so close that each is 0.
+    """
+    smallest = splat(count * (2.0**-900 if exact(real) else 2.0**-96))
+    finite = at_most(squares, splat(LARGEST))
+    least = offset * (1.5 if exact(real) else 1.25)
+    near = at_most(least, squares) & at_most(smallest, squares) & finite
+    apart = splat(2.0**-480 if exact(real) else 2.0**-48)  # from here on, other values are far enough off
+    constant = at_most(squares, splat(0.0)) & at_most(offset, splat(0.0)) & at_most(apart, math.fabs(guess))
+    return near | constant
 
 
 @loop

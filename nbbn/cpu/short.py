@@ -1,0 +1,242 @@
+"""Statistics of sets that are one short row each: all of it stays in L1 from one look to the next.
+
+So a mean is known before deviations from it are squared, and there is nothing to guess. LANES rows are
+looked at, and then finished at once, in as many lanes.
+"""
+
+import numpy as np
+
+from nbbn.compiler import in_line, loop, out_of_line
+from nbbn.cpu.fused import NUMBERS_ROOM, before_activation, normalizing, note_residual, with_residual
+from nbbn.cpu.parameters import NOTED, mean_of_row, note_beside
+from nbbn.cpu.rows import COLUMNS, ROWS, row_address, some
+from nbbn.cpu.simd import (
+    LANES,
+    choose,
+    keep_first,
+    load,
+    narrow,
+    plain,
+    pointer,
+    scratch,
+    splat,
+    store,
+    store_first,
+    unzipped,
+    wide,
+    widen,
+)
+from nbbn.cpu.sums import (
+    LookAtBoth,
+    add_to,
+    add_up,
+    ask_ahead,
+    exact,
+    load_sums,
+    multiply_at,
+    plus,
+    plus_sum,
+    store_sums,
+    trusted,
+)
+from nbbn.cpu.tiles import SPAN
+from nbbn.formulas import (
+    about_mean,
+    add_squared_deviation,
+    mean_of,
+    squared_deviation,
+    two_sum,
+    variance,
+)
+
+SQUARE = LANES * LANES
+
+
+@loop
+def row_of_set(call, s, stored):
+    """Return a pointer to the values of a set, which lie side by side."""
+    at = row_address(call, call.x, call.at_x, plain(0), plain(0), s * call.shared)
+    return pointer(at, stored)
+
+
+@loop
+def add_across(sums, lost, both):
+    """Add up the lanes of LANES vectors, in place: lane k of the first is the sum of vector k.
+
+    And, if there is `both`, what they lost.
+    """
+    out_of_line()
+    number = LANES // 2
+    while number > 0:
+        for i in range(number):
+            j = 2 * i * LANES
+            a, b = unzipped(load(sums, j), load(sums, j + LANES))
+            if both:
+                total, more = two_sum(a, b)
+                rest, other = unzipped(load(lost, j), load(lost, j + LANES))
+                store(sums, i * LANES, total)
+                store(lost, i * LANES, (rest + other) + more)
+            else:
+                store(sums, i * LANES, a + b)
+        number //= 2
+
+
+@loop
+def sum_of_part(call, row, first, last, real):
+    """Return the sums of the columns first … last - 1, in LANES lanes, and what they lost."""
+    in_line()
+    total, rest, other, others = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    j = first
+    while j + 2 * LANES <= last:
+        ask_ahead(row, j, call.ahead)
+        total, rest = plus(total, rest, load(row, j), call.one, real)
+        other, others = plus(other, others, load(row, j + LANES), call.one, real)
+        j += 2 * LANES
+    while j < last:
+        total, rest = plus(total, rest, some(row, j, last), call.one, real)
+        j += LANES
+    return plus_sum(total, rest, other, others, real)
+
+
+@loop
+def sum_of_row(call, row, count, real):
+    """Return the sums of `count` values in the same way."""
+    in_line()
+    total = sum_of_part(call, row, plain(0), min(count, COLUMNS), real)
+    for j in range(COLUMNS, count, COLUMNS):
+        more = sum_of_part(call, row, j, min(count, j + COLUMNS), real)
+        total = add_to(total, more[0], more[1])
+    return total
+
+
+@loop
+def squares_of_row(row, count, mean, real):
+    """Return the sums of (x - mean)² in the same way."""
+    in_line()
+    none = splat(real(0.0))
+    total = splat(0.0), splat(0.0)
+    j = 0
+    while j < count:
+        end = min(count, j + SPAN)
+        square, more = none, none
+        while j + 2 * LANES <= end:
+            square = add_squared_deviation(square, load(row, j), mean)
+            more = add_squared_deviation(more, load(row, j + LANES), mean)
+            j += 2 * LANES
+        while j < end:
+            here = add_squared_deviation(none, some(row, j, end), mean)
+            square = square + (keep_first(here, end - j) if j + LANES > end else here)
+            j += LANES
+        total = add_up(total, widen(square + more), splat(0.0), real)
+    return total
+
+
+@loop
+def squares_in_double(row, count, mean):
+    """Return the same in float64, of a mean that is not rounded."""
+    in_line()
+    total = splat(0.0), splat(0.0)
+    for j in range(0, count, LANES):
+        square = squared_deviation(widen(some(row, j, count)), mean)
+        if j + LANES > count:
+            square = keep_first(square, count - j)
+        total = add_to(total, square, splat(0.0))
+    return total
+
+
+@loop
+def short_stats(call, first, last, stored):
+    """Mean, variance and the mean's low part, in invstd's place, of the sets first … last - 1."""
+    real = wide(stored)
+    stats, sets = pointer(call.stats, np.float64), call.channels // call.pool
+    values = call.inner * call.shared
+    count = float(values)
+    sums, lost = scratch(SQUARE, np.float64), scratch(SQUARE, np.float64)
+    both, always = plain(exact(real)), plain(True)
+    means, guesses = scratch(LANES, np.float64), scratch(LANES, real)
+    for s in range(first, last, LANES):
+        here = min(LANES, last - s)
+        for g in range(here):
+            total, rest = sum_of_row(call, row_of_set(call, s + g, stored), values, real)
+            store(sums, g * LANES, total)
+            store(lost, g * LANES, rest)
+        add_across(sums, lost, always)
+        mean, rest = mean_of(load(sums, 0), load(lost, 0), count)
+        guess = narrow(mean, real)
+        store(guesses, 0, guess)
+        for g in range(here):
+            total, more = squares_of_row(row_of_set(call, s + g, stored), values, splat(guesses[g]), real)
+            store_sums((sums, lost), g * LANES, (total, more), both)
+        add_across(sums, lost, both)
+        off = (mean - widen(guess)) + rest
+        offset = off * off * count
+        good = trusted(count, load(sums, 0), offset, widen(guess), real)
+        m2 = load(sums, 0) - offset
+        if both:
+            m2 = m2 + load(lost, 0)
+        if good | (-1 << here) != -1:
+            store(means, 0, mean)
+            for g in range(here):
+                total, more = squares_in_double(row_of_set(call, s + g, stored), values, splat(means[g]))
+                store(sums, g * LANES, total)
+                store(lost, g * LANES, more)
+            add_across(sums, lost, always)
+            m2 = choose(good, m2, about_mean(load(sums, 0) + load(lost, 0), rest, count))
+        store_first(stats, s, mean, here)
+        store_first(stats, sets + s, variance(m2, count), here)
+        store_first(stats, 2 * sets + s, rest, here)
+
+
+@loop
+def short_gradients(call, first, last, buffer, stored):
+    """Σ dy and Σ dy · (x - mean) of the channels first … last - 1, in the places of their gradients."""
+    real = wide(stored)
+    both, whole, values = plain(exact(real)), plain(True), call.inner
+    gradients = pointer(call.channel_stats, np.float64)
+    sums, lost = scratch(SQUARE, np.float64), scratch(SQUARE, np.float64)
+    products, products_lost = scratch(SQUARE, np.float64), scratch(SQUARE, np.float64)
+    tables, spread = scratch(NUMBERS_ROOM, real), scratch(NUMBERS_ROOM, real)
+    rows, numbers = scratch(NOTED, np.int64), scratch(ROWS, np.float64)
+    for c in range(first, last, LANES):
+        here = min(LANES, last - c)
+        before = before_activation(call, c, here, LANES, tables, spread, stored)
+        state = LookAtBoth(
+            sums,
+            (sums, lost),
+            (products, products_lost),
+            call.one,
+            call.ahead,
+            call.ahead_of_dy,
+            call.bits_mask,
+            before,
+            real(call.slope),
+            numbers,
+        )
+        for g in range(here):
+            x = row_address(call, call.x, call.at_x, plain(0), plain(0), c + g)
+            dy = row_address(call, call.grad_out, call.at_grad_out, plain(0), plain(0), c + g)
+            rows[0], rows[1] = dy, x
+            note_beside(call, rows, numbers, plain(0), plain(0), stored)
+            if with_residual(stored):
+                note_residual(call, rows, plain(0), plain(0), plain(0), c + g, buffer, stored)
+            mean, those = splat(mean_of_row(call, c + g, stored)), normalizing(before, g * LANES, stored)
+            found = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+            j = 0
+            while j + 2 * LANES <= values:
+                ask_ahead(pointer(dy, stored), j, call.ahead_of_dy)
+                ask_ahead(pointer(x, stored), j, call.ahead)
+                found = multiply_at(rows, plain(0), j, values, whole, mean, those, found, state, stored)
+                found = multiply_at(
+                    rows, plain(0), j + LANES, values, whole, mean, those, found, state, stored
+                )
+                j += 2 * LANES
+            while j < values:
+                found = multiply_at(rows, plain(0), j, values, not whole, mean, those, found, state, stored)
+                j += LANES
+            store_sums((sums, lost), g * LANES, found[:2], both)
+            store_sums((products, products_lost), g * LANES, found[2:], both)
+        add_across(sums, lost, both)
+        add_across(products, products_lost, both)
+        total, product = load_sums((sums, lost), 0, both), load_sums((products, products_lost), 0, both)
+        store_first(gradients, c, product[0] + product[1], here)
+        store_first(gradients, call.channels + c, total[0] + total[1], here)
