@@ -84,12 +84,12 @@ CUTS = {
         "plan.TURNED_ELEMENTS": 2048,
     },
     "no_rows": {"plan.LEAST_VALUES": 1 << 62},
-    "rows": {"plan.LEAST_VALUES": 1, "plan.MOST_VALUES": 1 << 62, "plan.MOST_SHARED": 1 << 62},
+    "rows": {"plan.LEAST_VALUES": 1, "plan.MOST_VALUES": 1 << 62, "plan.MOST_SAVING": 1 << 62},
     "rows_by_threads": {
         "functional.SERIAL_ELEMENTS": 0,
         "plan.LEAST_VALUES": 1,
         "plan.MOST_VALUES": 1 << 62,
-        "plan.MOST_SHARED": 1 << 62,
+        "plan.MOST_SAVING": 1 << 62,
     },
 }
 

@@ -62,6 +62,10 @@ ARGUMENTS = [
     ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
     ("adds", _WORD),  # to gradients of parameters: 1, others will be added; 2, they are added to those there
+    (
+        "columns",
+        _WORD,
+    ),  # address of the record of who gets the sums of columns over rows that are channels; or 0
     ("updates", _WORD),  # address of what updates the running statistics, if `forward` is one share; or 0
 ]
 
@@ -119,6 +123,7 @@ PLAN = [
     ("group", _WORD),  # channels of a tile
     ("groups", _WORD),
     ("tiles", _WORD),  # of a task: a set of several, or short channels that are finished together
+    ("together", _WORD),  # channels of a task whose sums are taken before any of them is written
     ("runs", _WORD),  # 1: what channels of a task have is written as one run
     ("slab", _WORD),  # rows that are written together
     ("ahead", _WORD),  # bytes: how far ahead of what is looked at memory is asked for

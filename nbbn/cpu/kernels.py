@@ -9,7 +9,7 @@ groups than cores, the same work is done in phases whose tasks are tiles: `colle
 import numpy as np
 
 from nbbn.compiler import by_type, in_line, invoke, kernel, loop, out_of_line
-from nbbn.cpu.call import PARTIALS, copied, read
+from nbbn.cpu.call import copied, read
 from nbbn.cpu.fused import NUMBERS_ROOM, before_activation, gradient_tables, normalization, quieted
 from nbbn.cpu.masks import (
     SPREAD_CHANNELS,
@@ -66,7 +66,7 @@ from nbbn.cpu.rows import (
     row_room,
     to_columns,
 )
-from nbbn.cpu.short import short_gradients, short_stats
+from nbbn.cpu.short import add_columns_of, short_gradients, short_stats
 from nbbn.cpu.simd import (
     LANES,
     address,
@@ -97,6 +97,7 @@ from nbbn.cpu.sums import (
     LookAtBoth,
     add_to,
     exact,
+    partials_of,
     plus_product,
     to_channels,
     trusted,
@@ -162,12 +163,6 @@ def tile_before(call, task, part, number, tables, real):
     """Return a part of what the task before took statistics of, ready to be written."""
     channel, group = group_of(call, (task - 1) * call.tiles + part)
     return tile_of(call, channel, group, number, tables, real)
-
-
-@loop
-def partials_of(call, chunk, channel):
-    """Return where a chunk leaves what it knows of a channel; PARTIALS numbers, `channels` apart."""
-    return after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
 
 
 @loop
@@ -635,8 +630,8 @@ def forward_short(first, last, call_at, stored):
         if runs:
             normalize_plane(call, plain(0), begin, end, stored)
             continue
-        for part in range(parts_of(call, task)):
-            tile = tile_before(call, task + 1, part, 3, tables, real)
+        for channel in range(begin, end, call.group):
+            tile = tile_of(call, channel, min(call.group, end - channel), 3, tables, real)
             write_normalized_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
@@ -1059,7 +1054,7 @@ def backward_turned(first, last, call_at, stored):
 
 @kernel
 def backward_short(first, last, call_at, stored):
-    """Training backward of channels that are one short row each. Tasks: some LANES of them."""
+    """Training backward of channels that are one short row each. Tasks: some times LANES of them."""
     call = read(call_at)
     real = wide(stored)
     tables = scratch(TABLES_ROOM, real)
@@ -1067,11 +1062,14 @@ def backward_short(first, last, call_at, stored):
     count = gradient_tables(stored)
     for task in range(first, last):
         begin, end = set_at(call, task)
-        short_gradients(call, begin, end, buffer, stored)
-        finish_pooled_gradients(call, begin, end, stored)
-        for part in range(parts_of(call, task)):
-            tile = tile_before(call, task + 1, part, count, tables, real)
-            write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
+        for c in range(begin, end, call.together):
+            until = min(end, c + call.together)
+            short_gradients(call, c, until, buffer, stored)
+            finish_pooled_gradients(call, c, until, stored)
+            add_columns_of(call, task, c == begin, c, until, stored)
+            for channel in range(c, until, call.group):
+                tile = tile_of(call, channel, min(call.group, until - channel), count, tables, real)
+                write_gradient_rows(call, plain(0), call.rows, tile, buffer, stored)
     if call.stream == 1:
         fence()
 

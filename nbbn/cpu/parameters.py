@@ -259,6 +259,12 @@ def _weighted(rows, k, j, grad_out, stored):
     return ways.get(way_of(stored).parameters, lambda rows, k, j, grad_out, stored: grad_out)
 
 
+@loop
+def standardized(x, mean, invstd):
+    """Return x_hat in float64, of the mean and the inverse deviation that a row was normalized with."""
+    return (widen(x) - mean) * invstd
+
+
 def deviation(x, mean, numbers, k, stored):
     """Return what grad_out at row k is multiplied with: x - mean; or that over the row's own deviation."""
     raise NotImplementedError("exists in compiled code only")
@@ -267,7 +273,7 @@ def deviation(x, mean, numbers, k, stored):
 @by_type(deviation)
 def _deviation(x, mean, numbers, k, stored):
     def by_row(x, mean, numbers, k, stored):
-        return (widen(x) - numbers[k]) * numbers[k + 1]
+        return standardized(x, numbers[k], numbers[k + 1])
 
     return (
         by_row

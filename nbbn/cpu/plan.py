@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,12 @@ SHORT_VALUES = 128  # channels of no more values, and
 SHORT_BYTES = 384  # of no more bytes, are looked at side by side, LANES at a time,
 SHORT_CHANNELS = 128  # where there are as many
 LEAST_VALUES, MOST_VALUES = 48, 768  # of what is one row, to be looked at twice in L1
-MOST_SHARED = 4096  # of a set of several channels, none longer than MERGED_COLUMNS
+# Of a row that saves more by it: a set of several channels, none longer than MERGED_COLUMNS; or where sums of
+# columns are taken along with those of rows.
+MOST_SAVING = 4096
+# Of tasks that each leave sums of all columns behind: how many rows they have at least, and how many tasks there
+# may be where the sums take more memory than others do: in float32 a quarter of x at most.
+TASK_ROWS, ROW_TASKS = 2 * LANES, 64
 TURNED_ELEMENTS = ROWS * COLUMNS  # so many of them are copied to be so
 SHARED_BYTES = 1 << 18  # a set of no more is summed up as one channel
 FEW_VALUES = 4096  # of a channel: below, several channels are looked at before any of them is finished
@@ -167,7 +172,8 @@ def is_row(geometry: Geometry, form: Form, size: int) -> bool:
     """
     operands = Operands.of(geometry.layouts, form)
     pool = 1 if operands.backward else form.pool
-    most = MOST_SHARED if pool > 1 and geometry.inner <= MERGED_COLUMNS else MOST_VALUES
+    saves = (form.along and operands.backward) or (pool > 1 and geometry.inner <= MERGED_COLUMNS)
+    most = MOST_SAVING if saves else MOST_VALUES
     return (
         geometry.steps == 1
         and geometry.inner > 1
@@ -268,6 +274,8 @@ class Plan:
         Whether this is about the gradients of parameters that go along rows: of columns, the channels here.
     turned : bool
         Whether the geometry has been turned: see `is_short`.
+    chunk : int
+        How many rows a chunk has; 0: as many as are best.
     """
 
     def __init__(
@@ -278,6 +286,7 @@ class Plan:
         form: Form = BATCH,
         across: bool = False,
         turned: bool = False,
+        chunk: int = 0,
     ) -> None:
         way = way_for(form, across, turned)
         self.stored = stored_as(storage.name, way)
@@ -292,6 +301,8 @@ class Plan:
         self._operands = Operands.of(geometry.layouts, form)
         self.backward = self._operands.backward
         self._tiling = tiling = tile(geometry, self._size, not (across or turned))
+        if chunk:
+            self._tiling = tiling = replace(tiling, chunk=chunk, chunks=-(-tiling.rows // chunk))
         self._single = tiling.fold == 1 and (self.channels == 1 or _alone(tiling.outer, geometry.inner))
         self.outer, self.rows, self.chunks = tiling.outer, tiling.rows, tiling.chunks
         self.count = tiling.outer * geometry.inner
@@ -330,9 +341,9 @@ class Plan:
             and follow
         )
         self.shared = form.pool if shares else 1
-        tiles = 1
+        tiles, together = 1, 0
         if self.by_rows:
-            group, tiles = self._of_rows(follow)
+            group, tiles, together = self._of_rows(follow)
             self.shared, self.resident = 1 if backward else form.pool, True
         elif shares or self._turned:
             group = max(group // form.pool, 1) * form.pool
@@ -354,6 +365,7 @@ class Plan:
         self.resident = self.resident and not self.merges
         self.group = group
         self.groups = -(-self.channels // group)
+        self.of_task = group * tiles
         self.tasks = -(-self.groups // tiles)
         slab = self._slab()
         self.slabs = -(-tiling.rows // slab)
@@ -362,6 +374,7 @@ class Plan:
             "group": group,
             "groups": self.groups,
             "tiles": tiles,
+            "together": together,
             "slab": slab,
             "runs": self.by_rows and follow and not (form.along or backward),
         }
@@ -528,16 +541,24 @@ class Plan:
         fits = nbytes <= L2_BYTES // 2 or 2 * nbytes * self.threads <= L3_BYTES * 3 // 4
         return pool // tiles, tiles, self.threads == 1 or (fits and self.sets >= self.threads)
 
-    def _of_rows(self, follow: bool) -> tuple[int, int]:
-        """Return how many channels a tile has, and how many tiles a task of LANES rows, or fewer, has."""
-        pool = self._form.pool
+    def _of_rows(self, follow: bool) -> tuple[int, int, int]:
+        """Return how many channels a tile has, and how many tiles a task, where sets are rows.
+
+        And the sums of how many channels are taken before any is written: of LANES sets, or of fewer.
+        """
+        pool, inner = self._form.pool, self._geometry.inner
         sets = -(-LANES // pool) if self.backward else LANES
         while sets > 1 and self.sets < sets * self.threads:
             sets //= 2
-        channels = sets * pool
-        fits = COLUMNS // (LANES if self._single else self._geometry.inner) if follow else 1
-        tiles = next(n for n in range(1, channels + 1) if channels % n == 0 and channels // n <= fits)
-        return channels // tiles, tiles
+        together = sets * pool
+        fits = COLUMNS // (LANES if self._single else inner) if follow else 1
+        tiles = next(n for n in range(1, together + 1) if together % n == 0 and together // n <= fits)
+        group = together // tiles
+        if self._form.along and self.backward:
+            # Each task leaves sums of all columns: where it ends may not depend on the number of threads.
+            most = max(ROW_TASKS, min(MAX_CHUNKS, PARTIAL_WORDS // (3 * inner)))
+            tiles = _up(-(-self.channels // most), TASK_ROWS) // group
+        return group, tiles, together
 
     def _several(self, element: int) -> int:
         """Return how many long channels make a tile, where they are of few values each; or 0.

@@ -26,7 +26,7 @@ def _field(name: str) -> slice:
 
 
 _MASK = struct.Struct("q")  # see nbbn.cpu.call
-_ARGUMENTS = struct.Struct("7q12q5d3q")
+_ARGUMENTS = struct.Struct("7q12q5d4q")
 _ROOMS = struct.Struct("5q")
 _ROOMS_AT = _MASK.size + _ARGUMENTS.size
 _CALLED = struct.Struct("3q")
@@ -147,6 +147,11 @@ def _called(plan: Plan) -> tuple[int, int, int]:
     return gather, scatter, finish
 
 
+def _finishers(plan: Plan) -> int:
+    """Return how many threads merge partial results: few are not worth waking any for."""
+    return 1 if plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS else plan.threads
+
+
 class _Room:
     """Memory that a call works in."""
 
@@ -177,7 +182,7 @@ class _Call:
         self._buffer = bytearray(_CALLED_AT + _CALLED.size) + plan.record
         _CALLED.pack_into(self._buffer, _CALLED_AT, *_called(plan))
         self._record = np.frombuffer(self._buffer, np.uint8)
-        self._at = address(self._record)
+        self.at = address(self._record)
         self._at_x = self._buffer[_AT_X]
         self.set_mask = partial(_MASK.pack_into, self._buffer, 0)
         """Sets nbbn.cpu.call.MASK."""
@@ -242,11 +247,11 @@ class _Call:
         """
         threads = min(self.plan.threads if threads is None else threads, tasks)
         stored = self.plan.plain if plain else self.plan.stored
-        pool.run(entry(kernel, stored), threads, tasks, self._at, *then)
+        pool.run(entry(kernel, stored), threads, tasks, self.at, *then)
 
     def step(self, kernel: str) -> Step:
         """Return what runs the only task of a kernel."""
-        return partial(entry(kernel, self.plan.stored).run, 0, 1, self._at)
+        return partial(entry(kernel, self.plan.stored).run, 0, 1, self.at)
 
 
 class Run:
@@ -277,9 +282,7 @@ class Run:
             self._applies = kernels.apply_columns, plan.outer
             self._applies_constant = kernels.apply_constant_columns, plan.outer
         self._normalizes_x = (kernels.normalize_planes, plan.planes) if plan.by_planes else self._normalizes
-        # Few partial results are not worth waking the threads for.
-        few = plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS
-        self._finishers = 1 if few else plan.threads
+        self._finishers = _finishers(plan)
         self._alone = plan.resident and min(plan.threads, plan.tasks) == 1
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
         self._idle: list[_Call] = []
@@ -289,14 +292,18 @@ class Run:
         self._across: Run | None = None
         if form.along and len(problem.strides) == 3:
             self._across = object.__new__(Run)
-            self._across._sum_columns_of(problem)
+            self._across._sum_columns_of(problem, plan.of_task if plan.by_rows else 0)
 
-    def _sum_columns_of(self, problem: Problem) -> None:
-        """Make this what takes the gradients of parameters that go along the rows of a problem."""
+    def _sum_columns_of(self, problem: Problem, chunk: int) -> None:
+        """Make this what takes the gradients of parameters that go along the rows of a problem.
+
+        Who goes through these leaves the sums of so many rows in each chunk; 0: nobody does.
+        """
         rows, columns = problem.shape
         layouts = tuple(Layout(0, (outer,), inner, 0) for outer, inner in problem.strides)
         geometry = Geometry((rows,), columns, 1, layouts)
-        self.plan = Plan(geometry, problem.storage, problem.threads, across=True)
+        self.plan = plan = Plan(geometry, problem.storage, problem.threads, across=True, chunk=chunk)
+        self._finishers = _finishers(plan)
         self._idle = []
 
     def _take(self) -> _Call:
@@ -346,7 +353,7 @@ class Run:
         call, count = self._begin(extras)
         call.set(
             x + plan.offset_x, 0, 0, 0, 0, stats, stats,
-            *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, count, 1, 0, 0,
+            *ABSENT, *ABSENT, *ABSENT, *ABSENT, 0.0, 0.0, 0.0, 0.0, count, 1, 0, 0, 0,
         )  # fmt: skip
         call(kernels.collect_stats, self._tiles)
         call(last, self._sets, self._finishers)
@@ -386,7 +393,7 @@ class Run:
         channel_stats = stats if plan.shared == self.form.pool else call.channel_stats
         call.set(
             x, 0, out, second, 0, stats, channel_stats, *weight, *bias, *mean, *var,
-            eps, momentum, correction, extras.slope, count, 1, 0, update,
+            eps, momentum, correction, extras.slope, count, 1, 0, 0, update,
         )  # fmt: skip
         if updating and not update:
             then = (call.step(kernels.update_running_stats), *then)
@@ -432,8 +439,9 @@ class Run:
         out += plan.offset_out
         second = extras.residual + plan.offset_second if self.form.residual else x
         call.set(
-            x, 0, out, second, 0, 0, 0, *weight, *bias, *mean, *var, eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0
-        )
+            x, 0, out, second, 0, 0, 0, *weight, *bias, *mean, *var,
+            eps, 0.0, 0.0, extras.slope, 0.0, 0, 0, 0, 0,
+        )  # fmt: skip
         call(kernels.use_running_stats, self._sets, self._finishers)
         call(kernel, tasks)
         self._give_back(call)
@@ -460,9 +468,11 @@ class Run:
             self._given.backward(x, grad_out, grad_x, gradients, weight, mean, invstd, training, adds, extras)
             return
         plan = self.plan
+        columns = None
         if self._across is not None:
-            # First: grad_x may be written to where x is.
-            self._across._sum_columns(x, grad_out, gradients, mean, invstd, adds)
+            columns = self._across._begin_columns(x, grad_out, gradients, mean, invstd, adds)
+            if not plan.by_rows:  # they are not summed up along with the rows
+                columns(kernels.backward_reduce, columns.plan.chunks * columns.plan.groups)
         x += plan.offset_x
         grad_out += plan.offset_grad_out
         grad_x += plan.offset_out
@@ -475,7 +485,7 @@ class Run:
         call.set(
             x, grad_out, grad_x, second, residual,
             gradients, gradients if direct else call.channel_stats, *weight, *extras.bias, *mean, *invstd,
-            0.0, 0.0, 0.0, extras.slope, count, training, adds, 0,
+            0.0, 0.0, 0.0, extras.slope, count, training, adds, columns.at if columns else 0, 0,
         )  # fmt: skip
         if self.form.along:
             self._set_along(call)
@@ -501,22 +511,28 @@ class Run:
         if not (direct or self.form.along):
             call(kernels.sum_parameters, plan.parameters, 1)
         self._give_back(call)
+        if self._across is not None and columns is not None:
+            self._across._finish_columns(columns, adds, direct=not plan.by_rows)
 
-    def _sum_columns(
+    def _begin_columns(
         self, x: int, grad_out: int, gradients: int, mean: Parameter, invstd: Parameter, adds: int
-    ) -> None:
-        """The gradients of the parameters of each column, where rows have statistics of their own."""
+    ) -> _Call:
+        """Return the call for the gradients of the parameters of each column of rows that are channels."""
         plan = self.plan
-        self._compile(kernels.backward_reduce, kernels.finish_across, kernels.sum_parameters)
+        self._compile(kernels.finish_across, kernels.sum_parameters)
         call = self._take()
         call.set(
             x + plan.offset_x, grad_out + plan.offset_grad_out, 0, 0, 0, gradients,
             call.channel_stats if adds else gradients, *ABSENT, *ABSENT, *mean, *invstd, 0.0, 0.0, 0.0, 0.0,
-            plan.count, 1, adds, 0,
+            plan.count, 1, adds, 0, 0,
         )  # fmt: skip
-        call(kernels.backward_reduce, plan.chunks * plan.groups)
-        if plan.chunks > 1:
-            call(kernels.finish_across, -(-plan.channels // LANES))
+        return call
+
+    def _finish_columns(self, call: _Call, adds: int, direct: bool) -> None:
+        """From the sums of chunks to these gradients; those of a single one may be in their place already."""
+        plan = self.plan
+        if plan.chunks > 1 or not direct:
+            call(kernels.finish_across, -(-plan.channels // LANES), self._finishers)
         if adds:
             call(kernels.sum_parameters, plan.parameters, 1)
         self._give_back(call)

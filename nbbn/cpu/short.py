@@ -1,4 +1,4 @@
-"""Statistics of sets that are one short row each: all of it stays in L1 from one look to the next.
+"""What is added up of sets, or channels, that are one short row each: it stays in cache from look to look.
 
 So a mean is known before deviations from it are squared, and there is nothing to guess. LANES rows are
 looked at, and then finished at once, in as many lanes.
@@ -6,15 +6,18 @@ looked at, and then finished at once, in as many lanes.
 
 import numpy as np
 
-from nbbn.compiler import in_line, loop, out_of_line
+from nbbn.compiler import by_type, in_line, loop, out_of_line
+from nbbn.cpu.call import read
 from nbbn.cpu.fused import NUMBERS_ROOM, before_activation, normalizing, note_residual, with_residual
-from nbbn.cpu.parameters import NOTED, mean_of_row, note_beside
+from nbbn.cpu.parameters import NOTED, mean_of_row, note_beside, parameter, standardized
 from nbbn.cpu.rows import COLUMNS, ROWS, row_address, some
 from nbbn.cpu.simd import (
+    ALONG,
     LANES,
     choose,
     keep_first,
     load,
+    load_first,
     narrow,
     plain,
     pointer,
@@ -23,6 +26,7 @@ from nbbn.cpu.simd import (
     store,
     store_first,
     unzipped,
+    way_of,
     wide,
     widen,
 )
@@ -33,7 +37,9 @@ from nbbn.cpu.sums import (
     ask_ahead,
     exact,
     load_sums,
+    multiply,
     multiply_at,
+    partials_of,
     plus,
     plus_sum,
     store_sums,
@@ -49,7 +55,7 @@ from nbbn.formulas import (
     variance,
 )
 
-SQUARE = LANES * LANES
+SQUARE, PAIRS = LANES * LANES, 2 * LANES
 
 
 @loop
@@ -240,3 +246,57 @@ def short_gradients(call, first, last, buffer, stored):
         total, product = load_sums((sums, lost), 0, both), load_sums((products, products_lost), 0, both)
         store_first(gradients, c, product[0] + product[1], here)
         store_first(gradients, call.channels + c, total[0] + total[1], here)
+
+
+def add_columns_of(call, chunk, begins, first, last, stored):
+    """Add Σ dy and Σ dy · x_hat of each column of the rows first … last - 1 to the sums of a chunk.
+
+    That is where each column has a weight and a bias of its own; `begins`: these rows are its first.
+    """
+    raise NotImplementedError("exists in compiled code only")
+
+
+@by_type(add_columns_of)
+def _add_columns_of(call, chunk, begins, first, last, stored):
+    def of_rows(call, chunk, begins, first, last, stored):
+        out_of_line()
+        count, number = call.inner, last - first
+        its = read(call.columns)
+        sums = partials_of(its, chunk, plain(0))
+        rows = scratch(PAIRS, np.int64)
+        means, invstds = scratch(LANES, np.float64), scratch(LANES, np.float64)
+        for g in range(number):
+            rows[2 * g] = row_address(call, call.grad_out, call.at_grad_out, plain(0), plain(0), first + g)
+            rows[2 * g + 1] = row_address(call, call.x, call.at_x, plain(0), plain(0), first + g)
+            means[g], invstds[g] = parameter(call.mean, first + g, 0.0), parameter(call.var, first + g, 1.0)
+        for j in range(0, count - LANES + 1, LANES):
+            add_columns_at(call, sums, begins, rows, number, j, plain(LANES), means, invstds, stored)
+        if count % LANES != 0:
+            j = count // LANES * LANES
+            add_columns_at(call, sums, begins, rows, number, j, count - j, means, invstds, stored)
+
+    def nothing(call, chunk, begins, first, last, stored):
+        pass
+
+    return of_rows if way_of(stored).parameters == ALONG else nothing
+
+
+@loop
+def add_columns_at(call, sums, begins, rows, number, j, here, means, invstds, stored):
+    """The same of the columns j …, `here` of them."""
+    real, apart = wide(stored), call.inner
+    both = exact(real)
+    total, rest, product, more = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
+    if not begins:
+        total, product = load_first(sums, j, here), load_first(sums, 2 * apart + j, here)
+        if both:
+            rest, more = load_first(sums, apart + j, here), load_first(sums, 3 * apart + j, here)
+    for g in range(number):
+        dy = some(pointer(rows[2 * g], stored), j, j + here)
+        x_hat = standardized(some(pointer(rows[2 * g + 1], stored), j, j + here), means[g], invstds[g])
+        total, rest, product, more = multiply(dy, x_hat, total, rest, product, more, call.one, real)
+    store_first(sums, j, total, here)
+    store_first(sums, 2 * apart + j, product, here)
+    if both or begins:  # otherwise they are zeros, and stay so
+        store_first(sums, apart + j, rest, here)
+        store_first(sums, 3 * apart + j, more, here)

@@ -11,12 +11,14 @@ import numpy as np
 from numba.core import types
 
 from nbbn.compiler import by_type, fma, in_line, like, loop, out_of_line
+from nbbn.cpu.call import PARTIALS
 from nbbn.cpu.fused import incoming
 from nbbn.cpu.masks import counting, lanes, noted_bits, only
 from nbbn.cpu.parameters import deviation, weighted
 from nbbn.cpu.rows import some
 from nbbn.cpu.simd import (
     LANES,
+    after,
     at_most,
     fold,
     keep_first,
@@ -192,6 +194,12 @@ def add_columns(state, c, total, rest, square, real):
     store_sums(state.sums, c, add_to(load_sums(state.sums, c, always), total, rest), always)
     squares = add_up(load_sums(state.squares, c, both), widen(square), splat(0.0), real)
     store_sums(state.squares, c, squares, both)
+
+
+@loop
+def partials_of(call, chunk, channel):
+    """Return where a chunk leaves what it knows of a channel; PARTIALS numbers, `channels` apart."""
+    return after(pointer(call.partials, np.float64), chunk * PARTIALS * call.channels + channel)
 
 
 @loop
