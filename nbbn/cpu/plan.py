@@ -33,7 +33,7 @@ LEAST_VALUES, MOST_VALUES = 48, 768  # of what is one row, to be looked at twice
 # Of a row that saves more by it: a set of several channels, none longer than MERGED_COLUMNS; or where sums of
 # columns are taken along with those of rows.
 MOST_SAVING = 4096
-# Of tasks that each leave sums of all columns behind: how many rows they have at least, and how many tasks there
+# Of tasks that each leave sums of all columns behind: how many rows they have at least, and how many tasks
 # may be where the sums take more memory than others do: in float32 a quarter of x at most.
 TASK_ROWS, ROW_TASKS = 2 * LANES, 64
 TURNED_ELEMENTS = ROWS * COLUMNS  # so many of them are copied to be so
