@@ -13,7 +13,7 @@ import pytest
 
 import nbbn
 from nbbn import formulas
-from nbbn.cpu import copies, fused, kernels, masks, parameters, results, rows, sums, tiles
+from nbbn.cpu import copies, fused, kernels, masks, parameters, results, rows, short, sums, tiles
 
 PACKAGE = Path(nbbn.__file__).parent
 WORK = """
@@ -126,7 +126,7 @@ def new_after(result):
     return compiled - before
 assert new_after(nbbn.batch_norm_forward(x)) == {"forward"}
 assert new_after(nbbn.batch_norm_forward(x[..., ::2])) == {"gather", "scatter"}
-assert new_after(nbbn.group_norm_forward(x, 2)) == {"finish_sets"}
+assert new_after(nbbn.group_norm_forward(x, 2)) == {"forward_short", "finish_sets"}
 """
 
 
@@ -137,7 +137,7 @@ def test_first_calls_compile_nothing_for_others(python):
 
 def test_parts_of_kernels_have_names_of_their_own():
     """Two of one name and the same types could be taken for each other: see nbbn.compiler.variant."""
-    modules = copies, formulas, fused, kernels, masks, parameters, results, rows, sums, tiles
+    modules = copies, formulas, fused, kernels, masks, parameters, results, rows, short, sums, tiles
     parts = [part for module in modules for part in vars(module).values()]
     dispatchers = {id(part): part for part in parts if isinstance(part, numba.core.dispatcher.Dispatcher)}
     names = [part.py_func.__qualname__ for part in dispatchers.values()]

@@ -187,13 +187,14 @@ def test_schedules_keep_the_bits(rng, schedule, name, layout):
 
 @pytest.mark.parametrize("number", THREADS)
 @pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=type_id)
+@pytest.mark.parametrize("several", [3, 5])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_keep_the_bits_of_layer_norm(rng, schedule, threads, name, dtype, number):
+def test_schedules_keep_the_bits_of_layer_norm(rng, schedule, threads, name, dtype, number, several):
     """Rows in pieces, the last one shorter, and parameters that may be read once for many rows.
 
-    More rows than are finished together, and not a multiple of that.
+    More rows than are finished together, and not a multiple of that; of the shorter ones several make a tile.
     """
-    shape = (3, 1031)
+    shape = (several, 1031)
     x = (rng.normal(size=(37, *shape)) * np.exp(rng.normal(size=(37, *shape)))).astype(dtype)
     grad_out = rng.normal(size=x.shape).astype(dtype)
     weight, bias = rng.normal(size=(2, *shape))
