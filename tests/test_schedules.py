@@ -14,6 +14,7 @@ import reference
 from cases import (
     DTYPES,
     LAYOUTS,
+    READ_LAYOUTS,
     Shape,
     activations,
     in_range,
@@ -24,6 +25,8 @@ from cases import (
 )
 from checks import around, assert_same_bits, assert_within, check_backward, check_evaluation, check_forward
 from family import CASES, Case, check
+from family import check_backward as check_rows_backward
+from family import check_forward as check_rows_forward
 from nbbn import dispatch, family
 from nbbn.cpu import plan
 from test_reproducible import THREADS, threads
@@ -268,6 +271,26 @@ def test_sets_as_rows(rng, schedule, name, dtype):
         Case("layer", (18, 99)),
     ):
         check(case, case.data(rng, dtype, 2.0), case.data(rng, dtype), *case.pair(rng))
+
+
+@pytest.mark.parametrize("layout", READ_LAYOUTS | permutations(4))
+@pytest.mark.parametrize("name", ["layer", "rms", "instance", "group"])
+def test_rows_in_every_layout(rng, name, layout):
+    """Sets that would be rows, wherever their values lie; the result elsewhere, and in the place of x."""
+    case = Case(name, (3, 8, 5, 11), 4 if name == "group" else 2)
+    lay, elsewhere = (READ_LAYOUTS | permutations(4))[layout], LAYOUTS[rng.choice(list(LAYOUTS))]
+    for dtype in (np.float32, np.float64):
+        x, dy = lay(case.data(rng, dtype, 5.0)), lay(case.data(rng, dtype))
+        weight, bias = case.pair(rng)
+        out = elsewhere(np.full(case.dims, np.nan, dtype))
+        with around(out):
+            forward, _ = check(case, x, dy, weight, bias, out=out)
+        if layout in LAYOUTS:
+            used = {"mean": forward.mean, "invstd": forward.invstd}
+            inside, grad_x = lay(np.array(x)), lay(np.array(x))
+            with around(inside), around(grad_x):
+                check_rows_forward(case, inside, weight, bias, out=inside)
+                check_rows_backward(case, dy, grad_x, weight, out=grad_x, **used)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=type_id)
