@@ -86,14 +86,15 @@ CUTS = {
         "plan.BLOCK_ELEMENTS": 128,
         "plan.TURNED_ELEMENTS": 2048,
     },
-    "no_rows": {"plan.LEAST_VALUES": 1 << 62},
-    "rows": {"plan.LEAST_VALUES": 1, "plan.MOST_VALUES": 1 << 62, "plan.MOST_SAVING": 1 << 62},
-    "rows_by_threads": {
-        "functional.SERIAL_ELEMENTS": 0,
-        "plan.LEAST_VALUES": 1,
-        "plan.MOST_VALUES": 1 << 62,
-        "plan.MOST_SAVING": 1 << 62,
-    },
+}
+
+# Which sets are one row, looked at twice: none, or all that may. It concerns batches of one, and the family.
+NO_ROWS = {"plan.LEAST_VALUES": 1 << 62}
+ALL_ROWS = {"plan.LEAST_VALUES": 1, "plan.MOST_VALUES": 1 << 62, "plan.MOST_SAVING": 1 << 62}
+ROWS = {
+    "no_rows": NO_ROWS,
+    "rows": ALL_ROWS,
+    "rows_by_threads": ALL_ROWS | {"functional.SERIAL_ELEMENTS": 0},
 }
 
 SHAPES = [
@@ -231,9 +232,7 @@ def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
         affine = (weight,) if norm == "rms_norm" else (weight, bias)
         given = ("invstd",) if norm == "rms_norm" else ("mean", "invstd")
         expected = {}
-        for name, cut in itertools.product(
-            ("no_cache", "together", "together_streaming"), ({}, CUTS["no_rows"])
-        ):
+        for name, cut in itertools.product(("no_cache", "together", "together_streaming"), ({}, NO_ROWS)):
             schedule(SCHEDULES[name] | cut)
             for first in (0, 3, 11):
                 out, grad_x = (
@@ -259,11 +258,23 @@ def test_against_the_oracle(rng, schedule, shape, name, dtype):
                 CHECKS[operation](*arguments, **options)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, np.float16], ids=type_id)
-@pytest.mark.parametrize("name", ["no_rows", "rows", "rows_by_threads"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("name", ROWS)
+def test_batches_of_one_as_rows(rng, schedule, name, dtype):
+    schedule(ROWS[name])
+    for shape in SHAPES:
+        for layout in ("contiguous", "inside", "record_field") if shape.dims[0] == 1 else ():
+            out, calls = operations(rng, shape, layout, dtype)
+            with around(out):
+                for operation, arguments, options in calls:
+                    CHECKS[operation](*arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
+@pytest.mark.parametrize("name", ROWS)
 def test_sets_as_rows(rng, schedule, name, dtype):
     """Whether a set is one row, looked at twice, or not: of as many values as there may be, and of few."""
-    schedule(CUTS[name])
+    schedule(ROWS[name])
     for case in (
         *CASES,
         Case("group", (3, 60, 2, 100), 2),
