@@ -1,5 +1,6 @@
 """The stages of each operation, in order, on the CPU: which kernels run, over how many tasks."""
 
+import itertools
 import struct
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
@@ -41,7 +42,6 @@ _COPIES = copies.gather, copies.scatter
 _KERNELS = {
     "training": (
         kernels.forward,
-        kernels.forward_short,
         kernels.collect_stats,
         kernels.finish_stats,
         kernels.normalize,
@@ -57,13 +57,14 @@ _KERNELS = {
     ),
     "backward": (
         kernels.backward,
-        kernels.backward_short,
         kernels.backward_reduce,
         kernels.finish_backward,
         kernels.backward_apply,
         kernels.apply_columns,
     ),
 }
+# Of sets that are one short row each, none masked.
+_SHORT = {"training": (kernels.forward_short,), "evaluation": (), "backward": (kernels.backward_short,)}
 # Of short channels, and nothing that goes along.
 _TURNED = {"training": (kernels.forward_turned,), "evaluation": (), "backward": (kernels.backward_turned,)}
 # Where the statistics are constants, grad_x is computed through an activation, or it is scale · dy.
@@ -103,6 +104,8 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
         way = way_for(form)
         for operation in operations:
             yield way, _KERNELS[operation]
+            if not form.masked:
+                yield way, _SHORT[operation]
             if form == BATCH:
                 yield way, _TURNED[operation]
         if form.masked:
@@ -113,12 +116,19 @@ def _kernels_of(norm: str, operations: Collection[str], form: Form) -> Iterator[
     of_rows = norm in ("layer", "rms")
     if "training" in operations or "evaluation" in operations:  # there is no difference
         yield Way(), _KERNELS["evaluation"]  # copies what is too scattered
-        plain = Way(), (*_KERNELS["training"], *_TURNED["training"])
+        plain = Way(), (*_KERNELS["training"], *_SHORT["training"], *_TURNED["training"])
         yield from _ROW_KERNELS["forward"].items() if of_rows else (plain,)
         if norm == "group":
             yield Way(), (kernels.finish_sets, kernels.pool_stats, kernels.use_stats)
     if "backward" in operations:
-        plain = Way(), (*_KERNELS["backward"], *_TURNED["backward"], *_SCALED, kernels.sum_parameters)
+        names = (
+            _KERNELS["backward"],
+            _SHORT["backward"],
+            _TURNED["backward"],
+            _SCALED,
+            (kernels.sum_parameters,),
+        )
+        plain = Way(), tuple(itertools.chain(*names))
         yield from _ROW_KERNELS["backward"].items() if of_rows else (plain,)
         if norm == "group":
             yield Way(), (kernels.finish_set_gradients,)
