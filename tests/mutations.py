@@ -365,10 +365,19 @@ MUTATIONS = [
         "no-weight",
         "a weight that is not given is 0",
         "cpu/parameters.py",
+        "weight = several(call.weight, channel, here, call.parameters, 1.0)",
+        "weight = several(call.weight, channel, here, call.parameters, 0.0)",
+        None,
+        ("test_bugbank.py::test_row_33_biased_and_unbiased[contiguous-float32]",),
+    ),
+    Mutation(
+        "no-weight-again",
+        "where z is computed again for an activation's gradient, a weight that is not given is 0",
+        "cpu/parameters.py",
         "return parameter(call.weight, index, 1.0), parameter(call.bias, index, 0.0)",
         "return parameter(call.weight, index, 0.0), parameter(call.bias, index, 0.0)",
         None,
-        ("test_bugbank.py::test_row_33_biased_and_unbiased[contiguous-float32]",),
+        ("test_fused.py::test_parameters_that_are_not_given[float32-True]",),
     ),
     # --- what goes along ---
     Mutation(

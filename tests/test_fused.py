@@ -317,6 +317,24 @@ def test_relu_is_exact(rng, dtype):
         assert_same_bits(tuple(gradients), tuple(nbbn.batch_norm_backward(incoming, x, weight, **found)))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_parameters_that_are_not_given(rng, dtype, training):
+    """What the activation's gradient is taken at has a weight of one and a bias of zero then."""
+    layouts = itertools.repeat(np.ascontiguousarray)
+    for shape in SHAPES:
+        x, grad_out, _, _, beside = _problem(rng, (dtype, "silu", True), shape, layouts)
+        ones, zeros = np.ones(shape.channels, np.float32), np.zeros(shape.channels, np.float32)
+        plain = nbbn.batch_norm_forward(x, axis=shape.axis)
+        given = beside | {"mean": plain.mean, "invstd": plain.invstd, "training": training}
+        for residual in (beside["residual"], None):
+            given["residual"] = residual
+            expected = nbbn.batch_norm_backward(grad_out, x, ones, bias=zeros, **given)
+            for weight, bias in ((None, None), (None, zeros), (ones, None)):
+                gradients = nbbn.batch_norm_backward(grad_out, x, weight, bias=bias, **given)
+                assert_same_bits(gradients.x, expected.x)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] is np.float64], ids=kind_id)
 def test_differences(rng, kind):
     _, activation, residual = kind
