@@ -165,6 +165,14 @@ CALLS = {
 }
 
 
+def check_operations(rng, shape, layout, dtype):
+    """Hold all of them against the oracle."""
+    out, calls = operations(rng, shape, layout, dtype)
+    with around(out):
+        for operation, arguments, options in calls:
+            CHECKS[operation](*arguments, **options)
+
+
 def results(out, calls):
     """Return the results of all calls, each copied before the next one overwrites it."""
     found = []
@@ -252,10 +260,7 @@ def test_channels_that_share_lines(rng, schedule, threads, norm, dtype, number):
 def test_against_the_oracle(rng, schedule, shape, name, dtype):
     schedule((SCHEDULES | CUTS)[name])
     for layout in ("contiguous", "channels_last", "inside", "record_field"):
-        out, calls = operations(rng, shape, layout, dtype)
-        with around(out):
-            for operation, arguments, options in calls:
-                CHECKS[operation](*arguments, **options)
+        check_operations(rng, shape, layout, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)
@@ -264,10 +269,7 @@ def test_batches_of_one_as_rows(rng, schedule, name, dtype):
     schedule(ROWS[name])
     for shape in SHAPES:
         for layout in ("contiguous", "inside", "record_field") if shape.dims[0] == 1 else ():
-            out, calls = operations(rng, shape, layout, dtype)
-            with around(out):
-                for operation, arguments, options in calls:
-                    CHECKS[operation](*arguments, **options)
+            check_operations(rng, shape, layout, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=type_id)

@@ -62,10 +62,7 @@ ARGUMENTS = [
     ("count", np.float64),  # of the values of a channel that count
     ("training", _WORD),
     ("adds", _WORD),  # to gradients of parameters: 1, others will be added; 2, they are added to those there
-    (
-        "columns",
-        _WORD,
-    ),  # address of the record of who gets the sums of columns over rows that are channels; or 0
+    ("columns", _WORD),  # address of the record that gets the sums of columns, where rows are channels; or 0
     ("updates", _WORD),  # address of what updates the running statistics, if `forward` is one share; or 0
 ]
 

@@ -94,9 +94,9 @@ from nbbn.cpu.simd import (
 )
 from nbbn.cpu.sums import (
     Look,
-    LookAtBoth,
     add_to,
     exact,
+    look_at_both,
     partials_of,
     plus_product,
     to_channels,
@@ -844,18 +844,7 @@ def chunk_gradients(call, chunk, channel, group, tile, buffer, stored):
     tables, spread = scratch(NUMBERS_ROOM, real), scratch(NUMBERS_ROOM, real)
     before = before_activation(call, channel, group, width, tables, spread, stored)
     numbers = scratch(ROWS, np.float64)
-    state = LookAtBoth(
-        means,
-        (sums, lost),
-        (products, products_lost),
-        call.one,
-        call.ahead,
-        call.ahead_of_dy,
-        call.bits_mask,
-        before,
-        real(call.slope),
-        numbers,
-    )
+    state = look_at_both(call, means, (sums, lost), (products, products_lost), before, numbers, real)
     look_down_both(call, begin, end, channel, group, buffer, state, sums_mask, tile, stored)
     to_channels(call, group, width, sums, lost, real)
     to_channels(call, group, width, products, products_lost, real)

@@ -10,7 +10,7 @@ from nbbn.compiler import by_type, in_line, loop, out_of_line
 from nbbn.cpu.call import read
 from nbbn.cpu.fused import NUMBERS_ROOM, before_activation, normalizing, note_residual, with_residual
 from nbbn.cpu.parameters import NOTED, mean_of_row, note_beside, parameter, standardized
-from nbbn.cpu.rows import COLUMNS, ROWS, row_address, some
+from nbbn.cpu.rows import COLUMNS, ROWS, fill, row_address, some, to_columns
 from nbbn.cpu.simd import (
     ALONG,
     LANES,
@@ -31,17 +31,18 @@ from nbbn.cpu.simd import (
     widen,
 )
 from nbbn.cpu.sums import (
-    LookAtBoth,
     add_to,
     add_up,
     ask_ahead,
     exact,
     load_sums,
+    look_at_both,
     multiply,
     multiply_at,
     partials_of,
     plus,
     plus_sum,
+    square_row,
     store_sums,
     trusted,
 )
@@ -50,7 +51,6 @@ from nbbn.formulas import (
     about_mean,
     add_squared_deviation,
     mean_of,
-    squared_deviation,
     two_sum,
     variance,
 )
@@ -138,19 +138,6 @@ def squares_of_row(row, count, mean, real):
 
 
 @loop
-def squares_in_double(row, count, mean):
-    """Return the same in float64, of a mean that is not rounded."""
-    in_line()
-    total = splat(0.0), splat(0.0)
-    for j in range(0, count, LANES):
-        square = squared_deviation(widen(some(row, j, count)), mean)
-        if j + LANES > count:
-            square = keep_first(square, count - j)
-        total = add_to(total, square, splat(0.0))
-    return total
-
-
-@loop
 def short_stats(call, first, last, stored):
     """Mean, variance and the mean's low part, in invstd's place, of the sets first … last - 1."""
     real = wide(stored)
@@ -160,6 +147,7 @@ def short_stats(call, first, last, stored):
     sums, lost = scratch(SQUARE, np.float64), scratch(SQUARE, np.float64)
     both, always = plain(exact(real)), plain(True)
     means, guesses = scratch(LANES, np.float64), scratch(LANES, real)
+    columns = scratch(SQUARE, np.float64)
     for s in range(first, last, LANES):
         here = min(LANES, last - s)
         for g in range(here):
@@ -182,10 +170,11 @@ def short_stats(call, first, last, stored):
             m2 = m2 + load(lost, 0)
         if good | (-1 << here) != -1:
             store(means, 0, mean)
+            fill(sums, SQUARE, 0.0)
+            fill(lost, SQUARE, 0.0)
+            state = to_columns(call, here, LANES, means, columns), (sums, lost)
             for g in range(here):
-                total, more = squares_in_double(row_of_set(call, s + g, stored), values, splat(means[g]))
-                store(sums, g * LANES, total)
-                store(lost, g * LANES, more)
+                square_row(row_of_set(call, s + g, stored), (), 0, values, state, g * LANES, plain(0))
             add_across(sums, lost, always)
             m2 = choose(good, m2, about_mean(load(sums, 0) + load(lost, 0), rest, count))
         store_first(stats, s, mean, here)
@@ -202,22 +191,14 @@ def short_gradients(call, first, last, buffer, stored):
     sums, lost = scratch(SQUARE, np.float64), scratch(SQUARE, np.float64)
     products, products_lost = scratch(SQUARE, np.float64), scratch(SQUARE, np.float64)
     tables, spread = scratch(NUMBERS_ROOM, real), scratch(NUMBERS_ROOM, real)
-    rows, numbers = scratch(NOTED, np.int64), scratch(ROWS, np.float64)
+    means, numbers = scratch(LANES, np.float64), scratch(ROWS, np.float64)
+    rows = scratch(NOTED, np.int64)
     for c in range(first, last, LANES):
         here = min(LANES, last - c)
+        for g in range(here):
+            means[g] = mean_of_row(call, c + g, stored)
         before = before_activation(call, c, here, LANES, tables, spread, stored)
-        state = LookAtBoth(
-            sums,
-            (sums, lost),
-            (products, products_lost),
-            call.one,
-            call.ahead,
-            call.ahead_of_dy,
-            call.bits_mask,
-            before,
-            real(call.slope),
-            numbers,
-        )
+        state = look_at_both(call, means, (sums, lost), (products, products_lost), before, numbers, real)
         for g in range(here):
             x = row_address(call, call.x, call.at_x, plain(0), plain(0), c + g)
             dy = row_address(call, call.grad_out, call.at_grad_out, plain(0), plain(0), c + g)
@@ -225,7 +206,7 @@ def short_gradients(call, first, last, buffer, stored):
             note_beside(call, rows, numbers, plain(0), plain(0), stored)
             if with_residual(stored):
                 note_residual(call, rows, plain(0), plain(0), plain(0), c + g, buffer, stored)
-            mean, those = splat(mean_of_row(call, c + g, stored)), normalizing(before, g * LANES, stored)
+            mean, those = splat(means[g]), normalizing(before, g * LANES, stored)
             found = splat(0.0), splat(0.0), splat(0.0), splat(0.0)
             j = 0
             while j + 2 * LANES <= values:

@@ -95,6 +95,15 @@ class LookAtBoth(NamedTuple):
     numbers: Any
 
 
+@loop
+def look_at_both(call, means, sums, products, before, numbers, real):
+    """Return a `LookAtBoth` for a call."""
+    slope = real(call.slope)
+    return LookAtBoth(
+        means, sums, products, call.one, call.ahead, call.ahead_of_dy, call.bits_mask, before, slope, numbers
+    )
+
+
 def exact(real):
     """Whether sums of `real` in float64 must be compensated to be good to their last bit."""
     raise NotImplementedError("exists in compiled code only")
