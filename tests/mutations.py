@@ -765,7 +765,7 @@ MUTATIONS = [
         "a NaN for a variance is clamped to 0",
         "formulas.py",
         "math.sqrt(var + eps)",
-        "math.sqrt(max(0.0, var) + eps)",
+        "math.sqrt(at_most_zero(-var, var, like(var, 0.0)) + eps)",
         38,
         ("test_reproducible.py::test_poison_in_a_parameter_stays_in_its_channel[nan-running_var]",),
     ),
