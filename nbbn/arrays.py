@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from nbbn.dlpack import all_memory
-from nbbn.dtypes import BFLOAT16, NAMES, Storage, named, storage_of
+from nbbn.dtypes import BFLOAT16, FLOAT32, FLOAT64, NAMES, Storage, named, storage_of
 from nbbn.frameworks import SUPPORTED, kind_of, type_name, unsupported
 
 # Of what is no number, float() takes some all the same: text in a 0-d array, a complex number's real part.
@@ -23,6 +23,9 @@ _NO_NUMBERS = (np.bool_, np.complexfloating, np.flexible, np.object_, np.datetim
 Parameter = tuple[int, int, int]  # address, stride in bytes, code of the storage; all 0: not given
 ABSENT: Parameter = (0, 0, 0)
 
+
+# The codes of what a parameter may be stored as, whatever x is.
+_WIDE = {storage.dtype: storage.code for storage in (FLOAT32, FLOAT64)}
 
 # Where, after the head of every object, a NumPy array has its data pointer.
 _DATA = object.__basicsize__
@@ -76,7 +79,9 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
     """
     if value is None:
         return ABSENT
-    storage = parameter_storage(name, value, (channels,), x, ", a number per channel")
+    code = _WIDE.get(value.dtype)
+    if code is None or value.shape != (channels,):
+        code = parameter_storage(name, value, (channels,), x, ", a number per channel").code
     stride = value.strides[0]
     if updated:
         if not value.flags.writeable:
@@ -86,7 +91,7 @@ def parameter(name: str, value: Any, channels: int, x: np.ndarray, updated: bool
             )
         if channels > 1 and abs(stride) < value.itemsize:
             raise ValueError(f"{name} must not overlap itself, got stride {stride}")
-    return address(value), stride, storage.code
+    return address(value), stride, code
 
 
 def parameter_storage(
@@ -107,6 +112,8 @@ def parameter_storage(
 
 def like(name: str, value: Any, x: np.ndarray) -> np.ndarray:
     """Return an array, if it has the shape and the type of x, or raise."""
+    if type(value) is np.ndarray and value.dtype is x.dtype and value.shape == x.shape:
+        return value
     array = checked(name, value)
     if array.shape != x.shape:
         raise ValueError(f"{name} must have x's shape {x.shape}, got {array.shape}")
@@ -123,13 +130,28 @@ def output(out: Any, x: np.ndarray, replaced: Any = None, **inputs: Any) -> None
     if _overlaps_itself(array):
         raise ValueError(f"out must not overlap itself, got strides {array.strides} for shape {array.shape}")
     for name, other in (("x", x), ("residual", replaced), *inputs.items()):
-        if other is None or not overlap(array, other):
+        if other is None or other is x is array or not overlap(array, other):
             continue
         # Where out is x, an input that lies there too is x itself.
         if _same(array, other) and (other is replaced or _same(array, x)):
             continue
         itself = name if other is x or other is replaced else "x"
         raise ValueError(f"out must not overlap {name}, unless it is {itself} itself")
+
+
+def beside(out: np.ndarray, parameters: tuple[Parameter, ...], channels: int, **columns: Any) -> None:
+    """Check that `out` overlaps none of some columns, which `parameters` are, in their order."""
+    if out.flags.c_contiguous:
+        begin = address(out)
+        before, end = begin - FLOAT64.code * (channels + 1), begin + out.nbytes
+        for at, stride, _ in parameters:
+            if before < at < end or not 0 <= stride <= FLOAT64.code:
+                break
+        else:
+            return  # all are far away, which is quicker to see than by asking NumPy of each
+    for name, column in columns.items():
+        if column is not None and overlap(out, column):
+            raise ValueError(f"out must not overlap {name}")
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

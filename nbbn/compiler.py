@@ -505,22 +505,22 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 @no_garbage_collection()
-def _compile(function: Callable[..., None], signature: Any) -> CFunc:
-    """Compile a kernel to a C function, or load it from the cache."""
+def compiled(function: Callable[..., None], signature: Any) -> CFunc:
+    """Return a kernel as a C function: compile it, or load it from the cache."""
     types_of_it = signature.args, signature.return_type
-    compiled = CFunc(function, types_of_it, {}, dict(_OPTIONS), pipeline_class=_KernelCompiler)
+    made = CFunc(function, types_of_it, {}, dict(_OPTIONS), pipeline_class=_KernelCompiler)
     try:
-        compiled._cache = _Cache(function)
+        made._cache = _Cache(function)
     except (OSError, RuntimeError) as error:  # Numba's RuntimeError: no directory can be written to
         log.info("kernels are not cached on disk: %s", error)
     try:
-        compiled.compile()
+        made.compile()
     except (OSError, EOFError, ValueError, pickle.PickleError) as error:
         # A full disk, or a file that is no cache: compile without one.
         log.info("kernels are not cached on disk: %s", error)
-        compiled._cache = NullCache()
-        compiled.compile()
-    return compiled
+        made._cache = NullCache()
+        made.compile()
+    return made
 
 
 if hasattr(os, "register_at_fork"):
@@ -581,7 +581,7 @@ class Entry:
 
     def __init__(self, name: str, stored: types.Type) -> None:
         signature = types.void(types.int64, types.int64, types.int64, stored)
-        self._compiled = _compile(_kernels[name], signature)  # keeps the machine code alive
+        self._compiled = compiled(_kernels[name], signature)  # keeps the machine code alive
         self.loaded = self._compiled.cache_hits > 0
         """Whether it came from the cache on disk."""
         self.address: int = self._compiled.address
@@ -652,7 +652,7 @@ class _ParallelLoop:
     _numbers = ctypes.c_int64 * 7
 
     def __init__(self) -> None:
-        self._compiled = _compile(_share, types.void(*[types.int64] * 4))  # keeps the machine code alive
+        self._compiled = compiled(_share, types.void(*[types.int64] * 4))  # keeps the machine code alive
         # Of (what to do, its arrays, how many elements, how far apart, what it is told; 0 inner dimensions,
         # 1 array, how many threads); gives up the GIL.
         self._run = self._function(binding.address_of_symbol("numba_parallel_for"))

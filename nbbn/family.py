@@ -24,11 +24,17 @@ from nbbn.compiler import Step, in_one
 from nbbn.dispatch import find
 from nbbn.dtypes import STATISTICS, storage_of
 from nbbn.frameworks import CPU, HOST, Array, Place, place
-from nbbn.functional import evaluate, run_of, threads_for
+from nbbn.functional import evaluate, is_small, run_of, threads_for
 from nbbn.geometry import Strides
+from nbbn.memory import empty_like
 from nbbn.problem import Form
+from nbbn.repeats import Repeats
 
 INSTANCE_DIMENSIONS = 3  # of x, at least: samples, channels, and what is normalized
+# Small calls that have been made before.
+_rows_normalized, _rows_differentiated = Repeats("normalize"), Repeats("backward")
+_channels_normalized, _channels_differentiated = Repeats("normalize"), Repeats("backward")
+_EPS, _GROUPS = frozenset({float, type(None)}), frozenset({int, type(None)})
 MANY = 16  # rows that a walk of its own is worth while for, where others would have to be copied
 
 
@@ -174,6 +180,12 @@ def _copied(here: Place, source: np.ndarray) -> np.ndarray:
     return room
 
 
+def _plainly(normalized_shape: Any) -> bool:
+    """Whether it is an int or a tuple of ints, and nothing that is merely equal to one."""
+    kind = type(normalized_shape)
+    return kind is int or (kind is tuple and {*map(type, normalized_shape)} == {int})
+
+
 def _parameter(
     name: str, value: Any, shape: tuple[int, ...], x: np.ndarray, here: Place, held: list[np.ndarray]
 ) -> Parameter:
@@ -211,6 +223,7 @@ def _run(here: Place, walk: _Walk, dtype: np.dtype) -> Any:
 def _forward(
     here: Place,
     walk: _Walk,
+    run: Any,
     x: np.ndarray,
     out: np.ndarray,
     stats: np.ndarray,
@@ -219,7 +232,6 @@ def _forward(
     eps: float,
 ) -> None:
     """Normalize; statistics into float64[3, …] `stats`."""
-    run = _run(here, walk, x.dtype)
     walks = len(walk.offsets)
     room = stats if walks == 1 else here.room((walks, 3, walk.sets), STATISTICS)
     for k, (at_x, at_out) in enumerate(walk.offsets):
@@ -232,8 +244,8 @@ def _forward(
 
 
 def _backward(
-    here: Place,
     walk: _Walk,
+    run: Any,
     x: np.ndarray,
     grad_out: np.ndarray,
     grad_x: np.ndarray,
@@ -243,7 +255,6 @@ def _backward(
     invstd: Parameter,
 ) -> None:
     """Gradients; those of weight and bias into float64[`_rows` of the walk, …] `gradients`."""
-    run = _run(here, walk, x.dtype)
     several = len(walk.offsets) > 1
     for k, (at_x, at_grad_out, at_grad_x) in enumerate(walk.offsets):
         run.backward(
@@ -295,6 +306,13 @@ def normalize_rows(
     Return the output, float64[3, …] (mean, var, invstd) as the place of the call has it, how many values
     are normalized together, and that place.
     """
+    key = None
+    if is_small(x, 2) and _plainly(normalized_shape) and type(eps) in _EPS:
+        key = x.shape, normalized_shape, eps, centered
+        if (again := _rows_normalized.get(key)) is not None:
+            result, stats = empty_like(x) if out is None else out, np.empty(again.stats_shape)
+            if again(result, x, weight, bias, stats):
+                return result, stats, 3 * x.size // stats.size, HOST
     given = out
     here, (x, weight, bias, out) = _viewed(x, {"weight": weight, "bias": bias, "out": out})
     shape = _normalized(x, normalized_shape)
@@ -318,10 +336,12 @@ def normalize_rows(
         room = here.room(x.shape, x.dtype)
         walk = _by_row(near, (room,), len(shape), centered)
         assert walk is not None
-        _forward(here, walk, near, room, stats, gamma, beta, eps)
+        _forward(here, walk, _run(here, walk, x.dtype), near, room, stats, gamma, beta, eps)
         _copy(here, room, out)
     else:
-        _forward(here, walk, x, out, stats, gamma, beta, eps)
+        run = _rows_normalized.recorder(key, _run(here, walk, x.dtype))
+        _forward(here, walk, run, x, out, stats, gamma, beta, eps)
+        _rows_normalized.keep(key, run, out, x, weight, bias, stats)
     return _finish(here, out, given), stats, math.prod(shape), here
 
 
@@ -339,6 +359,14 @@ def differentiate_rows(
 
     Return that of x, float64[2, …] (weight, bias) as the place of the call has it, and that place.
     """
+    key = None
+    if is_small(x, 3) and _plainly(normalized_shape):
+        key = x.shape, normalized_shape, centered
+        if (again := _rows_differentiated.get(key)) is not None:
+            grad_x = empty_like(x) if out is None else out
+            gradients = HOST.room(again.stats_shape, STATISTICS)
+            if again(grad_x, x, weight, None, mean, invstd, gradients, grad_out):
+                return grad_x, gradients, HOST
     given = out
     here, (x, grad_out, weight, mean, invstd, out) = _viewed(
         x, {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out}
@@ -363,7 +391,9 @@ def differentiate_rows(
         walk = _by_row(near, (dy, grad_x), len(shape), centered)
         assert walk is not None
     gradients = here.room((_rows(walk), *shape), STATISTICS)  # they may be many
-    _backward(here, walk, near, dy, grad_x, gradients, gamma, mu, sigma)
+    run = _rows_differentiated.recorder(key, _run(here, walk, x.dtype))
+    _backward(walk, run, near, dy, grad_x, gradients, gamma, mu, sigma)
+    _rows_differentiated.keep(key, run, out, x, weight, None, mean, invstd, gradients, grad_out)
     if grad_x is not out:
         _copy(here, grad_x, out)
     return _finish(here, out, given), gradients, here
@@ -376,6 +406,13 @@ def normalize_channels(
 
     Return as `normalize_rows`.
     """
+    key = None
+    if is_small(x, 2) and type(axis) is int and type(groups) in _GROUPS and type(eps) is float:
+        key = x.shape, axis, groups, eps, features
+        if (again := _channels_normalized.get(key)) is not None:
+            result, stats = empty_like(x) if out is None else out, np.empty(again.stats_shape)
+            if again(result, x, weight, bias, stats):
+                return result, stats, 3 * x.size // stats.size, HOST
     given = out
     here, (x, weight, bias, out) = _viewed(x, {"weight": weight, "bias": bias, "out": out})
     axis, shape, count = _grouped(x, groups, axis, features)
@@ -391,7 +428,10 @@ def normalize_channels(
     if x.size == 0:
         return _finish(here, out, given), _nothing(here, shape, eps), 0, here
     stats = here.empty((3, *shape))
-    _forward(here, _by_channel(x, (out,), axis, groups), x, out, stats, gamma, beta, eps)
+    walk = _by_channel(x, (out,), axis, groups)
+    run = _channels_normalized.recorder(key, _run(here, walk, x.dtype))
+    _forward(here, walk, run, x, out, stats, gamma, beta, eps)
+    _channels_normalized.keep(key, run, out, x, weight, bias, stats)
     return _finish(here, out, given), stats, count, here
 
 
@@ -399,6 +439,13 @@ def differentiate_channels(
     grad_out: Any, x: Any, groups: Any, weight: Any, mean: Any, invstd: Any, axis: Any, out: Any
 ) -> tuple[Any, np.ndarray, Place]:
     """Check, and compute the gradients; return as `differentiate_rows`."""
+    key = None
+    if is_small(x, 3) and type(axis) is int and type(groups) in _GROUPS:
+        key = x.shape, axis, groups
+        if (again := _channels_differentiated.get(key)) is not None:
+            grad_x, gradients = empty_like(x) if out is None else out, np.empty(again.stats_shape)
+            if again(grad_x, x, weight, None, mean, invstd, gradients, grad_out):
+                return grad_x, gradients, HOST
     given = out
     here, (x, grad_out, weight, mean, invstd, out) = _viewed(
         x, {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out}
@@ -418,7 +465,9 @@ def differentiate_channels(
         return _finish(here, out, given), here.put(np.zeros((2, channels))), here
     walk = _by_channel(x, (grad_out, out), axis, groups)
     gradients = here.empty((_rows(walk), channels))
-    _backward(here, walk, x, grad_out, out, gradients, gamma, mu, sigma)
+    run = _channels_differentiated.recorder(key, _run(here, walk, x.dtype))
+    _backward(walk, run, x, grad_out, out, gradients, gamma, mu, sigma)
+    _channels_differentiated.keep(key, run, out, x, weight, None, mean, invstd, gradients, grad_out)
     return _finish(here, out, given), gradients, here
 
 

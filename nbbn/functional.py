@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nbbn import arrays
+from nbbn import arrays, repeats
 from nbbn.arrays import ABSENT, Parameter, address
 from nbbn.columns import columns_on
 from nbbn.compiler import Step, pool
@@ -26,6 +26,7 @@ from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
 from nbbn.masks import counted, seen
+from nbbn.memory import empty_like
 from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks
 from nbbn.stats import BatchStats
 
@@ -90,6 +91,23 @@ class BatchNormResidualGradients(NamedTuple):
     weight: Array
     bias: Array
     residual: Array
+
+
+_trained, _evaluated = repeats.Repeats("forward"), repeats.Repeats("evaluate")
+_differentiated = repeats.Repeats("backward")
+
+
+def is_small(x: Any, operands: int, fused: Fusion = ALONE) -> bool:
+    """Whether a call on so many arrays as large as x is one to be made again.
+
+    That is one of NumPy's arrays, on one thread, without a residual or a mask.
+    """
+    return (
+        type(x) is _Array
+        and x.size * operands <= SERIAL_ELEMENTS
+        and fused.residual is None
+        and fused.where is None
+    )
 
 
 def threads_for(here: Place, size: int, operands: int) -> int:
@@ -262,15 +280,24 @@ def train(
     features: int | None = None,
     then: tuple[Step, ...] = (),
     fused: Fusion = ALONE,
+    repeating: bool = True,
 ) -> tuple[Any, np.ndarray, int, Place]:
     """Check, normalize with x's own statistics, update the running ones, and take further steps.
 
     In this order; the steps if x is not empty. On the CPU, state is written by all of this or none, also
-    where a signal's handler raises.
+    where a signal's handler raises. With another momentum each time, no call is `repeating` one.
 
     Return the output, float64[3, C] (mean, var, invstd) as the place of the call has it, the number of
     values per channel, and that place.
     """
+    key = None
+    if repeating and is_small(x, 2, fused) and type(axis) is int and type(eps) is float:
+        key = x.shape, axis, eps, momentum, correction, features, fused.activation, fused.slope
+        if (again := _trained.get(key)) is not None:
+            result = empty_like(x) if out is None else out
+            stats = np.empty(again.stats_shape)
+            if again(result, x, weight, bias, running_mean, running_var, stats, then=then):
+                return result, stats, x.size // x.shape[axis], HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -316,8 +343,11 @@ def train(
     if out is None:
         out = here.empty_like(x)
     else:
-        columns = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-        arrays.output(out, x, residual, **columns, **seen(fused.where, here.device))
+        arrays.output(out, x, residual, **seen(fused.where, here.device))
+        arrays.beside(
+            out, (gamma, beta, mean, var), channels,
+            weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+        )  # fmt: skip
     count = 0
     if x.size and fused is ALONE:
         run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
@@ -341,10 +371,12 @@ def train(
     stats = here.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
+    run = _trained.recorder(key, run)
     run.forward(
         address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then,
         extras,
     )  # fmt: skip
+    _trained.keep(key, run, out, x, weight, bias, running_mean, running_var, stats, then=then)
     return (out if here is HOST else here.result(out)) if result is None else result, stats, count, here
 
 
@@ -583,6 +615,13 @@ def evaluate(
 
     x has at least `least` dimensions; `asked` is what the caller was told.
     """
+    key = None
+    if is_small(x, 2, fused) and type(axis) is int and type(eps) is float:
+        key = x.shape, axis, eps, features, least, fused.activation, fused.slope
+        if (again := _evaluated.get(key)) is not None:
+            result = empty_like(x) if out is None else out
+            if again(result, x, weight, bias, running_mean, running_var):
+                return result, HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -621,14 +660,19 @@ def evaluate(
     if out is None:
         out = here.empty_like(x)
     else:
-        columns = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-        arrays.output(out, x, residual, **columns, **seen(fused.where, here.device))
+        arrays.output(out, x, residual, **seen(fused.where, here.device))
+        arrays.beside(
+            out, (gamma, beta, mean, var), channels,
+            weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+        )  # fmt: skip
     if x.size:
         if fused is ALONE:
             run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
         else:
             run, extras, _ = fused_forward(x, axis, out, here, fused, counting=False)
+        run = _evaluated.recorder(key, run)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps, extras)
+        _evaluated.keep(key, run, out, x, weight, bias, running_mean, running_var)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
 
@@ -751,6 +795,14 @@ def differentiate(
     there is one, and that place.
     """
     training = arrays.flag("training", training)
+    key = None
+    if is_small(x, 3, fused) and type(axis) is int:
+        key = x.shape, axis, training, fused.activation, fused.slope
+        if (again := _differentiated.get(key)) is not None:
+            grad_x = empty_like(x) if out is None else out
+            gradients = np.empty(again.stats_shape)
+            if again(grad_x, x, weight, bias, mean, invstd, gradients, grad_out):
+                return grad_x, gradients, None, HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -788,9 +840,9 @@ def differentiate(
     if out is None:
         out = here.empty_like(x)
     else:
+        arrays.output(out, x, grad_out=grad_out, residual=residual, **seen(fused.where, here.device))
         columns = {"weight": weight, "bias": bias, "mean": mean, "invstd": invstd}
-        read = {"grad_out": grad_out, "residual": residual, **seen(fused.where, here.device)}
-        arrays.output(out, x, **columns, **read)
+        arrays.beside(out, (gamma, beta, mu, sigma), channels, **columns)
     grad_residual = None if fused.residual is None else here.empty_like(x)
     count = 0
     if x.size and fused is ALONE:
@@ -806,10 +858,12 @@ def differentiate(
             _clear(array, x, axis, here, fused)
     else:
         gradients = here.empty((2, channels))
+        run = _differentiated.recorder(key, run)
         run.backward(
             address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training,
             False, extras,
         )  # fmt: skip
+        _differentiated.keep(key, run, out, x, weight, bias, mean, invstd, gradients, grad_out)
     grad_x = (out if here is HOST else here.result(out)) if result is None else result
     if grad_residual is not None:
         grad_residual = here.result(grad_residual)
@@ -948,6 +1002,7 @@ def warmup(
             warm_up(device, storages, operations)
         return
     pool.threads()
+    repeats.warm_up()
     for storage in storages:
         cpu().compile_for(storage, chosen, operations, form)
     if storages and set(chosen) - {"batch"}:  # which copy statistics, where they are computed apart

@@ -403,6 +403,7 @@ class BatchNorm(Tracking):
                     features=self.num_features,
                     then=self._counting(),
                     fused=fused,
+                    repeating=self.momentum is not None,
                 )
         kept = here.kept_rows(stats)
         self._saved = _Saved(x, kept[0], kept[2], training=True, fused=fused)

@@ -147,6 +147,34 @@ COPY = np.dtype(
 )
 
 
+# What an argument was like of a call that is made again: see nbbn.cpu.repeat.
+LIKE = np.dtype(
+    [
+        ("type", _WORD),  # the address of its type
+        ("dtype", _WORD),  # and of its dtype; 0: it is no array, and `type` is its own
+        ("ndim", _WORD),
+        ("flags", _WORD),  # that it has
+        ("shape", _WORD),  # address of int64[2, ndim]: its shape and strides
+        ("begin", _WORD),  # bytes from its first element to where its memory begins
+        ("end", _WORD),  # and ends
+        ("apart", _WORD),  # the number of an argument that it has no memory in common with, or -1
+        ("apart_too", _WORD),
+        ("same", _WORD),  # 1: or that it is all the same as
+        ("data", _WORD),  # where it lies, once it has been looked at
+    ]
+)
+
+
+# And a field of a record that has its address.
+SETTING = np.dtype(
+    [
+        ("argument", _WORD),  # its number
+        ("at", _WORD),  # the address of the field
+        ("more", _WORD),  # bytes from where the argument lies to what the field says
+    ]
+)
+
+
 def _reader(kind, name):
     """Return what takes an address for that of a record."""
     record = from_dtype(kind)
@@ -165,6 +193,8 @@ def _reader(kind, name):
 read = _reader(CALL, "nbbn.CALL")
 operand_at = _reader(OPERAND, "nbbn.OPERAND")
 copy_at = _reader(COPY, "nbbn.COPY")
+like_at = _reader(LIKE, "nbbn.LIKE")
+setting_at = _reader(SETTING, "nbbn.SETTING")
 
 
 @intrinsic

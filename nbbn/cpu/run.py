@@ -2,8 +2,9 @@
 
 import itertools
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -162,7 +163,7 @@ def _finishers(plan: Plan) -> int:
     return 1 if plan.channels * (plan.chunks + 4) < SERIAL_PARTIALS else plan.threads
 
 
-class _Room:
+class Room:
     """Memory that a call works in."""
 
     def __init__(self, words: int) -> None:
@@ -172,34 +173,34 @@ class _Room:
         self.address = address(self.memory)
 
 
-_rooms: list[_Room] = []  # nobody works in; as many as there ever were calls at once
+_rooms: list[Room] = []  # nobody works in; as many as there ever were calls at once
 
 
-def _room(words: int) -> _Room:
+def _room(words: int) -> Room:
     try:
         room = _rooms.pop()
     except IndexError:
-        return _Room(words)
-    return room if room.words >= words else _Room(words)
+        return Room(words)
+    return room if room.words >= words else Room(words)
 
 
-class _Call:
+class Call:
     """The record that the kernels of one call read."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.room: _Room | None = None
+        self.room: Room | None = None
         self._buffer = bytearray(_CALLED_AT + _CALLED.size) + plan.record
         _CALLED.pack_into(self._buffer, _CALLED_AT, *_called(plan))
-        self._record = np.frombuffer(self._buffer, np.uint8)
-        self.at = address(self._record)
+        self.record = np.frombuffer(self._buffer, np.uint8)
+        self.at = address(self.record)
         self._at_x = self._buffer[_AT_X]
         self.set_mask = partial(_MASK.pack_into, self._buffer, 0)
         """Sets nbbn.cpu.call.MASK."""
         self.set = partial(_ARGUMENTS.pack_into, self._buffer, _MASK.size)
         """Sets nbbn.cpu.call.ARGUMENTS, all that differs from call to call."""
 
-    def enter(self, room: _Room) -> None:
+    def enter(self, room: Room) -> None:
         """Work in this room from now on."""
         self.room = room
         tables = room.address + 8 * self.plan.partial_words
@@ -295,7 +296,7 @@ class Run:
         self._finishers = _finishers(plan)
         self._alone = plan.resident and min(plan.threads, plan.tasks) == 1
         # Calls that are over, to be used again: a small call is mostly what comes before its kernel.
-        self._idle: list[_Call] = []
+        self._idle: list[Call] = []
         self._merged = _Sets(problem, geometry) if plan.merges else None
         # Where statistics are given there is nothing to add up.
         self._given = Run(problem, turns=False) if turned and form == BATCH else None
@@ -316,25 +317,29 @@ class Run:
         self._finishers = _finishers(plan)
         self._idle = []
 
-    def _take(self) -> _Call:
+    def repeat(self, operation: str, then: Sequence[Step], *arguments: np.ndarray | None) -> Any:
+        """Return what does again what has been done: nothing here, see `nbbn.cpu.repeat.Recorder`."""
+        return None
+
+    def _take(self) -> Call:
         try:
             call = self._idle.pop()  # no other thread gets the same one
         except IndexError:
-            call = _Call(self.plan)
+            call = Call(self.plan)
         if call.room is None:
             call.enter(_room(self.plan.words))
         return call
 
-    def _give_back(self, call: _Call) -> None:
+    def _give_back(self, call: Call) -> None:
         if self.plan.words > OWN_WORDS:
             call.leave()
         self._idle.append(call)
 
-    def _begin(self, extras: Extras) -> tuple[_Call, int]:
+    def _begin(self, extras: Extras) -> tuple[Call, int]:
         """Return the call to make, and how many values of a channel count in it."""
         if extras.marks is None:
             return self._take(), self.plan.count
-        call: _Call = extras.marks.kept
+        call: Call = extras.marks.kept
         return call, extras.marks.values
 
     def mark(self, mask: int, counting: bool = True) -> Marks:
@@ -423,7 +428,7 @@ class Run:
             call(kernel, tasks, then=then)
         self._give_back(call)
 
-    def _set_along(self, call: _Call) -> None:
+    def _set_along(self, call: Call) -> None:
         call(kernels.set_along, -(-self.plan.along_room // kernels.LINE))
 
     def evaluate(
@@ -526,7 +531,7 @@ class Run:
 
     def _begin_columns(
         self, x: int, grad_out: int, gradients: int, mean: Parameter, invstd: Parameter, adds: int
-    ) -> _Call:
+    ) -> Call:
         """Return the call for the gradients of the parameters of each column of rows that are channels."""
         plan = self.plan
         self._compile(kernels.finish_across, kernels.sum_parameters)
@@ -538,7 +543,7 @@ class Run:
         )  # fmt: skip
         return call
 
-    def _finish_columns(self, call: _Call, adds: int, direct: bool) -> None:
+    def _finish_columns(self, call: Call, adds: int, direct: bool) -> None:
         """From the sums of chunks to these gradients; those of a single one may be in their place already."""
         plan = self.plan
         if plan.chunks > 1 or not direct:

@@ -1,0 +1,57 @@
+"""Which small calls are made again as they were (`nbbn.cpu.repeat`), without all that precedes a kernel."""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nbbn.compiler import Step, undisturbed
+
+MOST = 64  # calls that are kept
+
+
+@functools.cache
+def _repeat() -> Any:
+    return undisturbed(functools.partial(importlib.import_module, "nbbn.cpu.repeat"))
+
+
+def warm_up() -> None:
+    """Compile what looks at the arrays of a call that may be a repetition."""
+    _repeat().native_alike()
+
+
+class Repeats:
+    """The calls of an operation that have come more than once, each by what tells it from others at once.
+
+    A call that is no repetition of the one with its key takes its place when it is the second of them, the
+    fourth, the eighth …: those that take turns, laid out in several ways, cost little more than they did.
+    """
+
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+        self._known: dict[tuple[Any, ...], Any] = {}
+        self._came: dict[tuple[Any, ...], int] = {}
+        self.get = self._known.get
+        """Return what makes a call again, by its key, or None."""
+
+    def recorder(self, key: tuple[Any, ...] | None, run: Any) -> Any:
+        """Return the run, or what does the same and can be kept; where there is no key, it is not."""
+        if key is None:
+            return run
+        if key not in self._came and len(self._came) >= MOST:
+            self._came.clear()
+            self._known.clear()
+        times = self._came[key] = self._came.get(key, 0) + 1
+        return run if times == 1 or times & (times - 1) else _repeat().Recorder(run)
+
+    def keep(
+        self, key: tuple[Any, ...] | None, run: Any, *arguments: np.ndarray | None, then: Sequence[Step] = ()
+    ) -> None:
+        """Keep what `recorder` returned, which has been run with these arguments, if it is to be and can be.
+
+        Not with the steps that came `then`: they are another call's each time.
+        """
+        if key is not None and (repeat := run.repeat(self._operation, then, *arguments)) is not None:
+            self._known[key] = repeat
