@@ -31,7 +31,7 @@ from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks
 from nbbn.stats import BatchStats
 
 # Up to this many elements, of all arrays together, waking the threads costs more than they save.
-SERIAL_ELEMENTS = 1 << 18
+SERIAL_ELEMENTS = 3 << 17
 
 # With these alone there is nothing to find out about a call. Asked in line: a small call takes few µs.
 _Array = np.ndarray

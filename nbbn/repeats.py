@@ -22,6 +22,15 @@ def warm_up() -> None:
     _repeat().native_alike()
 
 
+_all: list["Repeats"] = []
+
+
+def forget() -> None:
+    """Keep no call of any operation: for a change of what plans are made by."""
+    for repeats in _all:
+        repeats.forget()
+
+
 class Repeats:
     """The calls of an operation that have come more than once, each by what tells it from others at once.
 
@@ -30,6 +39,7 @@ class Repeats:
     """
 
     def __init__(self, operation: str) -> None:
+        _all.append(self)
         self._operation = operation
         self._known: dict[tuple[Any, ...], Any] = {}
         self._came: dict[tuple[Any, ...], int] = {}
@@ -41,10 +51,14 @@ class Repeats:
         if key is None:
             return run
         if key not in self._came and len(self._came) >= MOST:
-            self._came.clear()
-            self._known.clear()
+            self.forget()
         times = self._came[key] = self._came.get(key, 0) + 1
         return run if times == 1 or times & (times - 1) else _repeat().Recorder(run)
+
+    def forget(self) -> None:
+        """Keep none of those that there are."""
+        self._came.clear()
+        self._known.clear()
 
     def keep(
         self, key: tuple[Any, ...] | None, run: Any, *arguments: np.ndarray | None, then: Sequence[Step] = ()

@@ -9,24 +9,15 @@ import pytest
 import nbbn
 import nbbn.repeats
 from checks import assert_same_bits
-from nbbn import family, functional
+from nbbn import functional
 from nbbn.cpu import repeat
 from nbbn.fusion import SLOPE
-
-ALL = [
-    value
-    for module in (functional, family)
-    for value in vars(module).values()
-    if isinstance(value, nbbn.repeats.Repeats)
-]
 
 
 @pytest.fixture(autouse=True)
 def nothing_known():
     """What other tests called is not known here, nor what is called here to others."""
-    for repeats in ALL:
-        repeats._known.clear()
-        repeats._came.clear()
+    nbbn.repeats.forget()
 
 
 @pytest.fixture
@@ -48,7 +39,7 @@ def repeated(monkeypatch):
 def anew():
     """No call is made again."""
     with pytest.MonkeyPatch.context() as patch:
-        for repeats in ALL:
+        for repeats in nbbn.repeats._all:
             patch.setattr(repeats, "get", lambda key: None)
             patch.setattr(repeats, "recorder", lambda key, run: run)
         yield

@@ -27,7 +27,7 @@ from checks import around, assert_same_bits, assert_within, check_backward, chec
 from family import CASES, Case, check
 from family import check_backward as check_rows_backward
 from family import check_forward as check_rows_forward
-from nbbn import dispatch, family
+from nbbn import dispatch, family, repeats
 from nbbn.cpu import plan
 from test_reproducible import THREADS, threads
 
@@ -133,6 +133,7 @@ def schedule(monkeypatch):
             monkeypatch.setattr({"plan": plan, "functional": nbbn.functional}[module], constant, value)
         for cache in (dispatch.find, family._channel_walk, family._row_walk):
             cache.cache_clear()
+        repeats.forget()
 
     yield use
     use({})
