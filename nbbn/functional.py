@@ -100,13 +100,15 @@ _differentiated = repeats.Repeats("backward")
 def is_small(x: Any, operands: int, fused: Fusion = ALONE) -> bool:
     """Whether a call on so many arrays as large as x is one to be made again.
 
-    That is one of NumPy's arrays, on one thread, without a residual or a mask.
+    That is one of NumPy's arrays, on one thread, without a residual or a mask; and not with a slope of 0,
+    which is equal to -0.
     """
     return (
         type(x) is _Array
         and x.size * operands <= SERIAL_ELEMENTS
         and fused.residual is None
         and fused.where is None
+        and fused.slope != 0.0
     )
 
 

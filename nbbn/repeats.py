@@ -1,5 +1,6 @@
 """Which small calls are made again as they were (`nbbn.cpu.repeat`), without all that precedes a kernel."""
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Sequence
@@ -67,5 +68,9 @@ class Repeats:
 
         Not with the steps that came `then`: they are another call's each time.
         """
-        if key is not None and (repeat := run.repeat(self._operation, then, *arguments)) is not None:
-            self._known[key] = repeat
+        if key is None:
+            return
+        with contextlib.suppress(MemoryError):  # the call itself is over, and was right
+            repeat = run.repeat(self._operation, then, *arguments)
+            if repeat is not None:
+                self._known[key] = repeat

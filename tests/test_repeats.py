@@ -1,7 +1,9 @@
 """Small calls that are made again: the bits of one that is not, and what is not like it is looked at anew."""
 
 import contextlib
+import gc
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -320,6 +322,46 @@ def test_a_call_within_a_call(rng, monkeypatch):
     assert_same_bits(nbbn.batch_norm_forward(second).out, expected)
     kept._idle.append(mine)
     assert_same_bits(nbbn.batch_norm_forward(second).out, expected)
+
+
+def test_nothing_of_the_caller_is_kept(rng, repeated):
+    """Neither arrays nor modules, nor what a module counts in."""
+    bn = nbbn.BatchNorm(CHANNELS)
+    seen = [weakref.ref(bn)]
+    for _ in range(4):
+        a = draw(rng, np.float32)
+        bn(a["x"])
+        for operation in OPERATIONS.values():
+            operation(a)
+        seen += map(weakref.ref, a.values())
+    seen += map(weakref.ref, (bn.weight, bn.running_mean, bn.num_batches_tracked))
+    assert any(repeated)
+    del a, bn
+    gc.collect()
+    assert not any(ref() is not None for ref in seen)
+
+
+def test_no_memory_to_keep_a_call_in(rng, monkeypatch):
+    """What was asked for has been done, and is not to be undone."""
+
+    def fails(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(repeat, "_settings", fails)
+    mean, var = np.zeros(3), np.ones(3)
+    for k in range(1, 4):
+        nbbn.batch_norm(np.array([[0.0, 1, 2], [2, 3, 4]]), mean, var, training=True, momentum=0.5)
+        np.testing.assert_array_equal(mean, np.array([1, 2, 3]) * (1 - 0.5**k))
+    assert not functional._trained._known
+
+
+def test_slopes_of_zero():
+    """Equal, and not the same."""
+    x = np.array([[-1.0], [1.0]])
+    for _ in range(4):
+        for slope in (0.0, -0.0):
+            out = nbbn.batch_norm_forward(x, activation="leaky_relu", negative_slope=slope).out
+            assert np.signbit(out[0, 0]) == (not np.signbit(slope))
 
 
 def test_few_are_kept(rng):

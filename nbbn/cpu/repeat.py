@@ -135,7 +135,7 @@ def _words(array: np.ndarray) -> list[int]:
 @cache
 def can_read_arrays() -> bool:
     """Whether arrays are laid out in this Python as `_alike` reads them."""
-    if sys.byteorder != "little" or object.__basicsize__ != 2 * ctypes.sizeof(ctypes.c_ssize_t) == 16:
+    if sys.implementation.name != "cpython" or sys.byteorder != "little" or object.__basicsize__ != 16:
         return False
     whole = np.zeros((2, 3, 5), np.float32)
     read_only = np.zeros(7)
@@ -220,6 +220,7 @@ class Recorder(Run):
         if not steps.calls or not steps.serial or words > MOST_WORDS or not can_read_arrays():
             return None
         taken = [step for step in steps.taken if not any(step is other for other in then)]
+        steps.taken.clear()  # what came then has arrays of the caller's
         settings = _settings(steps.calls, ROLES[operation], arguments)
         return None if settings is None else Repeat(steps.calls, taken, settings, ROLES[operation], arguments)
 
