@@ -436,9 +436,9 @@ MUTATIONS = [
     ),
     Mutation(
         "mask-spread",
-        "of sixteen positions of a few channels the first eight are taken twice",
+        "of 64 positions of a few channels the first eight are taken eight times",
         "cpu/masks.py",
-        "spread[bits >> 8]",
+        "spread[bits >> 8 * k & 255]",
         "spread[bits & 255]",
         None,
         ("test_schedules.py::test_masks_where_channels_lie_side_by_side[threads]",),

@@ -15,6 +15,7 @@ from nbbn.cpu.simd import (
     LANES,
     choose,
     nonzero,
+    nonzero_of_long,
     ones,
     pointer,
     set_long,
@@ -27,6 +28,7 @@ from nbbn.cpu.simd import (
 
 AT_BITS = 4 * ROWS  # where, among the addresses of rows, those of their bits are
 WORD_BITS = 32
+LONG_BITS = 64
 SPREAD_CHANNELS = 7  # eight times as many are bits of a number that is not negative
 
 
@@ -255,12 +257,12 @@ def append_run(state, at, stride, count):
     """Append a bit for each of `count` bytes; return the state, and how many of them are set."""
     total = i = 0
     to, left, filled = state
-    while stride == 1 and filled == 0 and i + WORD_BITS <= count:  # most of what there is
-        bits = some_bits(at + i, stride, WORD_BITS)
+    while stride == 1 and filled == 0 and i + LONG_BITS <= count:  # most of what there is
+        bits = nonzero_of_long(at + i)
         total += ones(bits)
-        set_word(to, bits)
-        to += WORD_BITS // 8
-        i += WORD_BITS
+        set_long(to, bits)
+        to += LONG_BITS // 8
+        i += LONG_BITS
     state = to, left, filled
     while i < count:
         number = min(WORD_BITS, count - i)
@@ -302,13 +304,13 @@ def set_few(to, end, at, stride, steps, channels, spread):
     Eight of them make a byte for each channel. Return how many of them are not 0.
     """
     total = f = 0
-    while stride == 1 and f + LANES <= steps and to + channels + 8 <= end:
-        bits = nonzero(at + f)
-        set_long(to, spread[bits & 255])
-        set_long(to + channels, spread[bits >> 8])
+    while stride == 1 and f + LONG_BITS <= steps and to + 7 * channels + 8 <= end:
+        bits = nonzero_of_long(at + f)
+        for k in range(8):
+            set_long(to + k * channels, spread[bits >> 8 * k & 255])
         total += ones(bits)
-        to += 2 * channels
-        f += LANES
+        to += 8 * channels
+        f += LONG_BITS
     while f < steps:
         bits = some_bits(at + f * stride, stride, min(8, steps - f))
         set_before(end, to, spread[bits])

@@ -18,7 +18,7 @@ import numpy as np
 from numba.core import types
 
 from nbbn.arrays import address
-from nbbn.compiler import Step, compiled, entry, in_one, undisturbed
+from nbbn.compiler import Entry, Step, compiled, in_one, undisturbed
 from nbbn.cpu.call import CALL, LIKE, SETTING, like_at, setting_at
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.run import Call, Room, Run
@@ -178,18 +178,10 @@ class _Recorded(Call):
         super().normalize_second()
         self._steps.serial = False
 
-    def __call__(
-        self,
-        kernel: str,
-        tasks: int,
-        threads: int | None = None,
-        then: tuple[Step, ...] = (),
-        plain: bool = False,
-    ) -> None:
-        super().__call__(kernel, tasks, threads, then, plain)
-        done = entry(kernel, self.plan.plain if plain else self.plan.stored)
-        self._steps.taken += partial(done.run, 0, tasks, self.at), *then
-        self._steps.serial &= min(self.plan.threads if threads is None else threads, tasks) == 1
+    def run(self, kernel: Entry, threads: int, tasks: int, then: tuple[Step, ...]) -> None:
+        super().run(kernel, threads, tasks, then)
+        self._steps.taken += partial(kernel.run, 0, tasks, self.at), *then
+        self._steps.serial &= threads == 1
 
 
 class Recorder(Run):

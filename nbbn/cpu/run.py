@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nbbn.arrays import ABSENT, Parameter, address
-from nbbn.compiler import Step, entry, pool
+from nbbn.compiler import Entry, Step, entry, pool
 from nbbn.cpu import copies, kernels
 from nbbn.cpu.call import CALL
 from nbbn.cpu.plan import Plan, is_mixed, is_short, way_for
@@ -258,7 +258,11 @@ class Call:
         """
         threads = min(self.plan.threads if threads is None else threads, tasks)
         stored = self.plan.plain if plain else self.plan.stored
-        pool.run(entry(kernel, stored), threads, tasks, self.at, *then)
+        self.run(entry(kernel, stored), threads, tasks, then)
+
+    def run(self, kernel: Entry, threads: int, tasks: int, then: tuple[Step, ...]) -> None:
+        """Run a compiled kernel, and then some steps."""
+        pool.run(kernel, threads, tasks, self.at, *then)
 
     def step(self, kernel: str) -> Step:
         """Return what runs the only task of a kernel."""

@@ -1050,16 +1050,23 @@ def set_longs(typingctx, address, bits):
     return types.void(types.int64, types.int64), codegen
 
 
-@intrinsic
-def nonzero(typingctx, address):
-    """Return a bit for each of the LANES bytes at an address: whether it is not 0."""
+def _nonzero(number):
+    """Return what looks at so many bytes at an address: a bit for each, whether it is not 0."""
 
-    def codegen(context, builder, signature, args):
-        taken = builder.load(_words(builder, args[0], LANES, 8), align=1)
-        bits = builder.icmp_unsigned("!=", taken, ir.Constant(taken.type, [0] * LANES))
-        return builder.zext(builder.bitcast(bits, ir.IntType(LANES)), ir.IntType(64))
+    @intrinsic
+    def nonzero(typingctx, address):
+        def codegen(context, builder, signature, args):
+            taken = builder.load(_words(builder, args[0], number, 8), align=1)
+            bits = builder.icmp_unsigned("!=", taken, ir.Constant(taken.type, [0] * number))
+            bits = builder.bitcast(bits, ir.IntType(number))
+            return builder.zext(bits, ir.IntType(64)) if number < 64 else bits
 
-    return types.int64(types.int64), codegen
+        return types.int64(types.int64), codegen
+
+    return nonzero
+
+
+nonzero, nonzero_of_long = _nonzero(LANES), _nonzero(64)
 
 
 @intrinsic
