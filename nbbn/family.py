@@ -26,7 +26,6 @@ from nbbn.dtypes import STATISTICS, storage_of
 from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.functional import evaluate, is_small, run_of, threads_for
 from nbbn.geometry import Strides
-from nbbn.memory import empty_like
 from nbbn.problem import Form
 from nbbn.repeats import Repeats
 
@@ -309,10 +308,8 @@ def normalize_rows(
     key = None
     if is_small(x, 2) and _plainly(normalized_shape) and type(eps) in _EPS:
         key = x.shape, normalized_shape, eps, centered
-        if (again := _rows_normalized.get(key)) is not None:
-            result, stats = empty_like(x) if out is None else out, np.empty(again.stats_shape)
-            if again(result, x, weight, bias, stats):
-                return result, stats, 3 * x.size // stats.size, HOST
+        if (again := _rows_normalized.again(key, x, out, weight, bias)) is not None:
+            return *again, 3 * x.size // again[1].size, HOST
     given = out
     here, (x, weight, bias, out) = _viewed(x, {"weight": weight, "bias": bias, "out": out})
     shape = _normalized(x, normalized_shape)
@@ -362,11 +359,9 @@ def differentiate_rows(
     key = None
     if is_small(x, 3) and _plainly(normalized_shape):
         key = x.shape, normalized_shape, centered
-        if (again := _rows_differentiated.get(key)) is not None:
-            grad_x = empty_like(x) if out is None else out
-            gradients = HOST.room(again.stats_shape, STATISTICS)
-            if again(grad_x, x, weight, None, mean, invstd, gradients, grad_out):
-                return grad_x, gradients, HOST
+        again = _rows_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out)
+        if again is not None:
+            return *again, HOST
     given = out
     here, (x, grad_out, weight, mean, invstd, out) = _viewed(
         x, {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out}
@@ -390,10 +385,11 @@ def differentiate_rows(
         near, dy, grad_x = _near(here, x), _near(here, grad_out), here.room(x.shape, x.dtype)
         walk = _by_row(near, (dy, grad_x), len(shape), centered)
         assert walk is not None
+        key = None  # what is copied is no argument's
     gradients = here.room((_rows(walk), *shape), STATISTICS)  # they may be many
     run = _rows_differentiated.recorder(key, _run(here, walk, x.dtype))
     _backward(walk, run, near, dy, grad_x, gradients, gamma, mu, sigma)
-    _rows_differentiated.keep(key, run, out, x, weight, None, mean, invstd, gradients, grad_out)
+    _rows_differentiated.keep(key, run, out, x, weight, None, mean, invstd, grad_out, gradients)
     if grad_x is not out:
         _copy(here, grad_x, out)
     return _finish(here, out, given), gradients, here
@@ -409,10 +405,8 @@ def normalize_channels(
     key = None
     if is_small(x, 2) and type(axis) is int and type(groups) in _GROUPS and type(eps) is float:
         key = x.shape, axis, groups, eps, features
-        if (again := _channels_normalized.get(key)) is not None:
-            result, stats = empty_like(x) if out is None else out, np.empty(again.stats_shape)
-            if again(result, x, weight, bias, stats):
-                return result, stats, 3 * x.size // stats.size, HOST
+        if (again := _channels_normalized.again(key, x, out, weight, bias)) is not None:
+            return *again, 3 * x.size // again[1].size, HOST
     given = out
     here, (x, weight, bias, out) = _viewed(x, {"weight": weight, "bias": bias, "out": out})
     axis, shape, count = _grouped(x, groups, axis, features)
@@ -442,10 +436,9 @@ def differentiate_channels(
     key = None
     if is_small(x, 3) and type(axis) is int and type(groups) in _GROUPS:
         key = x.shape, axis, groups
-        if (again := _channels_differentiated.get(key)) is not None:
-            grad_x, gradients = empty_like(x) if out is None else out, np.empty(again.stats_shape)
-            if again(grad_x, x, weight, None, mean, invstd, gradients, grad_out):
-                return grad_x, gradients, HOST
+        again = _channels_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out)
+        if again is not None:
+            return *again, HOST
     given = out
     here, (x, grad_out, weight, mean, invstd, out) = _viewed(
         x, {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out}
@@ -467,7 +460,7 @@ def differentiate_channels(
     gradients = here.empty((_rows(walk), channels))
     run = _channels_differentiated.recorder(key, _run(here, walk, x.dtype))
     _backward(walk, run, x, grad_out, out, gradients, gamma, mu, sigma)
-    _channels_differentiated.keep(key, run, out, x, weight, None, mean, invstd, gradients, grad_out)
+    _channels_differentiated.keep(key, run, out, x, weight, None, mean, invstd, grad_out, gradients)
     return _finish(here, out, given), gradients, here
 
 

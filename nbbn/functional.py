@@ -26,7 +26,6 @@ from nbbn.frameworks import CPU, HOST, Array, Place, place
 from nbbn.fusion import ALONE, SLOPE, Fusion, fusion
 from nbbn.geometry import Strides
 from nbbn.masks import counted, seen
-from nbbn.memory import empty_like
 from nbbn.problem import BATCH, NOTHING, Extras, Form, Marks
 from nbbn.stats import BatchStats
 
@@ -295,11 +294,9 @@ def train(
     key = None
     if repeating and is_small(x, 2, fused) and type(axis) is int and type(eps) is float:
         key = x.shape, axis, eps, momentum, correction, features, fused.activation, fused.slope
-        if (again := _trained.get(key)) is not None:
-            result = empty_like(x) if out is None else out
-            stats = np.empty(again.stats_shape)
-            if again(result, x, weight, bias, running_mean, running_var, stats, then=then):
-                return result, stats, x.size // x.shape[axis], HOST
+        again = _trained.again(key, x, out, weight, bias, running_mean, running_var, then=then)
+        if again is not None:
+            return *again, x.size // x.shape[axis], HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -620,10 +617,8 @@ def evaluate(
     key = None
     if is_small(x, 2, fused) and type(axis) is int and type(eps) is float:
         key = x.shape, axis, eps, features, least, fused.activation, fused.slope
-        if (again := _evaluated.get(key)) is not None:
-            result = empty_like(x) if out is None else out
-            if again(result, x, weight, bias, running_mean, running_var):
-                return result, HOST
+        if (again := _evaluated.again(key, x, out, weight, bias, running_mean, running_var)) is not None:
+            return again[0], HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -674,7 +669,7 @@ def evaluate(
             run, extras, _ = fused_forward(x, axis, out, here, fused, counting=False)
         run = _evaluated.recorder(key, run)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps, extras)
-        _evaluated.keep(key, run, out, x, weight, bias, running_mean, running_var)
+        _evaluated.keep(key, run, out, x, weight, bias, running_mean, running_var, None)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
 
@@ -800,11 +795,9 @@ def differentiate(
     key = None
     if is_small(x, 3, fused) and type(axis) is int:
         key = x.shape, axis, training, fused.activation, fused.slope
-        if (again := _differentiated.get(key)) is not None:
-            grad_x = empty_like(x) if out is None else out
-            gradients = np.empty(again.stats_shape)
-            if again(grad_x, x, weight, bias, mean, invstd, gradients, grad_out):
-                return grad_x, gradients, None, HOST
+        again = _differentiated.again(key, x, out, weight, bias, mean, invstd, grad_out)
+        if again is not None:
+            return *again, None, HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -865,7 +858,7 @@ def differentiate(
             address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training,
             False, extras,
         )  # fmt: skip
-        _differentiated.keep(key, run, out, x, weight, bias, mean, invstd, gradients, grad_out)
+        _differentiated.keep(key, run, out, x, weight, bias, mean, invstd, grad_out, gradients)
     grad_x = (out if here is HOST else here.result(out)) if result is None else result
     if grad_residual is not None:
         grad_residual = here.result(grad_residual)

@@ -44,8 +44,17 @@ class Repeats:
         self._operation = operation
         self._known: dict[tuple[Any, ...], Any] = {}
         self._came: dict[tuple[Any, ...], int] = {}
-        self.get = self._known.get
-        """Return what makes a call again, by its key, or None."""
+
+    def again(
+        self, key: tuple[Any, ...], x: np.ndarray, out: Any, *others: Any, then: tuple[Step, ...] = ()
+    ) -> tuple[Any, Any] | None:
+        """Make a call again and take further steps, if there is one with this key and arrays like these.
+
+        Return its result, `out` or a new array, and a new array of its statistics or gradients, if it has
+        any; None where it was not made.
+        """
+        repeat = self._known.get(key)
+        return None if repeat is None else repeat(x, out, others, then)
 
     def recorder(self, key: tuple[Any, ...] | None, run: Any) -> Any:
         """Return the run, or what does the same and can be kept; where there is no key, it is not."""

@@ -10,7 +10,7 @@ in another way, nothing is kept.
 import ctypes
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ from nbbn.cpu.call import CALL, LIKE, SETTING, like_at, setting_at
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.run import Call, Room, Run
 from nbbn.cpu.simd import pointer
+from nbbn.memory import SMALLEST, empty_aligned, empty_like
 
 MOST_WORDS = 1 << 13  # that the kernels of a call work in, to be kept for it
-ARGUMENTS = 8  # of a call, at most
+ARGUMENTS = 8  # of a call, at most: its result, x, others, and its statistics or gradients
 LIKE_BYTES, SETTING_BYTES = LIKE.itemsize, SETTING.itemsize
 
 
@@ -63,12 +64,13 @@ ROLES = {
         Role(("var",), written=True, apart=(0, 4)),
         _STATS,
     ),
-    # out, x, weight, bias, running_mean, running_var
-    "evaluate": (_OUT, _X, _WEIGHT, _BIAS, _MEAN, _VAR),
-    # grad_x, x, weight, bias, mean, invstd, gradients, grad_out
+    # out, x, weight, bias, running_mean, running_var, and none
+    "evaluate": (_OUT, _X, _WEIGHT, _BIAS, _MEAN, _VAR, _STATS),
+    # grad_x, x, weight, bias, mean, invstd, grad_out, gradients
     "backward": (
-        *(_OUT, _X_ALONE, _WEIGHT, _BIAS, _MEAN, _VAR, _STATS),
+        *(_OUT, _X_ALONE, _WEIGHT, _BIAS, _MEAN, _VAR),
         Role(("grad_out", "second"), apart=(0,)),
+        _STATS,
     ),
 }
 # Of these a field may have another address, where what they say is not the same.
@@ -255,9 +257,11 @@ class Repeat:
         roles: Sequence[Role],
         arguments: Sequence[np.ndarray | None],
     ) -> None:
-        stats = arguments[roles.index(_STATS)] if _STATS in roles else None
-        self.stats_shape = () if stats is None else stats.shape
-        """The shape of what the statistics, or the gradients of parameters, are written to."""
+        stats = arguments[-1]
+        self._room: Callable[[], np.ndarray | None] = lambda: None
+        if stats is not None:
+            empty = empty_aligned if stats.nbytes >= SMALLEST else np.empty  # recycled, or by malloc
+            self._room = partial(empty, stats.shape, stats.dtype)
         self._settings = np.array(settings, SETTING)
         self._likes = np.zeros(len(arguments), LIKE)
         # That of which these have addresses, too.
@@ -276,24 +280,25 @@ class Repeat:
         # No two threads may use the records at once.
         self._idle = [(alike, steps[0] if len(steps) == 1 else partial(in_one, *steps), steps)]
 
-    def __call__(self, *arguments: Any, then: tuple[Step, ...] = ()) -> bool:
-        """Make the call, and take further steps, if the arguments are like those that it was made with.
-
-        Return whether they are.
-        """
+    def __call__(
+        self, x: np.ndarray, out: Any, others: tuple[Any, ...], then: tuple[Step, ...]
+    ) -> tuple[Any, Any] | None:
+        """Make the call, if the arguments are like those that it was made with: see `nbbn.repeats`."""
+        result = empty_like(x) if out is None else out
+        stats = self._room()
         try:
             mine = self._idle.pop()
         except IndexError:
-            return False
+            return None
         try:
             alike, run, steps = mine
-            if not alike(*arguments, *self._rest):
-                return False
+            if not alike(result, x, *others, stats, *self._rest):
+                return None
             if then:
                 in_one(*steps, *then)
             else:
                 run()
-            return True
+            return result, stats
         finally:
             self._idle.append(mine)
 
