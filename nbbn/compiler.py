@@ -8,7 +8,6 @@ function serves both ways of running it: called as it is, and from the one paral
 
 import collections
 import contextlib
-import copy
 import ctypes
 import functools
 import gc
@@ -28,19 +27,14 @@ from typing import Any, TypeVar
 
 import numba
 from llvmlite import binding, ir
-from numba import _dynfunc
 from numba.core import cgutils, types
 from numba.core.caching import FunctionCache, NullCache
-from numba.core.callconv import CPUCallConv, Status
 from numba.core.ccallback import CFunc
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.compiler_machinery import PassManager, register_pass
-from numba.core.cpu import CPUContext
 from numba.core.runtime import rtsys
-from numba.core.typed_passes import NativeLowering
-from numba.core.typing import Context
 from numba.extending import intrinsic, overload
+
+from nbbn.pipeline import HelperCompiler, KernelCompiler
 
 log = logging.getLogger("nbbn")
 
@@ -50,208 +44,13 @@ CONTRACT = ("contract",)
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": set(CONTRACT)}
 
 
-class _CallConvention(CPUCallConv):
-    """Numba's way of calling, where nothing raises: nobody asks how a call ended.
-
-    So there is no place for an exception either, which would be cleared in every round of a loop.
-    """
-
-    def call_function(self, builder, callee, resty, argtys, args, attrs=None):
-        with builder.goto_entry_block():
-            result = builder.alloca(self.get_return_type(resty).pointee)
-        no_exception = ir.Constant(callee.args[1].type, None)
-        values = self._get_arg_packer(argtys).as_arguments(builder, args)
-        code = builder.call(callee, [result, no_exception, *values])
-        bit = ir.IntType(1)
-        ended = {name: ir.Constant(bit, name == "is_ok") for name in Status._fields if name.startswith("is_")}
-        status = Status(code=code, excinfoptr=ir.Constant(no_exception.type.pointee, None), **ended)
-        return status, self.context.get_returned_value(builder, resty, builder.load(result))
-
-
-class _Copied:
-    """One of Numba's contexts, with a few things done otherwise."""
-
-    @classmethod
-    def of(cls, context: Any) -> Any:
-        """Return a copy of Numba's own, which shares all that is registered with it."""
-        result = copy.copy(context)
-        result.__class__ = cls
-        return result
-
-
-class _Target(_Copied, CPUContext):
-    """Numba's CPU, for what kernels are made of."""
-
-    @property
-    def call_conv(self):
-        return _CallConvention(self)
-
-
-class _HelperTarget(_Target):
-    """The same for helpers."""
-
-    def get_executable(self, library, function, environment):
-        """Return what stands for a helper in Numba's tables: a function at no address."""
-        return _dynfunc.make_function(
-            function.lookup_module(), function.qualname, "", 0, environment, (library,)
-        )
-
-
-class _KnownTarget(_Copied, CPUContext):
-    """Numba's CPU as it is when a kernel's helpers are compiled."""
-
-    def refresh(self) -> None:
-        """Do nothing: what has been registered since was looked for when the kernel was begun."""
-
-
-class _Typing(_Copied, Context):
-    """Numba's types of calls, nine in ten of which are of a function and of types that have been before."""
-
-    @classmethod
-    def of(cls, context: Any) -> Any:
-        result = super().of(context)
-        result._found = {}
-        return result
-
-    def refresh(self) -> None:
-        """Do nothing: it shares what Numba's own finds."""
-
-    def resolve_function_type(self, func, args, kws):
-        if kws or isinstance(func, str):  # those of Numba's own are of values, not of types alone
-            return super().resolve_function_type(func, args, kws)
-        found = self._found.get((func, args))
-        if found is None:
-            found = self._found[func, args] = super().resolve_function_type(func, args, kws)
-        return found
-
-
-_typing = functools.cache(_Typing.of)
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _HelperLowering(NativeLowering):
-    """Lowering without machine code: of a helper, only its own LLVM code is wanted, to be inlined."""
-
-    _name = "nbbn_helper_lowering"
-
-    def run_pass(self, state):
-        library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
-
-        def finalize_without_code():
-            for function in library._final_module.functions:
-                if not function.is_declaration:
-                    function.linkage = "linkonce_odr"
-            library._shared_module = library._final_module
-            library._finalized = True
-
-        library.finalize = finalize_without_code
-        library._optimize_functions = lambda module: None
-        return super().run_pass(state)
-
-
-@register_pass(mutates_CFG=True, analysis_only=False)
-class _KernelLowering(NativeLowering):
-    """Lowering of a kernel, which links all the helpers that it calls, and those that they call."""
-
-    _name = "nbbn_kernel_lowering"
-
-    def run_pass(self, state):
-        library = state.library = state.targetctx.codegen().create_library(state.func_id.func_qualname)
-        library.enable_object_caching()
-        linked = set()
-
-        def link(part):
-            if part in linked:
-                return
-            linked.add(part)
-            part._ensure_finalized()
-            # The caller first: of linkonce_odr functions, only those that are called are linked in.
-            library._linking_libraries.append(part)
-            for called in part._linking_libraries:
-                link(called)
-
-        library.add_linking_library = link
-        return super().run_pass(state)
-
-
-# What Numba does to a function that helpers have no use for: they contain no closures, no array
-# expressions, no exceptions, and nothing that is decided by a literal.
-_NOT_FOR_HELPERS = frozenset(
-    {
-        "IRProcessing",
-        "AnnotateTypes",
-        "WithLifting",
-        "InlineClosureLikes",
-        "RewriteSemanticConstants",
-        "DeadBranchPrune",
-        "RewriteDynamicRaises",
-        "MakeFunctionToJitFunction",
-        "InlineInlinables",
-        "FindLiterallyCalls",
-        "LiteralUnroll",
-        "LiteralPropagationSubPipelinePass",
-        "InlineOverloads",
-        "NopythonRewrites",
-        "NoPythonSupportedFeatureValidation",
-        "DumpParforDiagnostics",
-    }
-)
-
-
-class _Passes(PassManager):
-    """Numba's passes, one after the other, without its events, timers and looks at what they leave."""
-
-    def _runPass(self, index, step, state):
-        step.analysis = self._analysis
-        step.run_initialization(state)
-        step.run_pass(state)
-        step.run_finalizer(state)
-
-
-class _Compiler(CompilerBase):
-    """Numba's own pipeline with another lowering, for another target, and without what is not wanted."""
-
-    lowering: type
-    target: type[_Target]
-    unwanted: frozenset[str] = frozenset()
-
-    def __init__(self, typing, target, *rest):
-        super().__init__(_typing(typing), target, *rest)
-        self.state.targetctx = self.target.of(self.state.targetctx)
-
-    def define_pipelines(self):
-        passes = DefaultPassBuilder.define_nopython_pipeline(self.state)
-        passes.__class__ = _Passes
-        passes.passes = [
-            (self.lowering if step is NativeLowering else step, text)
-            for step, text in passes.passes
-            if step.__name__ not in self.unwanted
-        ]
-        passes.finalize()
-        return [passes]
-
-
-class _HelperCompiler(_Compiler):
-    lowering = _HelperLowering
-    target = _HelperTarget
-    unwanted = _NOT_FOR_HELPERS
-
-    def __init__(self, typing, target, *rest):
-        super().__init__(typing, _KnownTarget.of(target), *rest)
-
-
-class _KernelCompiler(_Compiler):
-    lowering = _KernelLowering
-    target = _Target
-
-
 # Helpers are only ever called from compiled code: they need no way in from Python or C.
 _HELPER: dict[str, Any] = {
     **_OPTIONS,
     "_nrt": False,
     "no_cpython_wrapper": True,
     "no_cfunc_wrapper": True,
-    "pipeline_class": _HelperCompiler,
+    "pipeline_class": HelperCompiler,
 }
 
 # Always inlined: a call would move its vectors, and its constants, to memory and back.
@@ -508,7 +307,7 @@ def no_garbage_collection() -> Iterator[None]:
 def compiled(function: Callable[..., None], signature: Any) -> CFunc:
     """Return a kernel as a C function: compile it, or load it from the cache."""
     types_of_it = signature.args, signature.return_type
-    made = CFunc(function, types_of_it, {}, dict(_OPTIONS), pipeline_class=_KernelCompiler)
+    made = CFunc(function, types_of_it, {}, dict(_OPTIONS), pipeline_class=KernelCompiler)
     try:
         made._cache = _Cache(function)
     except (OSError, RuntimeError) as error:  # Numba's RuntimeError: no directory can be written to

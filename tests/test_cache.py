@@ -135,6 +135,37 @@ def test_first_calls_compile_nothing_for_others(python):
     python(FEW)
 
 
+OTHERS = """
+import operator
+import numpy as np, numba, nbbn
+
+@numba.njit
+def of_all_sorts(x, counts):
+    total = sum([k ** 2 for k in counts])
+    add = lambda a, b: a + b
+    known = {k: str(k) for k in counts}
+    if len(known) < 2:
+        raise ValueError("too few")
+    return add(total, 1) + operator.sub(1, 2), np.sort(x + 1)[0], known[3]
+
+nbbn.batch_norm(np.ones((2, 3, 4)), training=True)
+x = np.array([4.0, 3.0])
+assert of_all_sorts(x, [1, 3, 3]) == (19, 4.0, "3")
+try:
+    of_all_sorts(x, [1])
+except ValueError as error:
+    assert str(error) == "too few"
+else:
+    raise AssertionError("nothing raised")
+assert np.isnan(nbbn.batch_norm_forward(np.full((2, 3), np.nan, np.float32)).mean).all()
+"""
+
+
+def test_numba_compiles_others_functions_as_before(python, tmp_path):
+    """What kernels are compiled without, others are not; and kernels can be compiled after them."""
+    python(OTHERS, NUMBA_CACHE_DIR=str(tmp_path))
+
+
 def test_parts_of_kernels_have_names_of_their_own():
     """Two of one name and the same types could be taken for each other: see nbbn.compiler.variant."""
     modules = copies, formulas, fused, kernels, masks, parameters, results, rows, short, sums, tiles

@@ -639,7 +639,7 @@ def _write_rows(name, reads, write_part):
         seconds = after(buffer, AT_ONCE * room)
         row = first
         while row < last:
-            number = min(AT_ONCE, last - row, alike(call, row)) if turns == 1 else 1
+            number = min(AT_ONCE, min(last - row, alike(call, row))) if turns == 1 else 1
             for turn in range(turns):
                 channel, group, its = one_of(tile[0], tile[1], tile, turn, turns)
                 its = with_tables_of(its, turn)

@@ -397,7 +397,7 @@ def _down(name, reads, look, write_border, write_part, write_rows):
         row = first
         while row < last:
             many = row < first + far
-            number = at_once if many else min(at_once, last - row, alike(call, row))
+            number = at_once if many else min(at_once, min(last - row, alike(call, row)))
             number = number if turns == 1 else 1
             pitch = far if many else 1
             for turn in range(turns):
