@@ -563,17 +563,26 @@ class _Pool:
             return
         alone = self.layer == "workqueue" and threads > 1
         # workqueue aborts the process when two threads enter it.
-        if threads == 1 or (alone and not self._busy.acquire(blocking=False)):
-            in_one(partial(kernel.run, 0, tasks, call), *then)
-            return
-        self._users.add(threading.get_ident())
-        # The other layers give each thread its part beforehand.
-        shares = min(tasks, threads * SHARES) if self.layer == "tbb" else threads
+        if alone and not self._busy.acquire(blocking=False):
+            alone, threads = False, 1
         try:
-            in_one(self._parallel().over(kernel.address, threads, shares, tasks, call), *then)
+            in_one(self.step(kernel, threads, tasks, call), *then)
         finally:
             if alone:
                 self._busy.release()
+
+    def step(self, kernel: Entry, threads: int, tasks: int, call: int) -> Step:
+        """Return what runs `tasks` tasks of `kernel` on so many threads; this thread may be one of them."""
+        if threads == 1:
+            return partial(kernel.run, 0, tasks, call)
+        self.enter()
+        # The other layers give each thread its part beforehand.
+        shares = min(tasks, threads * SHARES) if self.layer == "tbb" else threads
+        return self._parallel().over(kernel.address, threads, shares, tasks, call)
+
+    def enter(self) -> None:
+        """Note that this thread runs something on several."""
+        self._users.add(threading.get_ident())
 
 
 pool = _Pool()

@@ -24,7 +24,7 @@ from nbbn.compiler import Step, in_one
 from nbbn.dispatch import find
 from nbbn.dtypes import STATISTICS, storage_of
 from nbbn.frameworks import CPU, HOST, Array, Place, place
-from nbbn.functional import evaluate, is_small, run_of, threads_for
+from nbbn.functional import evaluate, run_of, threads_again, threads_for
 from nbbn.geometry import Strides
 from nbbn.problem import Form
 from nbbn.repeats import Repeats
@@ -306,8 +306,8 @@ def normalize_rows(
     are normalized together, and that place.
     """
     key = None
-    if is_small(x, 2) and _plainly(normalized_shape) and type(eps) in _EPS:
-        key = x.shape, normalized_shape, eps, centered
+    if (threads := threads_again(x, 2)) and _plainly(normalized_shape) and type(eps) in _EPS:
+        key = threads, x.shape, normalized_shape, eps, centered
         if (again := _rows_normalized.again(key, x, out, weight, bias)) is not None:
             return *again, 3 * x.size // again[1].size, HOST
     given = out
@@ -357,8 +357,8 @@ def differentiate_rows(
     Return that of x, float64[2, …] (weight, bias) as the place of the call has it, and that place.
     """
     key = None
-    if is_small(x, 3) and _plainly(normalized_shape):
-        key = x.shape, normalized_shape, centered
+    if (threads := threads_again(x, 3)) and _plainly(normalized_shape):
+        key = threads, x.shape, normalized_shape, centered
         again = _rows_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out)
         if again is not None:
             return *again, HOST
@@ -403,8 +403,9 @@ def normalize_channels(
     Return as `normalize_rows`.
     """
     key = None
-    if is_small(x, 2) and type(axis) is int and type(groups) in _GROUPS and type(eps) is float:
-        key = x.shape, axis, groups, eps, features
+    threads = threads_again(x, 2)
+    if threads and type(axis) is int and type(groups) in _GROUPS and type(eps) is float:
+        key = threads, x.shape, axis, groups, eps, features
         if (again := _channels_normalized.again(key, x, out, weight, bias)) is not None:
             return *again, 3 * x.size // again[1].size, HOST
     given = out
@@ -434,8 +435,8 @@ def differentiate_channels(
 ) -> tuple[Any, np.ndarray, Place]:
     """Check, and compute the gradients; return as `differentiate_rows`."""
     key = None
-    if is_small(x, 3) and type(axis) is int and type(groups) in _GROUPS:
-        key = x.shape, axis, groups
+    if (threads := threads_again(x, 3)) and type(axis) is int and type(groups) in _GROUPS:
+        key = threads, x.shape, axis, groups
         again = _channels_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out)
         if again is not None:
             return *again, HOST

@@ -96,19 +96,17 @@ _trained, _evaluated = repeats.Repeats("forward"), repeats.Repeats("evaluate")
 _differentiated = repeats.Repeats("backward")
 
 
-def is_small(x: Any, operands: int, fused: Fusion = ALONE) -> bool:
-    """Whether a call on so many arrays as large as x is one to be made again.
+def threads_again(x: Any, operands: int, fused: Fusion = ALONE) -> int:
+    """Return how many threads may work on so many arrays as large as x in a call to be made again, or 0.
 
-    That is one of NumPy's arrays, on one thread, without a residual or a mask; and not with a slope of 0,
-    which is equal to -0.
+    That is one of NumPy's arrays, without a residual or a mask; and not with a slope of 0, which is equal to
+    -0.
     """
-    return (
-        type(x) is _Array
-        and x.size * operands <= SERIAL_ELEMENTS
-        and fused.residual is None
-        and fused.where is None
-        and fused.slope != 0.0
-    )
+    if type(x) is not _Array or fused.residual is not None or fused.where is not None or fused.slope == 0.0:
+        return 0
+    if x.size * operands <= SERIAL_ELEMENTS:
+        return 1
+    return 0 if pool.layer == "none" else pool.threads()
 
 
 def threads_for(here: Place, size: int, operands: int) -> int:
@@ -292,8 +290,8 @@ def train(
     values per channel, and that place.
     """
     key = None
-    if repeating and is_small(x, 2, fused) and type(axis) is int and type(eps) is float:
-        key = x.shape, axis, eps, momentum, correction, features, fused.activation, fused.slope
+    if repeating and (threads := threads_again(x, 2, fused)) and type(axis) is int and type(eps) is float:
+        key = threads, x.shape, axis, eps, momentum, correction, features, fused.activation, fused.slope
         again = _trained.again(key, x, out, weight, bias, running_mean, running_var, then=then)
         if again is not None:
             return *again, x.size // x.shape[axis], HOST
@@ -615,8 +613,8 @@ def evaluate(
     x has at least `least` dimensions; `asked` is what the caller was told.
     """
     key = None
-    if is_small(x, 2, fused) and type(axis) is int and type(eps) is float:
-        key = x.shape, axis, eps, features, least, fused.activation, fused.slope
+    if (threads := threads_again(x, 2, fused)) and type(axis) is int and type(eps) is float:
+        key = threads, x.shape, axis, eps, features, least, fused.activation, fused.slope
         if (again := _evaluated.again(key, x, out, weight, bias, running_mean, running_var)) is not None:
             return again[0], HOST
     here, result, residual = HOST, out, fused.residual
@@ -793,8 +791,8 @@ def differentiate(
     """
     training = arrays.flag("training", training)
     key = None
-    if is_small(x, 3, fused) and type(axis) is int:
-        key = x.shape, axis, training, fused.activation, fused.slope
+    if (threads := threads_again(x, 3, fused)) and type(axis) is int:
+        key = threads, x.shape, axis, training, fused.activation, fused.slope
         again = _differentiated.again(key, x, out, weight, bias, mean, invstd, grad_out)
         if again is not None:
             return *again, None, HOST

@@ -1,4 +1,4 @@
-"""Which small calls are made again as they were (`nbbn.cpu.repeat`), without all that precedes a kernel."""
+"""Which calls are made again as they were (`nbbn.cpu.repeat`), without all that precedes a kernel."""
 
 import contextlib
 import functools

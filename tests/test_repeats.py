@@ -1,17 +1,18 @@
-"""Small calls that are made again: the bits of one that is not, and what is not like it is looked at anew."""
+"""Calls that are made again: the bits of one that is not, and what is not like it is looked at anew."""
 
 import contextlib
 import gc
 import threading
 import weakref
 
+import numba
 import numpy as np
 import pytest
 
 import nbbn
 import nbbn.repeats
 from checks import assert_same_bits
-from nbbn import functional
+from nbbn import compiler, functional
 from nbbn.cpu import repeat
 from nbbn.fusion import SLOPE
 
@@ -49,20 +50,22 @@ def anew():
 
 SHAPE = (6, 8, 5, 3)  # samples, channels, …
 CHANNELS, LAST = SHAPE[1], SHAPE[2:]
+LARGE = (11, 8, 90, 50)  # so large that a call is several threads'
 
 
-def draw(rng, dtype):
+def draw(rng, dtype, shape=SHAPE):
     """Return arrays for any of the operations."""
+    last = shape[2:]
     return {
-        "x": rng.normal(size=SHAPE).astype(dtype),
-        "grad_out": rng.normal(size=SHAPE).astype(dtype),
-        "out": np.full(SHAPE, np.nan, dtype),
+        "x": rng.normal(size=shape).astype(dtype),
+        "grad_out": rng.normal(size=shape).astype(dtype),
+        "out": np.full(shape, np.nan, dtype),
         "weight": rng.normal(size=CHANNELS).astype(np.float32),
         "bias": rng.normal(size=CHANNELS),
         "running_mean": rng.normal(size=CHANNELS),
         "running_var": rng.uniform(1, 2, CHANNELS).astype(np.float32),
-        "last_weight": rng.normal(size=LAST).astype(np.float32),
-        "last_bias": rng.normal(size=LAST),
+        "last_weight": rng.normal(size=last).astype(np.float32),
+        "last_bias": rng.normal(size=last),
     }
 
 
@@ -72,10 +75,15 @@ def copies(arguments, layout=np.asarray):
         name: value
         if not isinstance(value, np.ndarray)
         else layout(value.copy())
-        if value.shape == SHAPE
+        if value.shape == arguments["x"].shape
         else value.copy()
         for name, value in arguments.items()
     }
+
+
+def last(a):
+    """Return the shape of what layer norm normalizes together."""
+    return a["x"].shape[2:]
 
 
 def batch_norm(a, **options):
@@ -106,12 +114,12 @@ OPERATIONS = {
     "relu": lambda a: batch_norm(a, training=True, activation="relu"),
     "relu, evaluation": lambda a: batch_norm(a, activation="relu"),
     "relu backward": lambda a: gradients(*BATCH, a, weight=a["weight"], bias=a["bias"], activation="relu"),
-    "layer": lambda a: nbbn.layer_norm_forward(a["x"], LAST, a["last_weight"], a["last_bias"]),
-    "layer, last": lambda a: nbbn.layer_norm(a["x"], LAST[-1], out=a["out"]),
-    "layer backward": lambda a: gradients(*LAYER, a, LAST, weight=a["last_weight"]),
-    "layer backward, last": lambda a: gradients(*LAYER, a, LAST[-1]),
-    "rms": lambda a: nbbn.rms_norm_forward(a["x"], LAST, a["last_weight"]),
-    "rms backward": lambda a: gradients(*RMS, a, LAST, weight=a["last_weight"]),
+    "layer": lambda a: nbbn.layer_norm_forward(a["x"], last(a), a["last_weight"], a["last_bias"]),
+    "layer, last": lambda a: nbbn.layer_norm(a["x"], last(a)[-1], out=a["out"]),
+    "layer backward": lambda a: gradients(*LAYER, a, last(a), weight=a["last_weight"]),
+    "layer backward, last": lambda a: gradients(*LAYER, a, last(a)[-1]),
+    "rms": lambda a: nbbn.rms_norm_forward(a["x"], last(a), a["last_weight"]),
+    "rms backward": lambda a: gradients(*RMS, a, last(a), weight=a["last_weight"]),
     "group": lambda a: nbbn.group_norm_forward(a["x"], 2, a["weight"], a["bias"], out=a["out"]),
     "group backward": lambda a: gradients(*GROUP, a, 2, weight=a["weight"]),
     "instance": lambda a: nbbn.instance_norm(a["x"], None, None, a["weight"], a["bias"], out=a["out"]),
@@ -158,6 +166,51 @@ def test_the_same_bits(rng, repeated, operation, layout, dtype):
     if layout is np.asarray and operation is not OPERATIONS["backward, evaluation"]:
         assert repeated and all(repeated)
     assert not any(isinstance(part, str) for part in found)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_the_same_bits_on_several_threads(rng, repeated, operation, layout):
+    """Of what one thread may, and may not, have; and of as many threads as are set."""
+    threads = numba.get_num_threads()
+    given = draw(rng, np.float32, LARGE)
+    with anew():
+        expected = made(operation, copies(given, layout))
+    try:
+        for number in (threads, 1, threads):
+            numba.set_num_threads(number)
+            for _ in range(3):
+                assert_same(made(operation, copies(given, layout)), expected)
+    finally:
+        numba.set_num_threads(threads)
+    if layout is np.asarray and "backward" not in str(operation):
+        assert repeated
+
+
+def test_as_many_threads_as_are_set(rng, repeated, monkeypatch):
+    """Another number than before: who is asked for so many is looked at, not what they do."""
+    asked = []
+    over = compiler._parallel_loop().over
+
+    def noted(kernel, threads, *rest):
+        asked.append(threads)
+        return over(kernel, threads, *rest)
+
+    monkeypatch.setattr(compiler._parallel_loop(), "over", noted)
+    x = rng.normal(size=LARGE)
+    before = numba.get_num_threads()
+    try:
+        for number in (before, 1, before):
+            numba.set_num_threads(number)
+            asked.clear()
+            nbbn.repeats.forget()
+            for _ in range(4):
+                nbbn.batch_norm_forward(x)
+            assert set(asked) == ({number} if number > 1 else set())
+            assert len(asked) in (0, 3)  # the first call, the second, and what is kept of that
+    finally:
+        numba.set_num_threads(before)
+    assert repeated == [True] * 6
 
 
 def read_only(a):
@@ -374,7 +427,7 @@ def test_few_are_kept(rng):
     wide = rng.normal(size=(2, 20_000))
     for _ in range(5):
         nbbn.batch_norm_forward(wide)
-    assert all(key[0] != wide.shape for key in functional._trained._known)
+    assert all(key[1] != wide.shape for key in functional._trained._known)
 
 
 def test_layouts_that_take_turns(rng, repeated):
@@ -386,7 +439,7 @@ def test_layouts_that_take_turns(rng, repeated):
     for _ in range(20):
         for a, out in zip((x, other), expected, strict=True):
             assert_same_bits(nbbn.batch_norm_forward(a).out, out)
-    assert 1 in repeated and functional._trained._came[x.shape, 1, 1e-5, 0.0, 1.0, None, "", SLOPE] < 40
+    assert 1 in repeated and functional._trained._came[1, x.shape, 1, 1e-5, 0.0, 1.0, None, "", SLOPE] < 40
 
 
 def test_where_arrays_cannot_be_read(rng, monkeypatch):

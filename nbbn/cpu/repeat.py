@@ -1,7 +1,7 @@
-"""Small calls again: what has been found out about one need not be found out about the next.
+"""Calls again: what has been found out about one need not be found out about the next.
 
 The kernels of a small call take a few µs, and Python several times as long to find out what its arguments
-are. But most calls are like one before, except for where their arrays lie. That one's record is kept here
+are; of a larger one it is still a part. But most calls are like one before, except for where their arrays lie. That one's record is kept here
 (`Repeat`), with what its arrays were like; compiled code (`_alike`) compares others with them, and puts into
 the record where they lie. It reads an array as NumPy's C interface lays it out: where this Python has them
 in another way, nothing is kept.
@@ -18,14 +18,14 @@ import numpy as np
 from numba.core import types
 
 from nbbn.arrays import address
-from nbbn.compiler import Entry, Step, compiled, in_one, undisturbed
+from nbbn.compiler import Entry, Step, compiled, in_one, pool, undisturbed
 from nbbn.cpu.call import CALL, LIKE, SETTING, like_at, setting_at
 from nbbn.cpu.plan import Plan
 from nbbn.cpu.run import Call, Room, Run
 from nbbn.cpu.simd import pointer
 from nbbn.memory import SMALLEST, empty_aligned, empty_like
 
-MOST_WORDS = 1 << 13  # that the kernels of a call work in, to be kept for it
+MOST_WORDS = 1 << 14  # that the kernels of a call work in, to be kept for it
 ARGUMENTS = 8  # of a call, at most: its result, x, others, and its statistics or gradients
 LIKE_BYTES, SETTING_BYTES = LIKE.itemsize, SETTING.itemsize
 
@@ -163,8 +163,10 @@ class _Steps:
     def __init__(self) -> None:
         self.calls: list[_Recorded] = []
         self.taken: list[Step] = []
-        self.serial = True
-        """Whether on one thread, by records that did not change in between."""
+        self.whole = True
+        """Whether that is all, by records that did not change in between."""
+        self.parallel = False
+        """Whether on several threads."""
 
 
 class _Recorded(Call):
@@ -178,12 +180,12 @@ class _Recorded(Call):
 
     def normalize_second(self) -> None:
         super().normalize_second()
-        self._steps.serial = False
+        self._steps.whole = False
 
     def run(self, kernel: Entry, threads: int, tasks: int, then: tuple[Step, ...]) -> None:
         super().run(kernel, threads, tasks, then)
-        self._steps.taken += partial(kernel.run, 0, tasks, self.at), *then
-        self._steps.serial &= threads == 1
+        self._steps.taken += pool.step(kernel, threads, tasks, self.at), *then
+        self._steps.parallel |= threads > 1
 
 
 class Recorder(Run):
@@ -196,7 +198,7 @@ class Recorder(Run):
             if (part := run.__dict__.get(name)) is not None:
                 setattr(self, name, Recorder(part, self._steps))
         if run.__dict__.get("_merged") is not None:
-            self._steps.serial = False  # what it does besides is not noted
+            self._steps.whole = False  # what it does besides is not noted
 
     def _take(self) -> _Recorded:
         return _Recorded(self.plan, self._steps)
@@ -211,12 +213,16 @@ class Recorder(Run):
         """
         steps = self._steps
         words = sum(call.plan.words for call in steps.calls)
-        if not steps.calls or not steps.serial or words > MOST_WORDS or not can_read_arrays():
+        if not steps.calls or not steps.whole or words > MOST_WORDS or not can_read_arrays():
+            return None
+        if steps.parallel and pool.layer == "workqueue":  # which may be busy
             return None
         taken = [step for step in steps.taken if not any(step is other for other in then)]
         steps.taken.clear()  # what came then has arrays of the caller's
         settings = _settings(steps.calls, ROLES[operation], arguments)
-        return None if settings is None else Repeat(steps.calls, taken, settings, ROLES[operation], arguments)
+        if settings is None:
+            return None
+        return Repeat(steps.calls, taken, steps.parallel, settings, ROLES[operation], arguments)
 
 
 def _extent(array: np.ndarray) -> tuple[int, int]:
@@ -247,12 +253,13 @@ def _settings(
 
 
 class Repeat:
-    """A small call that has been checked and made, to be made again on arrays that are like its were."""
+    """A call that has been checked and made, to be made again on arrays that are like its were."""
 
     def __init__(
         self,
         calls: Sequence[_Recorded],
         steps: Sequence[Step],
+        parallel: bool,
         settings: Sequence[tuple[int, int, int]],
         roles: Sequence[Role],
         arguments: Sequence[np.ndarray | None],
@@ -277,6 +284,7 @@ class Repeat:
             len(arguments), address(self._likes), len(settings), address(self._settings),
         )  # fmt: skip
         self._rest = (None,) * (ARGUMENTS - len(arguments))
+        self._parallel = parallel
         # No two threads may use the records at once.
         self._idle = [(alike, steps[0] if len(steps) == 1 else partial(in_one, *steps), steps)]
 
@@ -294,6 +302,8 @@ class Repeat:
             alike, run, steps = mine
             if not alike(result, x, *others, stats, *self._rest):
                 return None
+            if self._parallel:
+                pool.enter()
             if then:
                 in_one(*steps, *then)
             else:
