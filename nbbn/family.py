@@ -309,7 +309,7 @@ def normalize_rows(
     if (threads := threads_again(x, 2)) and _plainly(normalized_shape) and type(eps) in _EPS:
         key = threads, x.shape, normalized_shape, eps, centered
         if (again := _rows_normalized.again(key, x, out, weight, bias)) is not None:
-            return *again, 3 * x.size // again[1].size, HOST
+            return *again[:2], 3 * x.size // again[1].size, HOST
     given = out
     here, (x, weight, bias, out) = _viewed(x, {"weight": weight, "bias": bias, "out": out})
     shape = _normalized(x, normalized_shape)
@@ -359,9 +359,9 @@ def differentiate_rows(
     key = None
     if (threads := threads_again(x, 3)) and _plainly(normalized_shape):
         key = threads, x.shape, normalized_shape, centered
-        again = _rows_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out)
+        again = _rows_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out, None)
         if again is not None:
-            return *again, HOST
+            return *again[:2], HOST
     given = out
     here, (x, grad_out, weight, mean, invstd, out) = _viewed(
         x, {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out}
@@ -389,7 +389,7 @@ def differentiate_rows(
     gradients = here.room((_rows(walk), *shape), STATISTICS)  # they may be many
     run = _rows_differentiated.recorder(key, _run(here, walk, x.dtype))
     _backward(walk, run, near, dy, grad_x, gradients, gamma, mu, sigma)
-    _rows_differentiated.keep(key, run, out, x, weight, None, mean, invstd, grad_out, gradients)
+    _rows_differentiated.keep(key, run, out, x, weight, None, mean, invstd, grad_out, None, gradients)
     if grad_x is not out:
         _copy(here, grad_x, out)
     return _finish(here, out, given), gradients, here
@@ -407,7 +407,7 @@ def normalize_channels(
     if threads and type(axis) is int and type(groups) in _GROUPS and type(eps) is float:
         key = threads, x.shape, axis, groups, eps, features
         if (again := _channels_normalized.again(key, x, out, weight, bias)) is not None:
-            return *again, 3 * x.size // again[1].size, HOST
+            return *again[:2], 3 * x.size // again[1].size, HOST
     given = out
     here, (x, weight, bias, out) = _viewed(x, {"weight": weight, "bias": bias, "out": out})
     axis, shape, count = _grouped(x, groups, axis, features)
@@ -437,9 +437,9 @@ def differentiate_channels(
     key = None
     if (threads := threads_again(x, 3)) and type(axis) is int and type(groups) in _GROUPS:
         key = threads, x.shape, axis, groups
-        again = _channels_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out)
+        again = _channels_differentiated.again(key, x, out, weight, None, mean, invstd, grad_out, None)
         if again is not None:
-            return *again, HOST
+            return *again[:2], HOST
     given = out
     here, (x, grad_out, weight, mean, invstd, out) = _viewed(
         x, {"grad_out": grad_out, "weight": weight, "mean": mean, "invstd": invstd, "out": out}
@@ -461,7 +461,7 @@ def differentiate_channels(
     gradients = here.empty((_rows(walk), channels))
     run = _channels_differentiated.recorder(key, _run(here, walk, x.dtype))
     _backward(walk, run, x, grad_out, out, gradients, gamma, mu, sigma)
-    _channels_differentiated.keep(key, run, out, x, weight, None, mean, invstd, grad_out, gradients)
+    _channels_differentiated.keep(key, run, out, x, weight, None, mean, invstd, grad_out, None, gradients)
     return _finish(here, out, given), gradients, here
 
 

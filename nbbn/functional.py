@@ -11,7 +11,8 @@ arguments before it computes, and computes before it writes any state.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,10 +100,12 @@ _differentiated = repeats.Repeats("backward")
 def threads_again(x: Any, operands: int, fused: Fusion = ALONE) -> int:
     """Return how many threads may work on so many arrays as large as x in a call to be made again, or 0.
 
-    That is one of NumPy's arrays, without a residual or a mask; and not with a slope of 0, which is equal to
-    -0.
+    That is one of NumPy's arrays, also a mask, without a residual; and not with a slope of 0, which is equal
+    to -0.
     """
-    if type(x) is not _Array or fused.residual is not None or fused.where is not None or fused.slope == 0.0:
+    if type(x) is not _Array or fused.residual is not None or fused.slope == 0.0:
+        return 0
+    if fused.where is not None and (fused.where.lengths is not None or type(fused.where.mask) is not _Array):
         return 0
     if x.size * operands <= SERIAL_ELEMENTS:
         return 1
@@ -123,29 +126,47 @@ def run_of(x: np.ndarray, axis: int, strides: tuple[Strides, ...], here: Place, 
 
 
 def fused_forward(
-    x: np.ndarray, axis: int, out: np.ndarray, here: Place, fused: Fusion, counting: bool = True
+    x: np.ndarray,
+    axis: int,
+    out: np.ndarray,
+    here: Place,
+    fused: Fusion,
+    counting: bool = True,
+    recording: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Extras, int]:
-    """Return what runs a forward pass with what goes along, what that is given, and how many values count."""
+    """Return what runs a forward pass with what goes along, what that is given, and how many values count.
+
+    What runs it is what `recording` makes of that, if given.
+    """
     operands, residual = [x, out], 0
     if fused.residual is not None:
         operands, residual = [x, fused.residual, out], address(fused.residual)
-    run, marks, count = _with_mask(x, axis, operands, here, fused, counting)
+    run, marks, count = _with_mask(x, axis, operands, here, fused, counting, recording)
     return run, Extras(residual, slope=fused.slope, marks=marks), count
 
 
 def _with_mask(
-    x: np.ndarray, axis: int, operands: list[np.ndarray], here: Place, fused: Fusion, counting: bool = True
+    x: np.ndarray,
+    axis: int,
+    operands: list[np.ndarray],
+    here: Place,
+    fused: Fusion,
+    counting: bool = True,
+    recording: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Marks | None, int]:
     """Return what runs the stages on such operands, what a mask leaves, and how many values that is.
 
     That is of a channel; without a mask, all. Where nobody asks how many count, they are not counted.
     """
     strides = tuple(a.strides for a in operands)
-    if fused.counted is None:
-        return run_of(x, axis, strides, here, fused.form), None, x.size // x.shape[axis]
-    of_mask = fused.counted.strides
-    strides += ((*of_mask[:axis], 0, *of_mask[axis:]),)
+    if fused.counted is not None:
+        of_mask = fused.counted.strides
+        strides += ((*of_mask[:axis], 0, *of_mask[axis:]),)
     run = run_of(x, axis, strides, here, fused.form)
+    if recording is not None:
+        run = recording(run)
+    if fused.counted is None:
+        return run, None, x.size // x.shape[axis]
     marks = run.mark(address(fused.counted), counting)
     return run, marks, marks.values
 
@@ -291,10 +312,13 @@ def train(
     """
     key = None
     if repeating and (threads := threads_again(x, 2, fused)) and type(axis) is int and type(eps) is float:
-        key = threads, x.shape, axis, eps, momentum, correction, features, fused.activation, fused.slope
-        again = _trained.again(key, x, out, weight, bias, running_mean, running_var, then=then)
+        options = eps, momentum, correction, features
+        key = threads, x.shape, axis, *options, fused.activation, fused.slope, fused.where is None
+        columns = weight, bias, running_mean, running_var
+        again = _trained.again(key, x, out, *columns, fused.mask, then=then)
         if again is not None:
-            return *again, x.size // x.shape[axis], HOST
+            result, stats, count = again
+            return result, stats, count or x.size // x.shape[axis], HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -346,11 +370,12 @@ def train(
             weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         )  # fmt: skip
     count = 0
+    recording = partial(_trained.recorder, key)
     if x.size and fused is ALONE:
-        run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
+        run, extras = recording(run_of(x, axis, (x.strides, out.strides), here)), NOTHING
         count = x.size // channels
     elif x.size:
-        run, extras, count = fused_forward(x, axis, out, here, fused)
+        run, extras, count = fused_forward(x, axis, out, here, fused, recording=recording)
     _enough(count, x, axis, fused)
     if count and running_var is not None and count <= correction:
         raise ValueError(f"x must have more than {correction:g} values per channel (correction), got {count}")
@@ -368,12 +393,15 @@ def train(
     stats = here.empty((3, channels))
     if momentum == 0.0:
         mean = var = ABSENT  # they keep their bits
-    run = _trained.recorder(key, run)
     run.forward(
         address(x), address(out), address(stats), gamma, beta, mean, var, eps, momentum, correction, then,
         extras,
     )  # fmt: skip
-    _trained.keep(key, run, out, x, weight, bias, running_mean, running_var, stats, then=then)
+    # With fewer values than that it would have been refused.
+    _trained.keep(
+        key, run, out, x, weight, bias, running_mean, running_var, fused.mask, stats,
+        then=then, above=max(1.0, correction),
+    )  # fmt: skip
     return (out if here is HOST else here.result(out)) if result is None else result, stats, count, here
 
 
@@ -614,8 +642,10 @@ def evaluate(
     """
     key = None
     if (threads := threads_again(x, 2, fused)) and type(axis) is int and type(eps) is float:
-        key = threads, x.shape, axis, eps, features, least, fused.activation, fused.slope
-        if (again := _evaluated.again(key, x, out, weight, bias, running_mean, running_var)) is not None:
+        options = eps, features, least
+        key = threads, x.shape, axis, *options, fused.activation, fused.slope, fused.where is None
+        again = _evaluated.again(key, x, out, weight, bias, running_mean, running_var, fused.mask)
+        if again is not None:
             return again[0], HOST
     here, result, residual = HOST, out, fused.residual
     if not (
@@ -661,13 +691,13 @@ def evaluate(
             weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
         )  # fmt: skip
     if x.size:
+        recording = partial(_evaluated.recorder, key)
         if fused is ALONE:
-            run, extras = run_of(x, axis, (x.strides, out.strides), here), NOTHING
+            run, extras = recording(run_of(x, axis, (x.strides, out.strides), here)), NOTHING
         else:
-            run, extras, _ = fused_forward(x, axis, out, here, fused, counting=False)
-        run = _evaluated.recorder(key, run)
+            run, extras, _ = fused_forward(x, axis, out, here, fused, counting=False, recording=recording)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps, extras)
-        _evaluated.keep(key, run, out, x, weight, bias, running_mean, running_var, None)
+        _evaluated.keep(key, run, out, x, weight, bias, running_mean, running_var, fused.mask, None)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
 
@@ -792,10 +822,10 @@ def differentiate(
     training = arrays.flag("training", training)
     key = None
     if (threads := threads_again(x, 3, fused)) and type(axis) is int:
-        key = threads, x.shape, axis, training, fused.activation, fused.slope
-        again = _differentiated.again(key, x, out, weight, bias, mean, invstd, grad_out)
+        key = threads, x.shape, axis, training, fused.activation, fused.slope, fused.where is None
+        again = _differentiated.again(key, x, out, weight, bias, mean, invstd, grad_out, fused.mask)
         if again is not None:
-            return *again, None, HOST
+            return *again[:2], None, HOST
     here, result, residual = HOST, out, fused.residual
     if not (
         type(x) is _Array
@@ -838,11 +868,14 @@ def differentiate(
         arrays.beside(out, (gamma, beta, mu, sigma), channels, **columns)
     grad_residual = None if fused.residual is None else here.empty_like(x)
     count = 0
+    recording = partial(_differentiated.recorder, key)
     if x.size and fused is ALONE:
-        run, extras = run_of(x, axis, (x.strides, grad_out.strides, out.strides), here), NOTHING
+        run, extras = recording(run_of(x, axis, (x.strides, grad_out.strides, out.strides), here)), NOTHING
         count = x.size // channels
     elif x.size:
-        run, extras, count = fused_backward(x, grad_out, out, grad_residual, axis, here, fused, beta)
+        run, extras, count = fused_backward(
+            x, grad_out, out, grad_residual, axis, here, fused, beta, recording
+        )
     if training:
         _enough(count, x, axis, fused)
     if count == 0:
@@ -851,12 +884,11 @@ def differentiate(
             _clear(array, x, axis, here, fused)
     else:
         gradients = here.empty((2, channels))
-        run = _differentiated.recorder(key, run)
         run.backward(
             address(x), address(grad_out), address(out), address(gradients), gamma, mu, sigma, training,
             False, extras,
         )  # fmt: skip
-        _differentiated.keep(key, run, out, x, weight, bias, mean, invstd, grad_out, gradients)
+        _differentiated.keep(key, run, out, x, weight, bias, mean, invstd, grad_out, fused.mask, gradients)
     grad_x = (out if here is HOST else here.result(out)) if result is None else result
     if grad_residual is not None:
         grad_residual = here.result(grad_residual)
@@ -872,13 +904,14 @@ def fused_backward(
     here: Place,
     fused: Fusion,
     bias: Parameter,
+    recording: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, Extras, int]:
     """Return the same as `fused_forward` of a backward pass and what comes before it."""
     operands, residuals = [x, grad_out, grad_x], (0, 0)
     if grad_residual is not None:
         operands[2:2] = fused.residual, grad_residual
         residuals = address(fused.residual), address(grad_residual)
-    run, marks, count = _with_mask(x, axis, operands, here, fused)
+    run, marks, count = _with_mask(x, axis, operands, here, fused, recording=recording)
     return run, Extras(*residuals, bias, fused.slope, marks), count
 
 

@@ -40,6 +40,11 @@ class Fusion(NamedTuple):
     counted: np.ndarray | None = None
 
     @property
+    def mask(self) -> Any:
+        """What the caller gives as a mask, or None."""
+        return None if self.where is None else self.where.mask
+
+    @property
     def form(self) -> Form:
         """The form of batch normalization with these."""
         return Form(

@@ -47,11 +47,11 @@ class Repeats:
 
     def again(
         self, key: tuple[Any, ...], x: np.ndarray, out: Any, *others: Any, then: tuple[Step, ...] = ()
-    ) -> tuple[Any, Any] | None:
+    ) -> tuple[Any, Any, int] | None:
         """Make a call again and take further steps, if there is one with this key and arrays like these.
 
-        Return its result, `out` or a new array, and a new array of its statistics or gradients, if it has
-        any; None where it was not made.
+        Return its result, `out` or a new array, a new array of its statistics or gradients, if it has any,
+        and how many values of a channel a mask leaves; None where it was not made.
         """
         repeat = self._known.get(key)
         return None if repeat is None else repeat(x, out, others, then)
@@ -71,15 +71,21 @@ class Repeats:
         self._known.clear()
 
     def keep(
-        self, key: tuple[Any, ...] | None, run: Any, *arguments: np.ndarray | None, then: Sequence[Step] = ()
+        self,
+        key: tuple[Any, ...] | None,
+        run: Any,
+        *arguments: np.ndarray | None,
+        then: Sequence[Step] = (),
+        above: float = 1.0,
     ) -> None:
         """Keep what `recorder` returned, which has been run with these arguments, if it is to be and can be.
 
-        Not with the steps that came `then`: they are another call's each time.
+        Not with the steps that came `then`: they are another call's each time. Where a mask does not leave
+        `above` so many values, it is not to be made again.
         """
         if key is None:
             return
         with contextlib.suppress(MemoryError):  # the call itself is over, and was right
-            repeat = run.repeat(self._operation, then, *arguments)
+            repeat = run.repeat(self._operation, then, above, *arguments)
             if repeat is not None:
                 self._known[key] = repeat

@@ -1,10 +1,10 @@
 """Calls again: what has been found out about one need not be found out about the next.
 
 The kernels of a small call take a few µs, and Python several times as long to find out what its arguments
-are; of a larger one it is still a part. But most calls are like one before, except for where their arrays lie. That one's record is kept here
-(`Repeat`), with what its arrays were like; compiled code (`_alike`) compares others with them, and puts into
-the record where they lie. It reads an array as NumPy's C interface lays it out: where this Python has them
-in another way, nothing is kept.
+are; of a larger one it is still a part. But most calls are like one before, except for where their arrays
+lie. That one's record is kept here (`Repeat`), with what its arrays were like; compiled code (`_alike`)
+compares others with them, and puts into the record where they lie. It reads an array as NumPy's C interface
+lays it out: where this Python has them in another way, nothing is kept.
 """
 
 import ctypes
@@ -24,9 +24,10 @@ from nbbn.cpu.plan import Plan
 from nbbn.cpu.run import Call, Room, Run
 from nbbn.cpu.simd import pointer
 from nbbn.memory import SMALLEST, empty_aligned, empty_like
+from nbbn.problem import Marks
 
 MOST_WORDS = 1 << 14  # that the kernels of a call work in, to be kept for it
-ARGUMENTS = 8  # of a call, at most: its result, x, others, and its statistics or gradients
+ARGUMENTS = 9  # of a call, at most: its result, x, others, and its statistics or gradients
 LIKE_BYTES, SETTING_BYTES = LIKE.itemsize, SETTING.itemsize
 
 
@@ -53,23 +54,27 @@ class Role(NamedTuple):
 
 _OUT, _STATS = Role(("out",), written=True), Role(("stats", "channel_stats"), written=True)
 _X, _X_ALONE = Role(("x", "second"), apart=(0,), same=True), Role(("x",), apart=(0,), same=True)
-_WEIGHT, _BIAS, _MEAN, _VAR = (Role((name,), apart=(0,)) for name in ("weight", "bias", "mean", "var"))
+_WEIGHT, _BIAS, _MEAN, _VAR, _MASK = (
+    Role((name,), apart=(0,)) for name in ("weight", "bias", "mean", "var", "mask")
+)
 ROLES = {
     # out, x, weight, bias, stats
     "normalize": (_OUT, _X, _WEIGHT, _BIAS, _STATS),
-    # out, x, weight, bias, running_mean, running_var, stats
+    # out, x, weight, bias, running_mean, running_var, mask, stats
     "forward": (
         *(_OUT, _X, _WEIGHT, _BIAS),
         Role(("mean",), written=True, apart=(0,)),
         Role(("var",), written=True, apart=(0, 4)),
+        _MASK,
         _STATS,
     ),
-    # out, x, weight, bias, running_mean, running_var, and none
-    "evaluate": (_OUT, _X, _WEIGHT, _BIAS, _MEAN, _VAR, _STATS),
-    # grad_x, x, weight, bias, mean, invstd, grad_out, gradients
+    # out, x, weight, bias, running_mean, running_var, mask, and none
+    "evaluate": (_OUT, _X, _WEIGHT, _BIAS, _MEAN, _VAR, _MASK, _STATS),
+    # grad_x, x, weight, bias, mean, invstd, grad_out, mask, gradients
     "backward": (
         *(_OUT, _X_ALONE, _WEIGHT, _BIAS, _MEAN, _VAR),
         Role(("grad_out", "second"), apart=(0,)),
+        _MASK,
         _STATS,
     ),
 }
@@ -82,12 +87,12 @@ _HALF = (1 << 32) - 1
 _WRITEABLE = 0x400
 
 
-def _alike(number, likes, settings, setting, a, b, c, d, e, f, g, h):
+def _alike(number, likes, settings, setting, a, b, c, d, e, f, g, h, i):
     """Compare so many objects with what is known of them, and put where they lie to where it belongs.
 
     Return whether they are as it says; otherwise nothing has been put anywhere.
     """
-    objects = a, b, c, d, e, f, g, h
+    objects = a, b, c, d, e, f, g, h, i
     for k in range(number):
         its = like_at(likes + k * LIKE_BYTES)
         if its.dtype == 0:
@@ -167,6 +172,8 @@ class _Steps:
         """Whether that is all, by records that did not change in between."""
         self.parallel = False
         """Whether on several threads."""
+        self.counting = 0
+        """How many of them end with a count, of a mask's values, that decides on the others."""
 
 
 class _Recorded(Call):
@@ -206,10 +213,19 @@ class Recorder(Run):
     def _give_back(self, call: Call) -> None:
         pass
 
-    def repeat(self, operation: str, then: Sequence[Step], *arguments: np.ndarray | None) -> "Repeat | None":
+    def mark(self, mask: int, counting: bool = True) -> Marks:
+        """As that of a run."""
+        marks = super().mark(mask, counting)
+        if counting:
+            self._steps.counting = len(self._steps.taken)
+        return marks
+
+    def repeat(
+        self, operation: str, then: Sequence[Step], above: float, *arguments: np.ndarray | None
+    ) -> "Repeat | None":
         """Return what does it again, if that can be kept, but for the steps that came `then`.
 
-        `arguments` were its, see `ROLES`.
+        `arguments` were its, see `ROLES`. Of a mask it must leave `above` so many values.
         """
         steps = self._steps
         words = sum(call.plan.words for call in steps.calls)
@@ -222,7 +238,7 @@ class Recorder(Run):
         settings = _settings(steps.calls, ROLES[operation], arguments)
         if settings is None:
             return None
-        return Repeat(steps.calls, taken, steps.parallel, settings, ROLES[operation], arguments)
+        return Repeat(steps, taken, above, settings, ROLES[operation], arguments)
 
 
 def _extent(array: np.ndarray) -> tuple[int, int]:
@@ -257,9 +273,9 @@ class Repeat:
 
     def __init__(
         self,
-        calls: Sequence[_Recorded],
+        known: _Steps,
         steps: Sequence[Step],
-        parallel: bool,
+        above: float,
         settings: Sequence[tuple[int, int, int]],
         roles: Sequence[Role],
         arguments: Sequence[np.ndarray | None],
@@ -273,7 +289,7 @@ class Repeat:
         self._likes = np.zeros(len(arguments), LIKE)
         # That of which these have addresses, too.
         self._kept = (
-            calls,
+            known.calls,
             [
                 _set_like(like, role, array, arguments[0])
                 for like, role, array in zip(self._likes, roles, arguments, strict=True)
@@ -284,13 +300,15 @@ class Repeat:
             len(arguments), address(self._likes), len(settings), address(self._settings),
         )  # fmt: skip
         self._rest = (None,) * (ARGUMENTS - len(arguments))
-        self._parallel = parallel
+        self._parallel = known.parallel
+        # A call with a mask has one record.
+        self._counting, self._counted, self._above = known.counting, known.calls[0], above
         # No two threads may use the records at once.
         self._idle = [(alike, steps[0] if len(steps) == 1 else partial(in_one, *steps), steps)]
 
     def __call__(
         self, x: np.ndarray, out: Any, others: tuple[Any, ...], then: tuple[Step, ...]
-    ) -> tuple[Any, Any] | None:
+    ) -> tuple[Any, Any, int] | None:
         """Make the call, if the arguments are like those that it was made with: see `nbbn.repeats`."""
         result = empty_like(x) if out is None else out
         stats = self._room()
@@ -304,11 +322,19 @@ class Repeat:
                 return None
             if self._parallel:
                 pool.enter()
-            if then:
+            count = 0
+            if self._counting:
+                in_one(*steps[: self._counting])
+                count = self._counted.count
+                if count <= self._above:
+                    return None
+                self._counted.set_count(count)
+                in_one(*steps[self._counting :], *then)
+            elif then:
                 in_one(*steps, *then)
             else:
                 run()
-            return result, stats
+            return result, stats, count
         finally:
             self._idle.append(mine)
 

@@ -34,6 +34,7 @@ _ROOMS_AT = _MASK.size + _ARGUMENTS.size
 _CALLED = struct.Struct("3q")
 _CALLED_AT = _ROOMS_AT + _ROOMS.size
 _X, _SECOND, _AT_X, _AT_SECOND = (_field(name) for name in ("x", "second", "at_x", "at_second"))
+_COUNT, _COUNT_AT = struct.Struct("d"), _field("count").start
 SERIAL_PARTIALS = 1 << 13  # numbers to merge, below which one thread is as fast as several
 OWN_WORDS = 1024  # a call that works in no more keeps them: few bytes beside its plan's own
 KEPT_WORDS = 1 << 18  # what a larger one worked in is kept for others up to here
@@ -199,6 +200,8 @@ class Call:
         """Sets nbbn.cpu.call.MASK."""
         self.set = partial(_ARGUMENTS.pack_into, self._buffer, _MASK.size)
         """Sets nbbn.cpu.call.ARGUMENTS, all that differs from call to call."""
+        self.set_count = partial(_COUNT.pack_into, self._buffer, _COUNT_AT)
+        """Sets of these only how many values of a channel count."""
 
     def enter(self, room: Room) -> None:
         """Work in this room from now on."""
@@ -321,7 +324,9 @@ class Run:
         self._finishers = _finishers(plan)
         self._idle = []
 
-    def repeat(self, operation: str, then: Sequence[Step], *arguments: np.ndarray | None) -> Any:
+    def repeat(
+        self, operation: str, then: Sequence[Step], above: float, *arguments: np.ndarray | None
+    ) -> Any:
         """Return what does again what has been done: nothing here, see `nbbn.cpu.repeat.Recorder`."""
         return None
 
