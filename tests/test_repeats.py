@@ -131,8 +131,8 @@ OPERATIONS = {
     "instance": lambda a: nbbn.instance_norm(a["x"], None, None, a["weight"], a["bias"], out=a["out"]),
     "instance backward": lambda a: gradients(*INSTANCE, a, weight=a["weight"]),
 }
-# What large ones work in takes too much memory; and what changes its record between two kernels.
-NOT_KEPT = "layer, last", "layer backward, last", "backward, evaluation"
+# What changes its record between two kernels.
+NOT_KEPT = ("backward, evaluation",)
 LAYOUTS = {
     "contiguous": np.asarray,
     "channels last": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1),
@@ -479,7 +479,7 @@ def test_slopes_of_zero():
 
 
 def test_few_are_kept(rng):
-    """However many shapes there are, and none that takes much memory."""
+    """However many shapes there are; and what works in much memory leaves it to others."""
     for rows in range(2, 2 * nbbn.repeats.MOST):
         for _ in range(3):
             nbbn.batch_norm_forward(rng.normal(size=(rows, 3)))
@@ -487,7 +487,8 @@ def test_few_are_kept(rng):
     wide = rng.normal(size=(2, 20_000))
     for _ in range(5):
         nbbn.batch_norm_forward(wide)
-    assert all(key[1] != wide.shape for key in functional._trained._known)
+    (kept,) = (kept for key, kept in functional._trained._known.items() if key[1] == wide.shape)
+    assert kept._borrowing and all(call.room is None for call in kept._borrowing)
 
 
 def test_layouts_that_take_turns(rng, repeated):

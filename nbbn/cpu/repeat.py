@@ -21,12 +21,12 @@ from nbbn.arrays import address
 from nbbn.compiler import Entry, Step, compiled, in_one, pool, undisturbed
 from nbbn.cpu.call import CALL, LIKE, SETTING, like_at, setting_at
 from nbbn.cpu.plan import Plan
-from nbbn.cpu.run import Call, Room, Run
+from nbbn.cpu.run import Call, Room, Run, room
 from nbbn.cpu.simd import pointer
 from nbbn.memory import SMALLEST, empty_aligned, empty_like
 from nbbn.problem import Marks
 
-MOST_WORDS = 1 << 14  # that the kernels of a call work in, to be kept for it
+OWN_WORDS = 1 << 13  # a call that works in no more keeps them
 ARGUMENTS = 9  # of a call, at most: its result, x, others, and its statistics or gradients
 LIKE_BYTES, SETTING_BYTES = LIKE.itemsize, SETTING.itemsize
 
@@ -80,6 +80,7 @@ ROLES = {
 }
 # Of these a field may have another address, where what they say is not the same.
 _ELSEWHERE = "second", "channel_stats"
+_IN_ROOM = "channel_stats"  # of a call, where it is no argument's
 
 # The words of an array, two of which are of 32 bits; and the flag of one that may be written.
 _TYPE, _DATA, _NDIM, _SHAPE, _STRIDES, _DTYPE, _FLAGS = 1, 2, 3, 4, 5, 7, 8
@@ -181,7 +182,9 @@ class _Recorded(Call):
 
     def __init__(self, plan: Plan, steps: _Steps) -> None:
         super().__init__(plan)
-        self.enter(Room(plan.words))
+        self.borrows = plan.words > OWN_WORDS
+        """Whether it works in what is others' between its calls."""
+        self.enter(room(plan.words) if self.borrows else Room(plan.words))
         self._steps = steps
         steps.calls.append(self)
 
@@ -211,7 +214,8 @@ class Recorder(Run):
         return _Recorded(self.plan, self._steps)
 
     def _give_back(self, call: Call) -> None:
-        pass
+        if call.plan.words > OWN_WORDS:
+            call.leave()
 
     def mark(self, mask: int, counting: bool = True) -> Marks:
         """As that of a run."""
@@ -228,8 +232,7 @@ class Recorder(Run):
         `arguments` were its, see `ROLES`. Of a mask it must leave `above` so many values.
         """
         steps = self._steps
-        words = sum(call.plan.words for call in steps.calls)
-        if not steps.calls or not steps.whole or words > MOST_WORDS or not can_read_arrays():
+        if not steps.calls or not steps.whole or not can_read_arrays():
             return None
         if steps.parallel and pool.layer == "workqueue":  # which may be busy
             return None
@@ -263,7 +266,7 @@ def _settings(
             more = found - address(array)
             if begin <= more < end:
                 settings.append((number, call.at + offset, more))
-            elif found != 0 and name not in _ELSEWHERE:
+            elif found != 0 and (name not in _ELSEWHERE or (name == _IN_ROOM and call.borrows)):
                 return None
     return settings
 
@@ -301,6 +304,7 @@ class Repeat:
         )  # fmt: skip
         self._rest = (None,) * (ARGUMENTS - len(arguments))
         self._parallel = known.parallel
+        self._borrowing = [call for call in known.calls if call.borrows]
         # A call with a mask has one record.
         self._counting, self._counted, self._above = known.counting, known.calls[0], above
         # No two threads may use the records at once.
@@ -320,6 +324,8 @@ class Repeat:
             alike, run, steps = mine
             if not alike(result, x, *others, stats, *self._rest):
                 return None
+            for call in self._borrowing:
+                call.enter(room(call.plan.words))
             if self._parallel:
                 pool.enter()
             count = 0
@@ -336,6 +342,8 @@ class Repeat:
                 run()
             return result, stats, count
         finally:
+            for call in self._borrowing:
+                call.leave()
             self._idle.append(mine)
 
 

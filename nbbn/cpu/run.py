@@ -177,7 +177,8 @@ class Room:
 _rooms: list[Room] = []  # nobody works in; as many as there ever were calls at once
 
 
-def _room(words: int) -> Room:
+def room(words: int) -> Room:
+    """Return memory of at least so many words, which `Call.leave` leaves to others."""
     try:
         room = _rooms.pop()
     except IndexError:
@@ -336,7 +337,7 @@ class Run:
         except IndexError:
             call = Call(self.plan)
         if call.room is None:
-            call.enter(_room(self.plan.words))
+            call.enter(room(self.plan.words))
         return call
 
     def _give_back(self, call: Call) -> None:
