@@ -95,18 +95,24 @@ class BatchNormResidualGradients(NamedTuple):
 
 _trained, _evaluated = repeats.Repeats("forward"), repeats.Repeats("evaluate")
 _differentiated = repeats.Repeats("backward")
+_NOTHING_ALONG = None, None, None  # as `Fusion.kind`, a mask and a residual
 
 
 def threads_again(x: Any, operands: int, fused: Fusion = ALONE) -> int:
     """Return how many threads may work on so many arrays as large as x in a call to be made again, or 0.
 
-    That is one of NumPy's arrays, also a mask, without a residual; and not with a slope of 0, which is equal
-    to -0.
+    That is one of NumPy's arrays, also a mask and a residual; and not with a slope of 0, which is equal to
+    -0.
     """
-    if type(x) is not _Array or fused.residual is not None or fused.slope == 0.0:
+    if type(x) is not _Array:
         return 0
-    if fused.where is not None and (fused.where.lengths is not None or type(fused.where.mask) is not _Array):
-        return 0
+    if fused is not ALONE:
+        where = fused.where
+        if where is not None and (type(where.mask) is not _Array or where.lengths is not None):
+            return 0
+        if type(fused.residual) not in _OWN or fused.slope == 0.0:
+            return 0
+        operands += fused.residual is not None
     if x.size * operands <= SERIAL_ELEMENTS:
         return 1
     return 0 if pool.layer == "none" else pool.threads()
@@ -312,10 +318,9 @@ def train(
     """
     key = None
     if repeating and (threads := threads_again(x, 2, fused)) and type(axis) is int and type(eps) is float:
-        options = eps, momentum, correction, features
-        key = threads, x.shape, axis, *options, fused.activation, fused.slope, fused.where is None
-        columns = weight, bias, running_mean, running_var
-        again = _trained.again(key, x, out, *columns, fused.mask, then=then)
+        kind, mask, more = _NOTHING_ALONG if fused is ALONE else (fused.kind, fused.mask, fused.residual)
+        key = threads, x.shape, axis, eps, momentum, correction, features, kind
+        again = _trained.again(key, x, out, weight, bias, running_mean, running_var, mask, more, then=then)
         if again is not None:
             result, stats, count = again
             return result, stats, count or x.size // x.shape[axis], HOST
@@ -399,7 +404,7 @@ def train(
     )  # fmt: skip
     # With fewer values than that it would have been refused.
     _trained.keep(
-        key, run, out, x, weight, bias, running_mean, running_var, fused.mask, stats,
+        key, run, out, x, weight, bias, running_mean, running_var, fused.mask, residual, stats,
         then=then, above=max(1.0, correction),
     )  # fmt: skip
     return (out if here is HOST else here.result(out)) if result is None else result, stats, count, here
@@ -642,9 +647,9 @@ def evaluate(
     """
     key = None
     if (threads := threads_again(x, 2, fused)) and type(axis) is int and type(eps) is float:
-        options = eps, features, least
-        key = threads, x.shape, axis, *options, fused.activation, fused.slope, fused.where is None
-        again = _evaluated.again(key, x, out, weight, bias, running_mean, running_var, fused.mask)
+        kind, mask, more = _NOTHING_ALONG if fused is ALONE else (fused.kind, fused.mask, fused.residual)
+        key = threads, x.shape, axis, eps, features, least, kind
+        again = _evaluated.again(key, x, out, weight, bias, running_mean, running_var, mask, more)
         if again is not None:
             return again[0], HOST
     here, result, residual = HOST, out, fused.residual
@@ -697,7 +702,8 @@ def evaluate(
         else:
             run, extras, _ = fused_forward(x, axis, out, here, fused, counting=False, recording=recording)
         run.evaluate(address(x), address(out), gamma, beta, mean, var, eps, extras)
-        _evaluated.keep(key, run, out, x, weight, bias, running_mean, running_var, fused.mask, None)
+        columns = weight, bias, running_mean, running_var
+        _evaluated.keep(key, run, out, x, *columns, fused.mask, residual, None)
     return (out if here is HOST else here.result(out)) if result is None else result, here
 
 
@@ -821,9 +827,10 @@ def differentiate(
     """
     training = arrays.flag("training", training)
     key = None
-    if (threads := threads_again(x, 3, fused)) and type(axis) is int:
-        key = threads, x.shape, axis, training, fused.activation, fused.slope, fused.where is None
-        again = _differentiated.again(key, x, out, weight, bias, mean, invstd, grad_out, fused.mask)
+    if fused.residual is None and (threads := threads_again(x, 3, fused)) and type(axis) is int:
+        kind, mask, _ = _NOTHING_ALONG if fused is ALONE else (fused.kind, fused.mask, None)
+        key = threads, x.shape, axis, training, kind
+        again = _differentiated.again(key, x, out, weight, bias, mean, invstd, grad_out, mask)
         if again is not None:
             return *again[:2], None, HOST
     here, result, residual = HOST, out, fused.residual

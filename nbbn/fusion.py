@@ -40,6 +40,11 @@ class Fusion(NamedTuple):
     counted: np.ndarray | None = None
 
     @property
+    def kind(self) -> tuple[Any, ...]:
+        """What tells it from others before any array is looked at."""
+        return self.activation, self.slope, self.where is None, self.residual is None
+
+    @property
     def mask(self) -> Any:
         """What the caller gives as a mask, or None."""
         return None if self.where is None else self.where.mask

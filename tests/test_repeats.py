@@ -65,6 +65,7 @@ def draw(rng, dtype, shape=SHAPE):
         "running_mean": rng.normal(size=CHANNELS),
         "running_var": rng.uniform(1, 2, CHANNELS).astype(np.float32),
         "mask": rng.random((shape[0], *last)) < 0.7,
+        "residual": rng.normal(size=shape).astype(dtype),
         "last_weight": rng.normal(size=last).astype(np.float32),
         "last_bias": rng.normal(size=last),
     }
@@ -115,6 +116,12 @@ OPERATIONS = {
     "relu": lambda a: batch_norm(a, training=True, activation="relu"),
     "relu, evaluation": lambda a: batch_norm(a, activation="relu"),
     "relu backward": lambda a: gradients(*BATCH, a, weight=a["weight"], bias=a["bias"], activation="relu"),
+    "residual": lambda a: batch_norm(
+        a, training=True, activation="relu", residual=a["residual"], out=a["out"]
+    ),
+    "residual, into it": lambda a: batch_norm(a, training=True, residual=a["residual"], out=a["residual"]),
+    "residual, evaluation": lambda a: batch_norm(a, residual=a["residual"]),
+    "residual, masked": lambda a: batch_norm(a, residual=a["residual"], mask=a["mask"], training=True),
     "masked": lambda a: nbbn.batch_norm_forward(a["x"], a["weight"], a["bias"], mask=a["mask"], out=a["out"]),
     "masked training": lambda a: batch_norm(a, training=True, mask=a["mask"]),
     "masked relu": lambda a: batch_norm(a, training=True, mask=a["mask"], activation="relu"),
@@ -305,13 +312,29 @@ for count in (0, 1, 2, 5):
     )
 
 
-@pytest.mark.parametrize("masked", [False, True])
+RESIDUALS = {
+    f"residual {what}": lambda a, other=other: a.update(residual=other(a["residual"]))
+    for what, other in OTHERS.items()
+}
+RESIDUALS |= {
+    "residual in the middle of out": lambda a: a.update(
+        zip(("out", "residual"), beside(a["out"], a["residual"]), strict=True)
+    ),
+    "out is the residual": lambda a: a.update(out=a["residual"]),
+    "out is the residual backwards": lambda a: a.update(out=a["residual"][::-1]),
+    "the residual is x": lambda a: a.update(residual=a["x"]),
+    "all is x": lambda a: a.update(residual=a["x"], out=a["x"]),
+}
+ALONG = {(): {}, ("mask",): MASKS, ("residual",): RESIDUALS, ("mask", "residual"): MASKS | RESIDUALS}
+
+
+@pytest.mark.parametrize("along", ALONG, ids=lambda along: " and ".join(along) or "alone")
 @pytest.mark.parametrize("activation", [None, "leaky_relu"])
 @pytest.mark.parametrize("training", [True, False])
-def test_what_is_not_alike(rng, repeated, training, activation, masked):
+def test_what_is_not_alike(rng, repeated, training, activation, along):
     """Each is done, or refused, as if it came first; and so is what comes after it."""
-    others = {"grad_out", "last_weight", "last_bias"} | (set() if masked else {"mask"})
-    changes = CHANGES | (MASKS if masked else {})
+    others = {"grad_out", "last_weight", "last_bias", "mask", "residual"} - {*along}
+    changes = CHANGES | ALONG[along]
 
     def operation(a):
         return nbbn.batch_norm(**a)

@@ -27,7 +27,6 @@ from nbbn.memory import SMALLEST, empty_aligned, empty_like
 from nbbn.problem import Marks
 
 OWN_WORDS = 1 << 13  # a call that works in no more keeps them
-ARGUMENTS = 9  # of a call, at most: its result, x, others, and its statistics or gradients
 LIKE_BYTES, SETTING_BYTES = LIKE.itemsize, SETTING.itemsize
 
 
@@ -57,19 +56,19 @@ _X, _X_ALONE = Role(("x", "second"), apart=(0,), same=True), Role(("x",), apart=
 _WEIGHT, _BIAS, _MEAN, _VAR, _MASK = (
     Role((name,), apart=(0,)) for name in ("weight", "bias", "mean", "var", "mask")
 )
+_RESIDUAL = Role(("second",), apart=(0,), same=True)
 ROLES = {
     # out, x, weight, bias, stats
     "normalize": (_OUT, _X, _WEIGHT, _BIAS, _STATS),
-    # out, x, weight, bias, running_mean, running_var, mask, stats
+    # out, x, weight, bias, running_mean, running_var, mask, residual, stats
     "forward": (
         *(_OUT, _X, _WEIGHT, _BIAS),
         Role(("mean",), written=True, apart=(0,)),
         Role(("var",), written=True, apart=(0, 4)),
-        _MASK,
-        _STATS,
+        *(_MASK, _RESIDUAL, _STATS),
     ),
-    # out, x, weight, bias, running_mean, running_var, mask, and none
-    "evaluate": (_OUT, _X, _WEIGHT, _BIAS, _MEAN, _VAR, _MASK, _STATS),
+    # out, x, weight, bias, running_mean, running_var, mask, residual, and none
+    "evaluate": (_OUT, _X, _WEIGHT, _BIAS, _MEAN, _VAR, _MASK, _RESIDUAL, _STATS),
     # grad_x, x, weight, bias, mean, invstd, grad_out, mask, gradients
     "backward": (
         *(_OUT, _X_ALONE, _WEIGHT, _BIAS, _MEAN, _VAR),
@@ -88,19 +87,23 @@ _HALF = (1 << 32) - 1
 _WRITEABLE = 0x400
 
 
-def _alike(number, likes, settings, setting, a, b, c, d, e, f, g, h, i):
-    """Compare so many objects with what is known of them, and put where they lie to where it belongs.
+def _alike(about, objects):
+    """Compare the objects of a tuple with what is known of them, and put where they lie to where it belongs.
 
-    Return whether they are as it says; otherwise nothing has been put anywhere.
+    `about` is where it says how many there are and what each is like, how many addresses are to be set and
+    which, and which word of a tuple its first object is. Return whether they are as it says; otherwise
+    nothing has been put anywhere.
     """
-    objects = a, b, c, d, e, f, g, h, i
+    words = pointer(about, np.int64)
+    number, likes, settings, setting = words[0], words[1], words[2], words[3]
+    objects += words[4] * 8
     for k in range(number):
-        its = like_at(likes + k * LIKE_BYTES)
+        its, found = like_at(likes + k * LIKE_BYTES), pointer(objects, np.int64)[k]
         if its.dtype == 0:
-            if objects[k] != its.type:
+            if found != its.type:
                 return 0
             continue
-        array = pointer(objects[k], np.int64)
+        array = pointer(found, np.int64)
         if array[_TYPE] != its.type or array[_DTYPE] != its.dtype or array[_NDIM] & _HALF != its.ndim:
             return 0
         if array[_FLAGS] & its.flags != its.flags:
@@ -130,20 +133,29 @@ def _alike(number, likes, settings, setting, a, b, c, d, e, f, g, h, i):
 @cache
 def native_alike() -> tuple[Any, Any]:
     """Return `_alike`, called with the GIL: nobody may change an array meanwhile. And what keeps it alive."""
-    signature = types.int64(*[types.int64] * (4 + ARGUMENTS))
-    machine_code = undisturbed(partial(compiled, _alike, signature))
-    words, objects = [ctypes.c_ssize_t] * 4, [ctypes.py_object] * ARGUMENTS
-    return ctypes.PYFUNCTYPE(ctypes.c_ssize_t, *words, *objects)(machine_code.address), machine_code
+    machine_code = undisturbed(partial(compiled, _alike, types.int64(types.int64, types.int64)))
+    function = ctypes.PYFUNCTYPE(ctypes.c_ssize_t, ctypes.c_ssize_t, ctypes.py_object)
+    return function(machine_code.address), machine_code
 
 
-def _words(array: np.ndarray) -> list[int]:
-    return list((ctypes.c_int64 * (_FLAGS + 1)).from_address(id(array)))
+def _words(thing: Any, number: int = _FLAGS + 1) -> list[int]:
+    return list((ctypes.c_int64 * number).from_address(id(thing)))
+
+
+@cache
+def _first_of_tuple() -> int:
+    """Return which word of a tuple is its first object; 0: none is."""
+    things = tuple(object() for _ in range(8))
+    words, ids = _words(things, len(things)), [id(thing) for thing in things]
+    return next((k for k in range(1, len(words)) if words[k:] == ids[: len(words) - k]), 0)
 
 
 @cache
 def can_read_arrays() -> bool:
     """Whether arrays are laid out in this Python as `_alike` reads them."""
     if sys.implementation.name != "cpython" or sys.byteorder != "little" or object.__basicsize__ != 16:
+        return False
+    if _first_of_tuple() == 0:
         return False
     whole = np.zeros((2, 3, 5), np.float32)
     read_only = np.zeros(7)
@@ -290,6 +302,8 @@ class Repeat:
             self._room = partial(empty, stats.shape, stats.dtype)
         self._settings = np.array(settings, SETTING)
         self._likes = np.zeros(len(arguments), LIKE)
+        likes, setting = address(self._likes), address(self._settings)
+        self._about = np.array([len(arguments), likes, len(settings), setting, _first_of_tuple()])
         # That of which these have addresses, too.
         self._kept = (
             known.calls,
@@ -298,15 +312,12 @@ class Repeat:
                 for like, role, array in zip(self._likes, roles, arguments, strict=True)
             ],
         )
-        alike = partial(
-            native_alike()[0],
-            len(arguments), address(self._likes), len(settings), address(self._settings),
-        )  # fmt: skip
-        self._rest = (None,) * (ARGUMENTS - len(arguments))
+        alike = partial(native_alike()[0], address(self._about))
         self._parallel = known.parallel
         self._borrowing = [call for call in known.calls if call.borrows]
         # A call with a mask has one record.
         self._counting, self._counted, self._above = known.counting, known.calls[0], above
+        self._alone = not (self._parallel or self._borrowing or self._counting)
         # No two threads may use the records at once.
         self._idle = [(alike, steps[0] if len(steps) == 1 else partial(in_one, *steps), steps)]
 
@@ -322,29 +333,39 @@ class Repeat:
             return None
         try:
             alike, run, steps = mine
-            if not alike(result, x, *others, stats, *self._rest):
+            if not alike((result, x, *others, stats)):
                 return None
-            for call in self._borrowing:
-                call.enter(room(call.plan.words))
-            if self._parallel:
-                pool.enter()
-            count = 0
-            if self._counting:
-                in_one(*steps[: self._counting])
-                count = self._counted.count
-                if count <= self._above:
-                    return None
-                self._counted.set_count(count)
-                in_one(*steps[self._counting :], *then)
+            count: int | None = 0
+            if not self._alone:
+                count = self._run(steps, then)
             elif then:
                 in_one(*steps, *then)
             else:
                 run()
-            return result, stats, count
+            return None if count is None else (result, stats, count)
+        finally:
+            self._idle.append(mine)
+
+    def _run(self, steps: Sequence[Step], then: tuple[Step, ...]) -> int | None:
+        """Take all steps; return how many values a mask leaves, or 0, or None if these are too few."""
+        if self._parallel:
+            pool.enter()
+        for call in self._borrowing:
+            call.enter(room(call.plan.words))
+        try:
+            if not self._counting:
+                in_one(*steps, *then)
+                return 0
+            in_one(*steps[: self._counting])
+            count = self._counted.count
+            if count <= self._above:
+                return None
+            self._counted.set_count(count)
+            in_one(*steps[self._counting :], *then)
+            return count
         finally:
             for call in self._borrowing:
                 call.leave()
-            self._idle.append(mine)
 
 
 def _set_like(like: np.void, role: Role, array: np.ndarray | None, out: np.ndarray | None) -> Any:
