@@ -112,7 +112,7 @@ def threads_again(x: Any, operands: int, fused: Fusion = ALONE) -> int:
             return 0
         if type(fused.residual) not in _OWN or fused.slope == 0.0:
             return 0
-        operands += fused.residual is not None
+        operands += (where is not None) + (fused.residual is not None)
     if x.size * operands <= SERIAL_ELEMENTS:
         return 1
     return 0 if pool.layer == "none" else pool.threads()

@@ -201,30 +201,32 @@ def test_the_same_bits_on_several_threads(rng, repeated, operation, layout):
     assert layout is not np.asarray or repeated or operation in map(OPERATIONS.get, NOT_KEPT)
 
 
-def test_as_many_threads_as_are_set(rng, repeated, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "along"), [(LARGE, ()), ((11, 8, 45, 45), ("mask",)), ((11, 8, 45, 45), ("residual",))]
+)
+def test_as_many_threads_as_are_set(rng, repeated, monkeypatch, shape, along):
     """Another number than before: who is asked for so many is looked at, not what they do."""
-    asked = []
+    compiler.pool.start()
+    asked = set()
     over = compiler._parallel_loop().over
 
     def noted(kernel, threads, *rest):
-        asked.append(threads)
+        asked.add(threads)
         return over(kernel, threads, *rest)
 
     monkeypatch.setattr(compiler._parallel_loop(), "over", noted)
-    x = rng.normal(size=LARGE)
+    given = draw(rng, np.float64, shape)
     before = numba.get_num_threads()
     try:
-        for number in (before, 1, before):
+        for number in (before, 1):
             numba.set_num_threads(number)
-            asked.clear()
-            nbbn.repeats.forget()
             for _ in range(4):
-                nbbn.batch_norm_forward(x)
-            assert set(asked) == ({number} if number > 1 else set())
-            assert len(asked) in (0, 3)  # the first call, the second, and what is kept of that
+                nbbn.batch_norm(given["x"], training=True, **{name: given[name] for name in along})
+            assert asked == ({number} if number > 1 else set())
+            asked.clear()
     finally:
         numba.set_num_threads(before)
-    assert repeated == [True] * 6
+    assert repeated == [True] * (2 + (2 if before > 1 else 4))
 
 
 def read_only(a):
