@@ -1248,7 +1248,7 @@ MUTATIONS = [
         "self._counted.set_count(count)\n",
         "pass\n",
         None,
-        ("test_repeats.py::test_the_same_bits[masked-contiguous-float32]",),
+        ("test_repeats.py::test_the_same_bits[masked training-contiguous-float32]",),
     ),
     Mutation(
         "repeat-few",
