@@ -113,9 +113,7 @@ def threads_again(x: Any, operands: int, fused: Fusion = ALONE) -> int:
         if type(fused.residual) not in _OWN or fused.slope == 0.0:
             return 0
         operands += (where is not None) + (fused.residual is not None)
-    if x.size * operands <= SERIAL_ELEMENTS:
-        return 1
-    return 0 if pool.layer == "none" else pool.threads()
+    return 1 if x.size * operands <= SERIAL_ELEMENTS else pool.threads()
 
 
 def threads_for(here: Place, size: int, operands: int) -> int:
